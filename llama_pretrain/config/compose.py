@@ -1,0 +1,175 @@
+"""Between Hydra and a checked `Run`: registration, the command line, and errors that teach."""
+
+import difflib
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from llama_pretrain.config import schema
+from llama_pretrain.config.problems import Problem, UserError
+from llama_pretrain.config.rules import parse_values, schema_paths, unknown_key
+from llama_pretrain.config.schema import Run
+from llama_pretrain.config.snapshot import load_snapshot
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+SNAPSHOT_NAME = "snapshot"
+HYDRA_SETTINGS = (
+    "hydra/help=llama_pretrain",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+    "hydra.output_subdir=null",
+    "hydra.run.dir=outputs/${now:%Y-%m-%d}/${now:%H-%M-%S-%f}",
+)
+"""What conf/config.yaml says of Hydra itself, for a snapshot, which says nothing of it."""
+
+
+def register() -> None:
+    """Tell Hydra of the schema and of our two resolvers."""
+    schema.register()
+    OmegaConf.register_new_resolver("project_root", lambda: str(PROJECT_ROOT), replace=True)
+    OmegaConf.register_new_resolver("run_name", name_run, replace=True)
+
+
+def name_run(overrides: str) -> str:
+    """A folder name for a sweep's point: safe characters, at most 80, and a hash where cut."""
+    safe = re.sub(r"[^A-Za-z0-9=.,_-]+", "-", overrides).strip("-") or "run"
+    if len(safe) <= 80:
+        return safe
+    return f"{safe[:71]}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
+
+
+def rewrite_argv(argv: Sequence[str]) -> list[str]:
+    """Turn `resume=DIR` and `reproduce=DIR` into a run of DIR's own snapshot.
+
+    `resume` goes on in DIR itself; `reproduce` starts anew in a directory of its own.
+
+    Raises:
+        UserError: if DIR holds no snapshot that is safe to hand to Hydra.
+    """
+    named = {
+        key: word.partition("=")[2]
+        for word in argv
+        for key in ("resume", "reproduce")
+        if word.startswith(f"{key}=")
+    }
+    given = {key: value for key, value in named.items() if value not in ("", "null")}
+    if not given:
+        return list(argv)
+    if len(given) == 2:
+        message = "cannot be given together"
+        raise UserError([Problem(path="resume, reproduce", message=message)])
+    folder = Path(next(iter(given.values()))).expanduser().resolve()
+    load_snapshot(folder / f"{SNAPSHOT_NAME}.yaml")
+    settings = list(HYDRA_SETTINGS)
+    words = [word for word in argv if not word.startswith(("reproduce=", "resume="))]
+    if "resume" in given:
+        settings.append(f"hydra.run.dir='{folder}'")
+        words.append(f"resume='{folder}'")
+    return ["--config-dir", str(folder), "--config-name", SNAPSHOT_NAME, *settings, *words]
+
+
+def read_config(config: DictConfig) -> Run:
+    """A composed config, resolved and checked.
+
+    Raises:
+        UserError: with all mistakes at once.
+    """
+    try:
+        values = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+    except OmegaConfBaseException as error:
+        path = str(error.full_key or "")
+        raise UserError([Problem(path=path, message=str(error).split("\n")[0])]) from error
+    assert isinstance(values, dict)
+    return parse_values({str(key): value for key, value in values.items()})
+
+
+def explain(argv: Sequence[str], error: Exception) -> tuple[list[Problem], Run | None]:
+    """All mistakes of a command line that Hydra refused, and the run that the rest describes.
+
+    Hydra stops at the first; here each override is tried on its own.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra._internal.utils import get_args_parser
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+
+    known = get_args_parser().parse_known_args(list(argv))[0]
+    folder = known.config_dir or str(PROJECT_ROOT / "conf")
+    name = known.config_name or "config"
+    if known.multirun or known.config_path or (known.config_dir and name != SNAPSHOT_NAME):
+        return [Problem(path="", message=_first_lines(error))], None
+    problems: list[Problem] = []
+    good: list[str] = []
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(folder, version_base="1.3"):
+        try:
+            compose(name)
+        except (HydraException, OmegaConfBaseException) as broken:
+            return [Problem(path=folder, message=_first_lines(broken))], None
+        # Choices of groups first: what a setting may be depends on them.
+        groups = {path.name for path in (PROJECT_ROOT / "conf").iterdir() if path.is_dir()}
+        overrides = [word for word in known.overrides if not word.startswith("hydra")]
+        for override in sorted(overrides, key=lambda word: word.split("=")[0] not in groups):
+            try:
+                compose(name, overrides=[*good, override])
+                good.append(override)
+            except (HydraException, OmegaConfBaseException) as broken:
+                problems.append(explain_override(override, str(broken)))
+        config = compose(name, overrides=good)
+    if not problems:
+        return [Problem(path="", message=_first_lines(error))], None
+    try:
+        return problems, read_config(config)
+    except UserError as more:
+        return problems + more.problems, None
+
+
+def explain_override(override: str, error: str) -> Problem:
+    """One override that Hydra refused with `error`, as a problem."""
+    key, _, value = override.lstrip("+~").partition("=")
+    available = re.search(r"Available options in '[^']*':((?:\n\t\S+)+)", error)
+    if available is not None:
+        options = available.group(1).split()
+        close = difflib.get_close_matches(value, options, n=1)
+        hint = f"did you mean {key}={close[0]}? " if close else ""
+        return Problem(
+            path=key,
+            message=f"there is no option {value!r}",
+            hint=f"{hint}Options: {', '.join(options)}" if hint else f"options: {', '.join(options)}",
+        )
+    if "Could not override" in error or re.search(r"Key '.*' (is )?not in", error):
+        return unknown_key(key, seen=override)
+    if "could not be converted" in error or "Invalid value" in error or "Invalid type" in error:
+        wanted = dict(schema_paths()).get(key)
+        return Problem(path=key, message=_wrong_type(error, value), hint=_type_hint(wanted, value))
+    return Problem(path=key, message=" ".join(error.split("\n")[0].split()) + f" (got {override})")
+
+
+def _wrong_type(error: str, value: str) -> str:
+    wanted = re.search(r"could not be converted to (\w+)", error)
+    if wanted is not None:
+        kind = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}
+        return f"should be {kind.get(wanted.group(1), wanted.group(1))} (got {value})"
+    options = re.search(r"expected one of \[(.*?)\]", error)
+    if options is not None:
+        return f"should be one of {options.group(1)} (got {value})"
+    return f"has the wrong type (got {value})"
+
+
+def _type_hint(wanted: Any, value: str) -> str:
+    if wanted is not None and "int" in str(wanted.type) and re.fullmatch(r"\d+(\.\d*)?e\d+", value):
+        return f"write {int(float(value)):_}"
+    return ""
+
+
+def _first_lines(error: Exception) -> str:
+    """What an exception says, without the empty lines and keys that only Hydra needs."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return "\n  ".join(line for line in lines if not line.startswith(("full_key:", "object_type=")))
+
+

@@ -1,0 +1,1 @@
+"""Text -> tokens on disk -> the batch at a global position."""

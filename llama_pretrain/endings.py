@@ -1,0 +1,50 @@
+"""How a command ends: expected errors as lines, signals as codes, bugs as tracebacks."""
+
+from collections.abc import Sequence
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from llama_pretrain.config.compose import explain
+from llama_pretrain.config.problems import UserError
+from llama_pretrain.launch.local import RankFailure, Stopped
+
+EXPECTED = (UserError, RankFailure)
+
+
+def tell(error: Exception) -> None:
+    """Print an expected error."""
+    from llama_pretrain import console
+
+    if isinstance(error, UserError):
+        console.show_problems(error.problems)
+    else:
+        console.show_failure(str(error))
+
+
+def end(error: BaseException, argv: Sequence[str]) -> int:
+    """Tell how it ended. Returns the exit code; raises what nobody expected."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(bool(error.code))
+    if isinstance(error, (Stopped, KeyboardInterrupt)):
+        from llama_pretrain import console
+
+        console.show_failure("stopped; all ranks have ended")
+        return 128 + (error.number if isinstance(error, Stopped) else 2)
+    if isinstance(error, EXPECTED):
+        tell(error)
+        return 1
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        tell(UserError(_all_problems(error, argv)))
+        return 1
+    raise error
+
+
+def _all_problems(error: Exception, argv: Sequence[str]) -> list:
+    from llama_pretrain.plan.machine import detect_machine
+    from llama_pretrain.tasks import check_everything
+
+    problems, run = explain(argv, error)
+    if run is not None:
+        problems += check_everything(run, detect_machine())[1]
+    return problems

@@ -1,0 +1,1 @@
+"""The plan -> worker processes on this machine."""

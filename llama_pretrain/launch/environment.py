@@ -1,0 +1,35 @@
+"""The environment that ranks start with: one of the two places that read ours."""
+
+import os
+import sys
+from pathlib import Path
+
+from llama_pretrain.config.compose import PROJECT_ROOT
+from llama_pretrain.config.schema import Device, Run
+
+
+def extensions_dir(run: Run) -> Path:
+    """Where DeepSpeed's compiled operators are kept."""
+    given = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if given is not None:
+        return Path(given)
+    return Path(run.data.cache_dir).expanduser().resolve() / "torch_extensions"
+
+
+def worker_environment(run: Run) -> dict[str, str]:
+    """What ranks need beside our own environment."""
+    paths = [str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")]
+    values = {
+        # ninja, which compiles operators, may lie beside the interpreter and off the PATH
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "OMP_NUM_THREADS": str(run.launch.threads_per_process),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",  # everything a rank reads is a file
+        "TORCH_EXTENSIONS_DIR": str(extensions_dir(run)),
+        "PYTHONWARNINGS": "ignore::FutureWarning:torch.distributed.c10d_logger",
+    }
+    if run.launch.device is Device.cpu:
+        values["DS_ACCELERATOR"] = "cpu"
+        values["CUDA_VISIBLE_DEVICES"] = ""
+    return values

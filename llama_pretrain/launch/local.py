@@ -1,0 +1,104 @@
+"""Ranks on this machine, through torch's elastic agent: fresh interpreters, one rendezvous a run."""
+
+import contextlib
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llama_pretrain.config.schema import Run
+from llama_pretrain.launch.environment import worker_environment
+from llama_pretrain.runs.rundir import RunDir
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
+
+class RankFailure(Exception):
+    """A rank ended with an error; the others were stopped."""
+
+    def __init__(self, *, rank: int, error: str, log: Path):
+        self.rank, self.error, self.log = rank, error, log
+        super().__init__(f"rank {rank} failed: {error}\n  its log: {log}")
+
+
+class Stopped(BaseException):
+    """A signal asked the launcher to end; the ranks were stopped."""
+
+    def __init__(self, number: int):
+        self.number = number
+        super().__init__(signal.Signals(number).name)
+
+
+def launch(run: Run, run_dir: RunDir, *, checkpoint: Path | None) -> None:
+    """Start the ranks of a written run directory and wait for all of them.
+
+    Raises:
+        RankFailure: with the error of the rank that failed first.
+        Stopped: if a signal came; all ranks have ended by then.
+    """
+    # torch takes 2 s to import, which planning and --help need not pay
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    variables = [f"{key}={value}" for key, value in worker_environment(run).items()]
+    module = [sys.executable, "-u", "-m", "llama_pretrain.train.worker", str(run_dir.path)]
+    words = [*variables, *module, *([] if checkpoint is None else [str(checkpoint)])]
+    with tempfile.TemporaryDirectory() as early_logs, _own_signal_handlers():
+        config = _launch_config(run, run_dir, early_logs=early_logs)
+        try:
+            # `env` sets the ranks' environment without touching ours, and becomes the worker
+            elastic_launch(config, "env")(*words)
+        except ChildFailedError as error:
+            raise _first_failure(error, run_dir, early_logs=Path(early_logs)) from error
+        except SignalException as error:
+            # An Exception to Hydra, which would go on with the next job of a sweep.
+            raise Stopped(error.sigval) from error
+
+
+def _launch_config(run: Run, run_dir: RunDir, *, early_logs: str) -> Any:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.launcher.api import LaunchConfig
+
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=run.launch.num_processes,
+        run_id=run_dir.path.name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+        # What a rank says before it has opened its own log, which is next to nothing.
+        logs_specs=DefaultLogsSpecs(log_dir=early_logs, redirects=Std.ALL),
+    )
+
+
+def _first_failure(error: Any, run_dir: RunDir, *, early_logs: Path) -> RankFailure:
+    rank, failure = error.get_first_failure()
+    message = failure.message
+    if isinstance(message, dict):
+        message = message.get("message", message)
+    text = str(message)
+    if failure.exitcode < 0:
+        text = f"ended by {signal.Signals(-failure.exitcode).name}"
+        if failure.exitcode == -signal.SIGKILL:
+            text += " (by hand, or by the system for want of memory)"
+    elif not run_dir.rank_log(rank).exists():
+        text = "\n".join(
+            path.read_text(errors="replace")[-2000:] for path in early_logs.rglob(f"{rank}/stderr.log")
+        )
+    return RankFailure(rank=rank, error=text, log=run_dir.rank_log(rank))
+
+
+@contextlib.contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """The agent leaves its signal handlers installed: put ours back."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

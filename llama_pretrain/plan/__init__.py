@@ -1,0 +1,1 @@
+"""What a run will do, by arithmetic: nothing here imports torch or starts anything."""

@@ -1,0 +1,95 @@
+"""What this machine has, found out without importing torch."""
+
+import ctypes
+import ctypes.util
+import importlib.util
+import os
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The facts that a plan depends on."""
+
+    cores: int
+    """Cores that this process may use."""
+    memory_bytes: int
+    """Host memory."""
+    num_gpus: int
+    """GPUs that torch here can use: 0 for a CPU build of torch, whatever is plugged in."""
+    gpu_name: str | None
+    gpu_memory_bytes: int | None
+    gpu_capability: tuple[int, int] | None
+    """CUDA compute capability of the first GPU."""
+    cpu_bf16: bool
+    """Whether the CPU multiplies bf16 natively."""
+    has_compiler: bool
+    """Whether DeepSpeed's operators can be compiled: a C++ compiler and ninja."""
+    has_libaio: bool
+
+
+def detect_machine() -> Machine:
+    """Look at this machine."""
+    gpus = _query_gpus() if _torch_has_cuda() else []
+    return Machine(
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        num_gpus=len(gpus),
+        gpu_name=gpus[0][0] if gpus else None,
+        gpu_memory_bytes=gpus[0][1] if gpus else None,
+        gpu_capability=gpus[0][2] if gpus else None,
+        cpu_bf16=_cpu_has_bf16(),
+        has_compiler=_has_compiler(),
+        has_libaio=ctypes.util.find_library("aio") is not None,
+    )
+
+
+def _torch_has_cuda() -> bool:
+    """Whether the installed torch was built for CUDA, read from its version file."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    version_file = Path(spec.origin).with_name("version.py")
+    match = re.search(r"^cuda\b.*= *'[\d.]+'", version_file.read_text(), re.M)
+    return match is not None
+
+
+def _query_gpus() -> list[tuple[str, int, tuple[int, int]]]:
+    """Name, memory in bytes and compute capability of each GPU, asked of the CUDA driver."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return []
+    count = ctypes.c_int()
+    if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return []
+    gpus = []
+    for index in range(count.value):
+        device, name, total = ctypes.c_int(), ctypes.create_string_buffer(100), ctypes.c_size_t()
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        cuda.cuDeviceGet(ctypes.byref(device), index)
+        cuda.cuDeviceGetName(name, 100, device)
+        cuda.cuDeviceTotalMem_v2(ctypes.byref(total), device)
+        cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, device)  # ..._CAPABILITY_MAJOR
+        cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)  # ..._CAPABILITY_MINOR
+        gpus.append((name.value.decode(), total.value, (major.value, minor.value)))
+    return gpus
+
+
+def _cpu_has_bf16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags) is not None
+
+
+def _has_compiler() -> bool:
+    """torch compiles with $CXX or c++; ninja may lie beside the interpreter, off the PATH."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    compiler = os.environ.get("CXX", "c++")
+    return shutil.which(compiler, path=path) is not None and shutil.which("ninja", path=path) is not None

@@ -1,0 +1,144 @@
+"""The plan: everything that follows from a resolved run, and plan.json."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from llama_pretrain.config.problems import refuse
+from llama_pretrain.config.schema import Run, ScheduleName
+from llama_pretrain.plan.batch import BatchPlan, solve_batch
+from llama_pretrain.plan.ds_config import check_extra
+from llama_pretrain.plan.feasible import check_scale
+from llama_pretrain.plan.memory import MemoryPlan, estimate_memory
+from llama_pretrain.plan.model_size import (
+    ModelSize,
+    count_parameters,
+    flops_per_token,
+    with_vocabulary,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """The prepared data that a run reads."""
+
+    tokenizer_dir: str
+    tokens_dir: str
+    tokenizer_hash: str
+    data_hash: str
+    """Names the tokens: of the files, the tokenizer and the options that made them."""
+    tokenizer_size: int
+    train_rows: int
+    train_tokens: int
+    heldout_rows: int
+    heldout_bytes_per_token: float
+    """Bytes of text a token of the held-out split, for bits per byte."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """Lengths in optimizer steps, and what they come to."""
+
+    total: int
+    warmup: int
+    decay: int
+    """Steps of the decay at the end: all after warm-up but for `wsd` and `constant`."""
+    tokens_per_step: int
+    tokens: int
+    epochs: float | None
+    """Passes over the training rows; `None` where the data is not prepared yet."""
+    eval_rows: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will do."""
+
+    device: str
+    world_size: int
+    batch: BatchPlan
+    steps: Steps
+    parameters: ModelSize
+    flops_per_token: int
+    vocab_size: int
+    """Rows of the embedding matrix, after it has grown to hold the tokenizer."""
+    peak_learning_rate: float
+    final_learning_rate: float
+    memory: MemoryPlan
+    corpus: Corpus | None
+    """`None` where the data is not prepared yet (`task=plan`)."""
+
+
+def build_plan(run: Run, corpus: Corpus | None) -> Plan:
+    """Plan a run whose choices are resolved.
+
+    Raises:
+        UserError: if the batch doesn't divide, or DeepSpeed would ignore a key.
+    """
+    assert run.launch.num_processes is not None
+    world_size = run.launch.num_processes * run.launch.nodes
+    refuse([*check_scale(run), *check_extra(run.deepspeed.extra)])
+    batch = solve_batch(run.batch, world_size=world_size)
+    if corpus is not None:
+        run = replace(run, model=with_vocabulary(run.model, tokenizer_size=corpus.tokenizer_size))
+    constant = run.schedule.name is ScheduleName.constant
+    peak = run.optim.learning_rate
+    return Plan(
+        device=run.launch.device.value,
+        world_size=world_size,
+        batch=batch,
+        steps=_count_steps(run, batch, corpus),
+        parameters=count_parameters(run.model),
+        flops_per_token=flops_per_token(run.model, sequence_length=run.data.sequence_length),
+        vocab_size=run.model.vocab_size,
+        peak_learning_rate=peak,
+        final_learning_rate=peak if constant else peak * run.schedule.min_learning_rate_ratio,
+        memory=estimate_memory(run, batch, world_size=world_size),
+        corpus=corpus,
+    )
+
+
+def _count_steps(run: Run, batch: BatchPlan, corpus: Corpus | None) -> Steps:
+    tokens_per_step = batch.global_batch_size * run.data.sequence_length
+
+    def in_steps(steps: int | None, tokens: int | None) -> int | None:
+        return steps if tokens is None else -(-tokens // tokens_per_step)
+
+    limits = (run.train.max_steps, in_steps(None, run.train.max_tokens))
+    total = min(limit for limit in limits if limit is not None)
+    schedule = run.schedule
+    # A run shorter than its warm-up ends while it warms up, like the beginning of a longer one.
+    warmup = in_steps(schedule.warmup_steps, schedule.warmup_tokens) or 0
+    rest = max(0, total - warmup)
+    decay = rest
+    if schedule.name is ScheduleName.constant:
+        decay = 0
+    if schedule.name is ScheduleName.wsd:
+        wanted = in_steps(schedule.decay_steps, schedule.decay_tokens)
+        decay = min(rest, -(-total // 10) if wanted is None else wanted)
+    epochs, eval_rows = None, run.train.eval_rows
+    if corpus is not None:
+        rows = min(corpus.train_rows, run.data.limit_train_rows or corpus.train_rows)
+        epochs = total * batch.global_batch_size / rows
+        eval_rows = min(corpus.heldout_rows, run.train.eval_rows or corpus.heldout_rows)
+    return Steps(
+        total=total,
+        warmup=warmup,
+        decay=decay,
+        tokens_per_step=tokens_per_step,
+        tokens=total * tokens_per_step,
+        epochs=epochs,
+        eval_rows=eval_rows,
+    )
+
+
+def render_plan(plan: Plan) -> str:
+    """The text of plan.json."""
+    return json.dumps(asdict(plan), indent=2) + "\n"
+
+
+def load_plan(path: Path) -> Plan:
+    """Read plan.json, as workers do."""
+    from pydantic import TypeAdapter  # 0.1 s that --help need not pay
+
+    return TypeAdapter(Plan).validate_json(path.read_bytes())

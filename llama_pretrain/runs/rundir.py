@@ -1,0 +1,123 @@
+"""What lies where in a run directory, and how its files are written and read."""
+
+import json
+import os
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The folder of one run. The parent and the ranks know of each other only through it."""
+
+    path: Path
+
+    @property
+    def snapshot(self) -> Path:
+        return self.path / "snapshot.yaml"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def ds_config(self) -> Path:
+        return self.path / "ds_config.json"
+
+    @property
+    def provenance(self) -> Path:
+        return self.path / "provenance.json"
+
+    @property
+    def status(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def metrics(self) -> Path:
+        """A JSON line a step, an evaluation, a checkpoint; see docs/run_directory.md."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    @property
+    def ranks(self) -> Path:
+        return self.path / "ranks"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def rank_log(self, rank: int) -> Path:
+        """All that a rank and its libraries say."""
+        return self.ranks / f"rank{rank}.log"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name, flush it to the disk, and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Status(str, Enum):
+    running = "running"
+    completed = "completed"
+    failed = "failed"
+    stopped = "stopped"
+    preempted = "preempted"
+
+
+def write_status(
+    run_dir: RunDir,
+    status: Status,
+    *,
+    objective: float | None = None,
+    error: str | None = None,
+    rank: int | None = None,
+    log: Path | None = None,
+) -> None:
+    """Say how a run stands. Only the parent writes it, after all ranks have ended."""
+    values = {
+        "status": status.value,
+        "objective": objective,
+        "error": error,
+        "rank": rank,
+        "log": None if log is None else str(log),
+        "pid": os.getpid(),
+    }
+    write_text(run_dir.status, json.dumps(values, indent=2) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All lines of metrics.jsonl; a last line that was cut short is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            rows.append(json.loads(line))
+    return rows
+
+
+def cut_metrics(path: Path, *, last_step: int) -> None:
+    """Forget the steps after a checkpoint that a run goes on from."""
+    rows = [
+        row for row in read_metrics(path) if row["step"] <= last_step and "finished" not in row
+    ]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -1,0 +1,199 @@
+"""The stations of a run, called one after another in the parent process."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from llama_pretrain import console
+from llama_pretrain.config.compose import PROJECT_ROOT
+from llama_pretrain.config.problems import Problem, UserError, refuse
+from llama_pretrain.config.rules import check_run
+from llama_pretrain.config.schema import Run, Task
+from llama_pretrain.config.snapshot import load_snapshot, render_snapshot
+from llama_pretrain.plan.choices import resolve_choices
+from llama_pretrain.plan.ds_config import get_train_ds_config
+from llama_pretrain.plan.feasible import check_machine
+from llama_pretrain.plan.machine import Machine, detect_machine
+from llama_pretrain.plan.plan import Plan, build_plan, render_plan
+from llama_pretrain.runs.checkpoints import newest_complete, read_manifest
+from llama_pretrain.runs.provenance import collect_provenance, render_provenance
+from llama_pretrain.runs.report import render_report
+from llama_pretrain.runs.rundir import (
+    RunDir,
+    Status,
+    cut_metrics,
+    read_metrics,
+    write_status,
+    write_text,
+)
+
+
+def run_task(run: Run, *, run_dir: RunDir, argv: Sequence[str]) -> float | None:
+    """Do what `task` says. Returns the last evaluation loss, which Hydra calls the objective.
+
+    Raises:
+        UserError: for everything that can be known before a rank starts.
+        RankFailure: if a rank failed.
+    """
+    machine = detect_machine()
+    run, problems = check_everything(run, machine)
+    refuse(problems)
+    if run.task is Task.plan:
+        plan = build_plan(run, None)
+        console.show_config(run)
+        console.show_plan(run, plan, None)
+        for problem in check_machine(run, machine):
+            console.say(f"not on this machine: {problem}")
+        console.say(json.dumps(get_train_ds_config(run, plan.batch, run_dir=None), indent=2))
+        return None
+    from llama_pretrain.data.prepare import prepare_corpus  # tokenizers: not for task=plan
+
+    corpus = prepare_corpus(run, report=console.say)
+    plan = build_plan(run, corpus)
+    if run.task is Task.prepare:
+        console.say(f"prepared {corpus.train_rows:,} rows in {corpus.tokens_dir}")
+        return None
+    return pretrain(run, plan, run_dir=run_dir, argv=argv, machine=machine)
+
+
+def check_everything(run: Run, machine: Machine) -> tuple[Run, list[Problem]]:
+    """The run with its choices made, and every problem that needs no look into the data."""
+    problems = list(check_run(run))
+    try:
+        run = resolve_choices(run, machine)
+    except UserError as error:
+        return run, problems + error.problems
+    seen = {problem.path for problem in problems}
+    problems += [problem for problem in check_run(run) if problem.path not in seen]
+    if run.task is not Task.plan:
+        problems += check_machine(run, machine)
+    try:
+        build_plan(run, None)
+    except UserError as error:
+        problems += error.problems
+    return run, problems
+
+
+def pretrain(
+    run: Run, plan: Plan, *, run_dir: RunDir, argv: Sequence[str], machine: Machine
+) -> float | None:
+    """Write the run directory, train in it, and say how it ended."""
+    from llama_pretrain.launch.local import RankFailure, Stopped, launch
+    from llama_pretrain.launch.operators import build_operators
+
+    checkpoint, first_step = None, 0
+    if run.resume is None:
+        check_unused(run_dir)
+    else:
+        checkpoint, first_step = find_checkpoint(run, plan, run_dir)
+    run = replace(run, resume=None)
+    console.show_config(run)
+    console.show_plan(run, plan, run_dir)
+    write_run_dir(run, plan, run_dir, argv=argv, machine=machine)
+    if checkpoint is not None:
+        cut_metrics(run_dir.metrics, last_step=first_step)
+        console.say(f"going on from {checkpoint.name}")
+    write_status(run_dir, Status.running)
+    try:
+        build_operators(run, log=run_dir.ranks / "build.log", report=console.say)
+        with console.follow_metrics(run_dir, plan, first_step=first_step):
+            launch(run, run_dir, checkpoint=checkpoint)
+    except RankFailure as error:
+        write_status(
+            run_dir, Status.failed, error=error.error, rank=error.rank, log=error.log
+        )
+        raise
+    except (Stopped, KeyboardInterrupt):
+        write_status(run_dir, Status.stopped, error="stopped by a signal")
+        raise
+    except BaseException as error:
+        write_status(run_dir, Status.failed, error=f"{type(error).__name__}: {error}")
+        raise
+    rows = read_metrics(run_dir.metrics)
+    objective = next((row["eval_loss"] for row in reversed(rows) if "eval_loss" in row), None)
+    write_text(run_dir.report, render_report(run_dir))
+    write_status(run_dir, Status.completed, objective=objective)
+    console.show_result(rows, run_dir)
+    return objective
+
+
+def check_unused(run_dir: RunDir) -> None:
+    """Refuse a directory that another run has written.
+
+    Raises:
+        UserError: with the two ways out.
+    """
+    if run_dir.snapshot.exists():
+        message = f"{run_dir.path} holds a run already"
+        hint = f"go on with it: resume={run_dir.path}, or choose another directory"
+        raise UserError([Problem(path="hydra.run.dir", message=message, hint=hint)])
+
+
+RESUME_FIXED = ("model", "tokenizer", "data", "seed", "precision", "zero.stage")
+"""What a resumed run must have as it was: the weights and the data would not be the same run's."""
+
+
+def find_checkpoint(run: Run, plan: Plan, run_dir: RunDir) -> tuple[Path, int]:
+    """The checkpoint to go on from, and its step.
+
+    Raises:
+        UserError: if there is none, or the run that it is of was another.
+    """
+    before = load_snapshot(run_dir.snapshot)
+    problems = []
+    for path in RESUME_FIXED:
+        was, wanted = _get(before, path), _get(run, path)
+        if path == "data":
+            was, wanted = (replace(part, cache_dir="", num_workers=0) for part in (was, wanted))
+        if was != wanted:
+            message = "differs from what the run was started with"
+            problems.append(Problem(path=path, message=message, hint="leave it out, or start anew"))
+    folder, passed_over = newest_complete(run_dir.checkpoints)
+    for line in passed_over:
+        console.say(line)
+    if folder is None:
+        message = f"no complete checkpoint in {run_dir.checkpoints}"
+        problems.append(Problem(path="resume", message=message))
+        raise UserError(problems)
+    manifest = read_manifest(folder)
+    assert plan.corpus is not None
+    if manifest.world_size != plan.world_size:
+        message = f"{folder.name} was written by {manifest.world_size} ranks (got {plan.world_size})"
+        hint = f"set launch.num_processes={manifest.world_size}"
+        problems.append(Problem(path="launch.num_processes", message=message, hint=hint))
+    if manifest.consumed_samples != manifest.step * plan.batch.global_batch_size:
+        size = manifest.consumed_samples // manifest.step
+        message = f"the run has had {size} rows a step (got {plan.batch.global_batch_size})"
+        problems.append(Problem(path="batch.global_batch_size", message=message))
+    if manifest.data_hash != plan.corpus.data_hash:
+        message = f"the corpus has changed: {plan.corpus.data_hash[:16]} now,"
+        message += f" {manifest.data_hash[:16]} in {folder.name}"
+        problems.append(Problem(path="data", message=message))
+    if manifest.step >= plan.steps.total:
+        message = f"the run has done its {plan.steps.total} steps"
+        problems.append(Problem(path="resume", message=message, hint="raise train.max_steps"))
+    refuse(problems)
+    return folder, manifest.step
+
+
+def _get(run: Run, path: str) -> object:
+    value: object = run
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def write_run_dir(
+    run: Run, plan: Plan, run_dir: RunDir, *, argv: Sequence[str], machine: Machine
+) -> None:
+    """Write everything that ranks read, and where the run comes from."""
+    provenance = collect_provenance(argv=argv, root=PROJECT_ROOT, machine=asdict(machine))
+    write_text(run_dir.provenance, render_provenance(provenance))
+    config = get_train_ds_config(run, plan.batch, run_dir=run_dir.path)
+    write_text(run_dir.ds_config, json.dumps(config, indent=2) + "\n")
+    write_text(run_dir.plan, render_plan(plan))
+    write_text(run_dir.snapshot, render_snapshot(run))
+    for folder in (run_dir.ranks, run_dir.checkpoints):
+        os.makedirs(folder, exist_ok=True)

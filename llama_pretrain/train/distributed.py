@@ -1,0 +1,69 @@
+"""Who this rank is, the process group, and the few collectives that training needs."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """This process among the others."""
+
+    index: int
+    local_index: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+
+def init_distributed(*, device: str, timeout_s: int, threads: int) -> Rank:
+    """Join the process group that the launcher's environment describes."""
+    local_index = int(os.environ["LOCAL_RANK"])
+    if device == "cuda":
+        torch.cuda.set_device(local_index)
+        here = torch.device("cuda", local_index)
+    else:
+        torch.set_num_threads(threads)
+        here = torch.device("cpu")
+        # On a CPU DeepSpeed would compile its shared-memory collectives at every first start;
+        # training doesn't use them (only inference_all_reduce does).
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device == "cuda" else "gloo",
+        timeout=timedelta(seconds=timeout_s),
+        verbose=False,
+    )
+    return Rank(
+        index=dist.get_rank(),
+        local_index=local_index,
+        world_size=dist.get_world_size(),
+        device=here,
+    )
+
+
+def print_rank_0(message: str, rank: Rank) -> None:
+    """Print once for all ranks, to the log of rank 0."""
+    if rank.is_first:
+        print(message, flush=True)
+
+
+def sum_over_ranks(values: Iterable[float], rank: Rank) -> list[float]:
+    """Sum plain numbers over all ranks: float64, so that hashes below 2^53 stay exact."""
+    total = torch.tensor(list(values), dtype=torch.float64, device=rank.device)
+    dist.all_reduce(total)
+    return [float(value) for value in total.tolist()]
+
+
+def largest_over_ranks(value: float, rank: Rank) -> float:
+    """The largest of one number a rank."""
+    largest = torch.tensor(value, dtype=torch.float64, device=rank.device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest.item())

@@ -1,0 +1,238 @@
+"""The training loop of one rank, from a step to the last."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama_pretrain.config.schema import Run
+from llama_pretrain.data.dataset import (
+    EvalSampler,
+    PretrainDataset,
+    TrainSampler,
+    build_loader,
+    create_pretrain_dataset,
+)
+from llama_pretrain.data.order import hash_samples
+from llama_pretrain.plan.plan import Plan
+from llama_pretrain.runs.rundir import RunDir
+from llama_pretrain.train.checkpoint import save_checkpoint
+from llama_pretrain.train.distributed import Rank, largest_over_ranks, sum_over_ranks
+from llama_pretrain.train.evaluate import evaluate
+from llama_pretrain.train.loss import token_losses
+from llama_pretrain.train.metrics import MetricsWriter, peak_flops, peak_memory_bytes
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What a rank trains with."""
+
+    run: Run
+    plan: Plan
+    run_dir: RunDir
+    rank: Rank
+    engine: Any
+    train_set: PretrainDataset
+    heldout_set: PretrainDataset
+    peak_flops: float | None
+    """Of this rank's device, for MFU."""
+
+
+def prepare_training(run: Run, plan: Plan, run_dir: RunDir, rank: Rank, engine: Any) -> Training:
+    """Open the data and find the device's peak."""
+    assert plan.corpus is not None
+    tokens_dir, length = Path(plan.corpus.tokens_dir), run.data.sequence_length
+    peak = run.train.peak_tflops
+    return Training(
+        run=run,
+        plan=plan,
+        run_dir=run_dir,
+        rank=rank,
+        engine=engine,
+        train_set=create_pretrain_dataset(
+            tokens_dir, "train", sequence_length=length, limit_rows=run.data.limit_train_rows
+        ),
+        heldout_set=create_pretrain_dataset(
+            tokens_dir, "heldout", sequence_length=length, limit_rows=plan.steps.eval_rows
+        ),
+        peak_flops=peak * 1e12
+        if peak is not None
+        else peak_flops(rank.device, DTYPES[run.precision.name.value]),
+    )
+
+
+def train(training: Training, writer: MetricsWriter, *, first_step: int) -> None:
+    """Train from `first_step` (steps done already) to the plan's last step."""
+    run, plan, rank, engine = training.run, training.plan, training.rank, training.engine
+    batches = _train_batches(training, first_step=first_step)
+    if first_step == 0:
+        _evaluate(training, writer, step=0)
+    rates: list[float] = []
+    losses: list[float] = []
+    with _profiler(training) as profiler:
+        for step in range(first_step + 1, plan.steps.total + 1):
+            started = time.perf_counter()
+            learning_rate = engine.get_lr()[0]
+            loss, grad_norm, sample_hash = train_step(training, batches, step=step)
+            seconds = time.perf_counter() - started
+            tokens_per_s = plan.steps.tokens_per_step / seconds
+            tokens = step * plan.steps.tokens_per_step
+            row = {
+                "step": step,
+                "tokens": tokens,
+                "loss": loss,
+                "learning_rate": learning_rate,
+                "grad_norm": grad_norm,
+                "tokens_per_s": tokens_per_s,
+                "mfu": _mfu(training, tokens_per_s),
+                "memory_bytes": peak_memory_bytes(rank.device),
+                "skipped_steps": engine.skipped_steps,
+                "sample_hash": sample_hash,
+            }
+            writer.write(row, tokens=tokens)
+            rates.append(tokens_per_s)
+            losses.append(loss)
+            if profiler is not None:
+                profiler.step()
+            last = step == plan.steps.total
+            every = run.train.eval_every_steps
+            if last or (every is not None and step % every == 0):
+                _evaluate(training, writer, step=step)
+            every = run.checkpoint.every_steps
+            if run.checkpoint.at_end if last else (every is not None and step % every == 0):
+                _save(training, writer, step=step, sample_hash=sample_hash)
+    rate = sorted(rates)[len(rates) // 2] if rates else 0.0
+    summary = {
+        "step": plan.steps.total,
+        "finished": True,
+        "train_loss": sum(losses[-20:]) / len(losses[-20:]) if losses else None,
+        "median_tokens_per_s": rate,
+        "median_mfu": _mfu(training, rate),
+        "peak_memory_bytes": largest_over_ranks(peak_memory_bytes(rank.device), rank),
+    }
+    writer.write(summary, tokens=plan.steps.tokens)
+
+
+def train_step(
+    training: Training, batches: Iterator[dict[str, torch.Tensor]], *, step: int
+) -> tuple[float, float, str]:
+    """One optimizer step.
+
+    Returns the loss averaged over the global batch, the norm of its gradient before clipping, and
+    a hash of the samples in it.
+    """
+    engine, rank, batch_plan = training.engine, training.rank, training.plan.batch
+    loss_sum = torch.zeros((), dtype=torch.float32, device=rank.device)
+    sample_hash = 0
+    num_micro = batch_plan.gradient_accumulation_steps
+    for micro in range(num_micro):
+        cpu_batch = next(batches)
+        sample_hash += hash_samples(cpu_batch["sample_id"].numpy())
+        batch = {key: value.to(rank.device, non_blocking=True) for key, value in cpu_batch.items()}
+        # Every row has as many targets, so the mean over micro batches and ranks, which DeepSpeed
+        # takes of the gradients, is the mean over the global batch.
+        loss = token_losses(engine, batch) / batch["shift_labels"].numel()
+        loss_sum += loss.detach()
+        engine.backward(loss)
+        if micro == num_micro - 1:
+            # Before the update: a loss that is no number must not touch a weight, and all ranks
+            # must agree on that. Reading it waits for the device, once a step.
+            total, hashed = sum_over_ranks([loss_sum.item(), sample_hash], rank)
+            mean = total / (num_micro * rank.world_size)
+            if not math.isfinite(mean):
+                raise FloatingPointError(f"the loss of step {step} is {mean}; no weight was touched")
+            own_norm = None if training.run.zero.stage else _plain_grad_norm(engine)
+        engine.step()
+    norm = engine.get_global_grad_norm()
+    if norm is None:  # DeepSpeed keeps none at stage 0 in fp32
+        norm = own_norm
+    return mean, float(norm), f"{int(hashed):016x}"
+
+
+def _plain_grad_norm(engine: Any) -> float | None:
+    """Norm of the gradients that stage 0 has reduced, where they are the parameters' own."""
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients)) if gradients else None
+
+
+def _train_batches(training: Training, *, first_step: int) -> Iterator[dict[str, torch.Tensor]]:
+    run, plan, rank = training.run, training.plan, training.rank
+    sampler = TrainSampler(
+        num_rows=len(training.train_set),
+        seed=run.seed,
+        first_step=first_step,
+        num_steps=plan.steps.total,
+        global_batch_size=plan.batch.global_batch_size,
+        rank=rank.index,
+        world_size=rank.world_size,
+    )
+    loader = build_loader(
+        training.train_set,
+        sampler,
+        micro_batch_size=plan.batch.micro_batch_size,
+        num_workers=run.data.num_workers,
+    )
+    return iter(loader)
+
+
+def _evaluate(training: Training, writer: MetricsWriter, *, step: int) -> None:
+    plan, rank = training.plan, training.rank
+    assert plan.corpus is not None
+    sampler = EvalSampler(
+        num_rows=len(training.heldout_set),
+        micro_batch_size=plan.batch.micro_batch_size,
+        rank=rank.index,
+        world_size=rank.world_size,
+    )
+    loader = build_loader(
+        training.heldout_set,
+        sampler,
+        micro_batch_size=plan.batch.micro_batch_size,
+        num_workers=0,
+    )
+    result = evaluate(
+        training.engine, loader, rank, bytes_per_token=plan.corpus.heldout_bytes_per_token
+    )
+    tokens = step * plan.steps.tokens_per_step
+    writer.write({"step": step, "tokens": tokens, **result}, tokens=tokens)
+
+
+def _save(training: Training, writer: MetricsWriter, *, step: int, sample_hash: str) -> None:
+    started = time.perf_counter()
+    name = save_checkpoint(
+        training.engine,
+        training.run,
+        training.plan,
+        training.rank,
+        training.run_dir.checkpoints,
+        step=step,
+        sample_hash=sample_hash,
+    )
+    row = {"step": step, "checkpoint": name, "checkpoint_seconds": time.perf_counter() - started}
+    writer.write(row, tokens=step * training.plan.steps.tokens_per_step)
+
+
+def _mfu(training: Training, tokens_per_s: float) -> float | None:
+    if training.peak_flops is None:
+        return None
+    used = training.plan.flops_per_token * tokens_per_s
+    return used / (training.peak_flops * training.rank.world_size)
+
+
+def _profiler(training: Training) -> AbstractContextManager[Any]:
+    """torch's profiler on rank 0 for `train.profile_steps` steps after two."""
+    steps = training.run.train.profile_steps
+    if steps == 0 or not training.rank.is_first:
+        return nullcontext()
+    target = training.run_dir.path / "profile"
+    return torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1),
+        on_trace_ready=torch.profiler.tensorboard_trace_handler(str(target)),
+    )

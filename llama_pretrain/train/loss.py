@@ -1,0 +1,23 @@
+"""The loss of a micro batch. Letters: B rows, T tokens of a row, V vocabulary."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+
+from llama_pretrain.data.dataset import IGNORED
+
+
+def token_losses(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Sum of the cross entropy of all labelled tokens of a micro batch, in nats: () float32.
+
+    Logits are (B, T, V) in the model's precision and the softmax is in fp32. `use_cache=False`
+    always: with a cache, packed documents would see each other.
+    """
+    logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+    return functional.cross_entropy(
+        logits.float().flatten(0, 1),
+        batch["shift_labels"].flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
+    )

@@ -1,0 +1,145 @@
+"""The entry point of a rank: `python -m llama_pretrain.train.worker RUN_DIR [CHECKPOINT]`.
+
+Everything it trains with, it reads from the run directory.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from llama_pretrain.runs.rundir import RunDir, write_text
+
+
+@record
+def main() -> None:
+    run_dir = RunDir(Path(sys.argv[1]))
+    checkpoint = Path(sys.argv[2]) if len(sys.argv) > 2 else None
+    train_rank(run_dir, checkpoint)
+    # Gloo's threads abort some processes at the interpreter's exit: leave without it, after
+    # everything is written and all ranks have said so.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def die_with_parent() -> None:
+    """End this process when the launcher dies, however it dies (Linux alone)."""
+    if sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def redirect_output(log: Path) -> None:
+    """Send all output, that of C++ libraries too, to this rank's log."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def train_rank(run_dir: RunDir, checkpoint: Path | None) -> None:
+    """Train as the run directory says, from the start or from a checkpoint; export; sample."""
+    import torch  # after the output is redirected: libraries talk while they are imported
+    import torch.distributed as dist
+
+    from llama_pretrain.config.snapshot import load_snapshot
+    from llama_pretrain.plan.plan import load_plan
+    from llama_pretrain.train.checkpoint import load_checkpoint
+    from llama_pretrain.train.distributed import init_distributed, print_rank_0
+    from llama_pretrain.train.loop import prepare_training, train
+    from llama_pretrain.train.metrics import MetricsWriter
+
+    run, plan = load_snapshot(run_dir.snapshot), load_plan(run_dir.plan)
+    ds_config = json.loads(run_dir.ds_config.read_text(encoding="utf-8"))
+    assert run.launch.threads_per_process is not None and plan.corpus is not None
+    rank = init_distributed(
+        device=plan.device,
+        timeout_s=run.launch.timeout_s,
+        threads=run.launch.threads_per_process,
+    )
+    dist.barrier()  # a rank that can't be reached shows here, not in the middle of building
+    engine = build_engine(run, plan, ds_config, rank)
+    first_step = 0 if checkpoint is None else load_checkpoint(engine, checkpoint, rank)
+    if checkpoint is None:
+        torch.manual_seed(run.seed + rank.index)  # dropout: from here on, each rank its own
+    print_rank_0(f"training from step {first_step} to {plan.steps.total}", rank)
+    writer = MetricsWriter(run_dir, run.monitor, active=rank.is_first, first_step=first_step)
+    training = prepare_training(run, plan, run_dir, rank, engine)
+    train(training, writer, first_step=first_step)
+    if run.checkpoint.export:
+        export_and_sample(run_dir, run, plan, engine, is_first=rank.is_first)
+    writer.close()
+    dist.barrier()  # no rank leaves while another still needs it
+
+
+def build_engine(run: Any, plan: Any, ds_config: dict[str, Any], rank: Any) -> Any:
+    """Model, optimizer and schedule in a DeepSpeed engine, its weights as they were drawn."""
+    import deepspeed
+    from torch.optim.lr_scheduler import LambdaLR
+    from transformers import AutoTokenizer
+
+    from llama_pretrain.train.engine import undo_initial_step
+    from llama_pretrain.train.model import build_llama_config, build_model, restore_rotary
+    from llama_pretrain.train.optimizer import build_optimizer, learning_rate_factor
+
+    tokenizer = AutoTokenizer.from_pretrained(plan.corpus.tokenizer_dir)
+    config = build_llama_config(
+        run.model,
+        vocab_size=plan.vocab_size,
+        special_ids={
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+    )
+    weights = None if run.model.path is None else Path(run.model.path)
+    model = build_model(config, seed=run.seed, weights=weights, ds_config=ds_config)
+    if run.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = build_optimizer(model, run.optim)
+    factor = learning_rate_factor(run.schedule, plan.steps)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=LambdaLR(optimizer, factor),
+        config=ds_config,
+        dist_init_required=False,
+    )
+    undo_initial_step(engine)
+    restore_rotary(engine.module, config, rank.device)
+    engine.train()
+    return engine
+
+
+def export_and_sample(run_dir: RunDir, run: Any, plan: Any, engine: Any, *, is_first: bool) -> None:
+    """Write export/ and, with the model read back from it, a continuation of the prompt."""
+    from llama_pretrain.export import save_hf_format
+    from llama_pretrain.generate import generate_sample
+
+    save_hf_format(
+        engine.module,
+        run_dir.export,
+        tokenizer_dir=Path(plan.corpus.tokenizer_dir),
+        sharded=run.zero.stage == 3,
+        is_first=is_first,
+    )
+    if is_first and run.train.sample_prompt:
+        text = generate_sample(
+            run_dir.export,
+            run.train.sample_prompt,
+            num_tokens=run.train.sample_tokens,
+            seed=run.seed,
+        )
+        write_text(run_dir.path / "sample.txt", text + "\n")
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    redirect_output(RunDir(Path(sys.argv[1])).rank_log(int(os.environ["RANK"])))
+    main()

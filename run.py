@@ -1,0 +1,45 @@
+"""python run.py: compose a run, plan it, write it down, train it. `--help` shows how."""
+
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from llama_pretrain.config.compose import read_config, register, rewrite_argv
+
+
+def main() -> int:
+    """Run, and turn every ending into a few lines and an exit code."""
+    from llama_pretrain import endings  # after Hydra's own flags have had their quick answer
+
+    failures: list[Exception] = []
+
+    @hydra.main(config_path="conf", config_name="config", version_base="1.3")
+    def run(config: DictConfig) -> float | None:
+        from llama_pretrain.runs.rundir import RunDir
+        from llama_pretrain.tasks import run_task
+
+        try:
+            folder = Path(HydraConfig.get().runtime.output_dir)
+            return run_task(read_config(config), run_dir=RunDir(folder), argv=sys.argv)
+        except endings.EXPECTED as error:  # a sweep goes on with its next point
+            endings.tell(error)
+            failures.append(error)
+            return None
+
+    register()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's errors come to us, who know more to say
+    argv = sys.argv[1:]
+    try:
+        sys.argv[1:] = rewrite_argv(argv)
+        run()
+    except BaseException as error:
+        return endings.end(error, sys.argv[1:])
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
