@@ -16,12 +16,14 @@ def main() -> int:
     from llama_pretrain import endings  # after Hydra's own flags have had their quick answer
 
     failures: list[Exception] = []
+    composed: list[DictConfig] = []
 
     @hydra.main(config_path="conf", config_name="config", version_base="1.3")
     def run(config: DictConfig) -> float | None:
         from llama_pretrain.runs.rundir import RunDir
         from llama_pretrain.tasks import run_task
 
+        composed.append(config)
         try:
             folder = Path(HydraConfig.get().runtime.output_dir)
             return run_task(read_config(config), run_dir=RunDir(folder), argv=sys.argv)
@@ -37,7 +39,7 @@ def main() -> int:
         sys.argv[1:] = rewrite_argv(argv)
         run()
     except BaseException as error:
-        return endings.end(error, sys.argv[1:])
+        return endings.end(error, sys.argv[1:], composing=not composed)
     return 1 if failures else 0
 
 

@@ -128,7 +128,7 @@ def _percent(value: float | None) -> str:
 def show_result(rows: Sequence[dict[str, Any]], run_dir: RunDir) -> None:
     """How the run ended, where things lie, and what to look at next."""
     table = _two_columns("result")
-    summary = next((row for row in reversed(rows) if "finished" in row), {})
+    summary: dict[str, Any] = next((row for row in reversed(rows) if "finished" in row), {})
     evaluations = [row for row in rows if "eval_loss" in row]
     if summary.get("train_loss") is not None:
         table.add_row("train loss", f"{summary['train_loss']:.4f} (mean of the last 20 steps)")

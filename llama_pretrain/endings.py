@@ -6,10 +6,10 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from llama_pretrain.config.compose import explain
-from llama_pretrain.config.problems import UserError
-from llama_pretrain.launch.local import RankFailure, Stopped
+from llama_pretrain.config.problems import Problem, UserError
+from llama_pretrain.launch.local import RankError, Stopped
 
-EXPECTED = (UserError, RankFailure)
+EXPECTED = (UserError, RankError)
 
 
 def tell(error: Exception) -> None:
@@ -22,8 +22,12 @@ def tell(error: Exception) -> None:
         console.show_failure(str(error))
 
 
-def end(error: BaseException, argv: Sequence[str]) -> int:
-    """Tell how it ended. Returns the exit code; raises what nobody expected."""
+def end(error: BaseException, argv: Sequence[str], *, composing: bool) -> int:
+    """Tell how it ended. Returns the exit code; raises what nobody expected.
+
+    Args:
+        composing: whether Hydra was still composing the config: then any error is the config's.
+    """
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(bool(error.code))
     if isinstance(error, (Stopped, KeyboardInterrupt)):
@@ -34,13 +38,13 @@ def end(error: BaseException, argv: Sequence[str]) -> int:
     if isinstance(error, EXPECTED):
         tell(error)
         return 1
-    if isinstance(error, (HydraException, OmegaConfBaseException)):
+    if isinstance(error, (HydraException, OmegaConfBaseException)) or composing:
         tell(UserError(_all_problems(error, argv)))
         return 1
     raise error
 
 
-def _all_problems(error: Exception, argv: Sequence[str]) -> list:
+def _all_problems(error: BaseException, argv: Sequence[str]) -> list[Problem]:
     from llama_pretrain.plan.machine import detect_machine
     from llama_pretrain.tasks import check_everything
 

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 
 def save_hf_format(
-    model: nn.Module, target: Path, *, tokenizer_dir: Path, sharded: bool, is_first: bool
+    model: PreTrainedModel, target: Path, *, tokenizer_dir: Path, sharded: bool, is_first: bool
 ) -> None:
     """Gather the weights on rank 0, parameter by parameter, and write them with the tokenizer.
 

@@ -1,6 +1,7 @@
 """Continue a prompt with an exported model."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def generate_sample(export: Path, prompt: str, *, num_tokens: int, seed: int) -> str:
     """The prompt and its continuation, sampled at temperature 0.8 on the CPU."""
     tokenizer = AutoTokenizer.from_pretrained(export)
-    model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     state = torch.get_rng_state()
     torch.manual_seed(seed)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def run_task(run: Run, *, run_dir: RunDir, argv: Sequence[str]) -> float | None:
 
     Raises:
         UserError: for everything that can be known before a rank starts.
-        RankFailure: if a rank failed.
+        RankError: if a rank failed.
     """
     machine = detect_machine()
     run, problems = check_everything(run, machine)
@@ -80,7 +80,7 @@ def pretrain(
     run: Run, plan: Plan, *, run_dir: RunDir, argv: Sequence[str], machine: Machine
 ) -> float | None:
     """Write the run directory, train in it, and say how it ended."""
-    from llama_pretrain.launch.local import RankFailure, Stopped, launch
+    from llama_pretrain.launch.local import RankError, Stopped, launch
     from llama_pretrain.launch.operators import build_operators
 
     checkpoint, first_step = None, 0
@@ -100,10 +100,8 @@ def pretrain(
         build_operators(run, log=run_dir.ranks / "build.log", report=console.say)
         with console.follow_metrics(run_dir, plan, first_step=first_step):
             launch(run, run_dir, checkpoint=checkpoint)
-    except RankFailure as error:
-        write_status(
-            run_dir, Status.failed, error=error.error, rank=error.rank, log=error.log
-        )
+    except RankError as error:
+        write_status(run_dir, Status.failed, error=error.error, rank=error.rank, log=error.log)
         raise
     except (Stopped, KeyboardInterrupt):
         write_status(run_dir, Status.stopped, error="stopped by a signal")
@@ -131,10 +129,6 @@ def check_unused(run_dir: RunDir) -> None:
         raise UserError([Problem(path="hydra.run.dir", message=message, hint=hint)])
 
 
-RESUME_FIXED = ("model", "tokenizer", "data", "seed", "precision", "zero.stage")
-"""What a resumed run must have as it was: the weights and the data would not be the same run's."""
-
-
 def find_checkpoint(run: Run, plan: Plan, run_dir: RunDir) -> tuple[Path, int]:
     """The checkpoint to go on from, and its step.
 
@@ -142,14 +136,15 @@ def find_checkpoint(run: Run, plan: Plan, run_dir: RunDir) -> tuple[Path, int]:
         UserError: if there is none, or the run that it is of was another.
     """
     before = load_snapshot(run_dir.snapshot)
-    problems = []
-    for path in RESUME_FIXED:
-        was, wanted = _get(before, path), _get(run, path)
-        if path == "data":
-            was, wanted = (replace(part, cache_dir="", num_workers=0) for part in (was, wanted))
-        if was != wanted:
-            message = "differs from what the run was started with"
-            problems.append(Problem(path=path, message=message, hint="leave it out, or start anew"))
+    problems = [
+        Problem(
+            path=path,
+            message="differs from what the run was started with",
+            hint="leave it out, or start a new run",
+        )
+        for path, was, wanted in _fixed_for_resume(before, run)
+        if was != wanted
+    ]
     folder, passed_over = newest_complete(run_dir.checkpoints)
     for line in passed_over:
         console.say(line)
@@ -160,7 +155,9 @@ def find_checkpoint(run: Run, plan: Plan, run_dir: RunDir) -> tuple[Path, int]:
     manifest = read_manifest(folder)
     assert plan.corpus is not None
     if manifest.world_size != plan.world_size:
-        message = f"{folder.name} was written by {manifest.world_size} ranks (got {plan.world_size})"
+        message = (
+            f"{folder.name} was written by {manifest.world_size} ranks (got {plan.world_size})"
+        )
         hint = f"set launch.num_processes={manifest.world_size}"
         problems.append(Problem(path="launch.num_processes", message=message, hint=hint))
     if manifest.consumed_samples != manifest.step * plan.batch.global_batch_size:
@@ -178,11 +175,13 @@ def find_checkpoint(run: Run, plan: Plan, run_dir: RunDir) -> tuple[Path, int]:
     return folder, manifest.step
 
 
-def _get(run: Run, path: str) -> object:
-    value: object = run
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
+def _fixed_for_resume(before: Run, run: Run) -> Iterator[tuple[str, object, object]]:
+    """What a resumed run must have as it was: with another, it would be another run."""
+    for name in ("model", "tokenizer", "seed", "precision"):
+        yield name, getattr(before, name), getattr(run, name)
+    was, wanted = (replace(r.data, cache_dir="", num_workers=0) for r in (before, run))
+    yield "data", was, wanted
+    yield "zero.stage", before.zero.stage, run.zero.stage
 
 
 def write_run_dir(

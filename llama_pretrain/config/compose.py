@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -17,6 +18,8 @@ from llama_pretrain.config.schema import Run
 from llama_pretrain.config.snapshot import load_snapshot
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
+COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
+"""What Hydra raises for a user's mistake: `zero=null` is a ValueError to it."""
 SNAPSHOT_NAME = "snapshot"
 HYDRA_SETTINGS = (
     "hydra/help=llama_pretrain",
@@ -88,7 +91,7 @@ def read_config(config: DictConfig) -> Run:
     return parse_values({str(key): value for key, value in values.items()})
 
 
-def explain(argv: Sequence[str], error: Exception) -> tuple[list[Problem], Run | None]:
+def explain(argv: Sequence[str], error: BaseException) -> tuple[list[Problem], Run | None]:
     """All mistakes of a command line that Hydra refused, and the run that the rest describes.
 
     Hydra stops at the first; here each override is tried on its own.
@@ -96,7 +99,6 @@ def explain(argv: Sequence[str], error: Exception) -> tuple[list[Problem], Run |
     from hydra import compose, initialize_config_dir
     from hydra._internal.utils import get_args_parser
     from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
 
     known = get_args_parser().parse_known_args(list(argv))[0]
     folder = known.config_dir or str(PROJECT_ROOT / "conf")
@@ -109,7 +111,7 @@ def explain(argv: Sequence[str], error: Exception) -> tuple[list[Problem], Run |
     with initialize_config_dir(folder, version_base="1.3"):
         try:
             compose(name)
-        except (HydraException, OmegaConfBaseException) as broken:
+        except COMPOSE_ERRORS as broken:
             return [Problem(path=folder, message=_first_lines(broken))], None
         # Choices of groups first: what a setting may be depends on them.
         groups = {path.name for path in (PROJECT_ROOT / "conf").iterdir() if path.is_dir()}
@@ -118,7 +120,7 @@ def explain(argv: Sequence[str], error: Exception) -> tuple[list[Problem], Run |
             try:
                 compose(name, overrides=[*good, override])
                 good.append(override)
-            except (HydraException, OmegaConfBaseException) as broken:
+            except COMPOSE_ERRORS as broken:
                 problems.append(explain_override(override, str(broken)))
         config = compose(name, overrides=good)
     if not problems:
@@ -137,10 +139,11 @@ def explain_override(override: str, error: str) -> Problem:
         options = available.group(1).split()
         close = difflib.get_close_matches(value, options, n=1)
         hint = f"did you mean {key}={close[0]}? " if close else ""
+        hint += f"{'O' if close else 'o'}ptions: {', '.join(options)}"
         return Problem(
             path=key,
             message=f"there is no option {value!r}",
-            hint=f"{hint}Options: {', '.join(options)}" if hint else f"options: {', '.join(options)}",
+            hint=hint,
         )
     if "Could not override" in error or re.search(r"Key '.*' (is )?not in", error):
         return unknown_key(key, seen=override)
@@ -167,9 +170,7 @@ def _type_hint(wanted: Any, value: str) -> str:
     return ""
 
 
-def _first_lines(error: Exception) -> str:
+def _first_lines(error: BaseException) -> str:
     """What an exception says, without the empty lines and keys that only Hydra needs."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return "\n  ".join(line for line in lines if not line.startswith(("full_key:", "object_type=")))
-
-

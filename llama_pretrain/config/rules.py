@@ -160,7 +160,7 @@ def _check_model(run: Run) -> Iterator[Problem]:
 
 
 def _divisors_near(number: int, wanted: int) -> str:
-    divisors = sorted((d for d in range(1, number + 1) if number % d == 0))
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
     below = [d for d in divisors if d < wanted][-1:]
     return ", ".join(str(d) for d in below + [d for d in divisors if d > wanted][:1])
 

@@ -98,7 +98,7 @@ class Model:
     initializer_range: PositiveFloat = 0.02
     """Standard deviation of the initial normal distribution of linear and embedding weights."""
     resize_embeddings: bool = False
-    """Whether a tokenizer larger than vocab_size grows the embeddings; `false` makes it an error."""
+    """Whether a tokenizer larger than vocab_size grows the embeddings; `false` refuses it."""
     pad_embeddings_to_multiple_of: PositiveInt = 8
     """Embeddings that grow are rounded up to a multiple of this many rows."""
 

@@ -11,7 +11,7 @@ from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.config.rules import parse_values
 from llama_pretrain.config.schema import Run
 
-HEADER = "# A run as it was started, every value resolved. Go on with it: python run.py resume=DIR\n"
+HEADER = "# A run as it was started, every value resolved. To go on: python run.py resume=DIR\n"
 DEFAULTS = ["run_schema", "_self_"]
 
 

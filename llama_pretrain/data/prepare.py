@@ -33,7 +33,7 @@ def prepare_corpus(run: Run, *, report: Callable[[str], None]) -> Corpus:
         report: is told in a line whatever takes more than a moment.
 
     Raises:
-        UserError: if the corpus can't be read, is too short, or its tokenizer doesn't fit the model.
+        UserError: if the corpus can't be read or is too short, or the tokenizer doesn't fit.
     """
     cache_dir = Path(run.data.cache_dir).expanduser().resolve()
     source = open_source(run.data)
@@ -117,7 +117,9 @@ def _encode(split: Split, tokenizer: TrainedTokenizer, target: Path) -> None:
         with TokenWriter(folder / name, vocab_size=tokenizer.size) as writer:
             for texts in _batches(split.documents(name)):
                 num_bytes += sum(len(text.encode("utf-8")) for text in texts)
-                for encoding in tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False):
+                for encoding in tokenizer.backend.encode_batch_fast(
+                    texts, add_special_tokens=False
+                ):
                     writer.add([*encoding.ids, tokenizer.eos_id])
         documents, tokens = len(writer.lengths), sum(writer.lengths)
         meta[name] = {"documents": documents, "tokens": tokens, "bytes": num_bytes}

@@ -81,7 +81,9 @@ def list_files(paths: list[str]) -> list[Path]:
     found: dict[Path, None] = {}
     for pattern in paths:
         expanded = os.path.expanduser(pattern)
-        names = [expanded] if os.path.isfile(expanded) else sorted(glob.glob(expanded, recursive=True))
+        names = sorted(glob.glob(expanded, recursive=True))
+        if os.path.isfile(expanded):  # a name with brackets is a name first, and then a pattern
+            names = [expanded]
         files = [Path(name).resolve() for name in names if os.path.isfile(name)]
         if not files:
             what = "names a directory" if os.path.isdir(expanded) else "names no file"

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,11 @@ class TrainedTokenizer:
     def size(self) -> int:
         """Number of tokens, added ones included."""
         return int(self.backend.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, texts: list[str]) -> Iterator[list[int]]:
+        """Token ids of each text, without special tokens around them."""
+        for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False):
+            yield encoding.ids
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, target: Path) -> None:
@@ -92,11 +97,13 @@ def open_tokenizer(folder: Path) -> TrainedTokenizer:
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     eos = _content(settings["eos_token"])
     assert eos is not None
+    eos_id = backend.token_to_id(eos)
+    assert eos_id is not None
     return TrainedTokenizer(
         folder=folder,
         digest=hashlib.sha256(content).hexdigest(),
         backend=backend,
-        eos_id=backend.token_to_id(eos),
+        eos_id=eos_id,
     )
 
 

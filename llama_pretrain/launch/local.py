@@ -1,4 +1,4 @@
-"""Ranks on this machine, through torch's elastic agent: fresh interpreters, one rendezvous a run."""
+"""Ranks on this machine, through torch's elastic agent: fresh interpreters, own rendezvous."""
 
 import contextlib
 import signal
@@ -15,7 +15,7 @@ from llama_pretrain.runs.rundir import RunDir
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
-class RankFailure(Exception):
+class RankError(Exception):
     """A rank ended with an error; the others were stopped."""
 
     def __init__(self, *, rank: int, error: str, log: Path):
@@ -35,7 +35,7 @@ def launch(run: Run, run_dir: RunDir, *, checkpoint: Path | None) -> None:
     """Start the ranks of a written run directory and wait for all of them.
 
     Raises:
-        RankFailure: with the error of the rank that failed first.
+        RankError: with the error of the rank that failed first.
         Stopped: if a signal came; all ranks have ended by then.
     """
     # torch takes 2 s to import, which planning and --help need not pay
@@ -76,7 +76,7 @@ def _launch_config(run: Run, run_dir: RunDir, *, early_logs: str) -> Any:
     )
 
 
-def _first_failure(error: Any, run_dir: RunDir, *, early_logs: Path) -> RankFailure:
+def _first_failure(error: Any, run_dir: RunDir, *, early_logs: Path) -> RankError:
     rank, failure = error.get_first_failure()
     message = failure.message
     if isinstance(message, dict):
@@ -87,10 +87,9 @@ def _first_failure(error: Any, run_dir: RunDir, *, early_logs: Path) -> RankFail
         if failure.exitcode == -signal.SIGKILL:
             text += " (by hand, or by the system for want of memory)"
     elif not run_dir.rank_log(rank).exists():
-        text = "\n".join(
-            path.read_text(errors="replace")[-2000:] for path in early_logs.rglob(f"{rank}/stderr.log")
-        )
-    return RankFailure(rank=rank, error=text, log=run_dir.rank_log(rank))
+        early = [path.read_text(errors="replace") for path in early_logs.rglob("stderr.log")]
+        text = "\n".join(content[-2000:] for content in early)
+    return RankError(rank=rank, error=text, log=run_dir.rank_log(rank))
 
 
 @contextlib.contextmanager

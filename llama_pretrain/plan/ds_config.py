@@ -13,20 +13,43 @@ from llama_pretrain.config.problems import Problem
 from llama_pretrain.config.schema import OffloadDevice, Precision, PrecisionName, Run, Zero
 from llama_pretrain.plan.batch import BatchPlan
 
-EXTRA_KEYS = frozenset(
-    """
-    activation_checkpointing aio checkpoint comet comms_logger communication_data_type
-    compile csv_monitor disable_allgather disable_python_gc dump_state flops_profiler
-    gradient_allreduce_op gradient_predivide_factor keep_in_fp32_modules log_level
-    managed_gradient_accumulation memory_breakdown seq_parallel_communication_data_type
-    torch_autocast wandb zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
-    """.split()
+EXTRA_KEYS = (
+    "activation_checkpointing",
+    "aio",
+    "checkpoint",
+    "comet",
+    "comms_logger",
+    "communication_data_type",
+    "compile",
+    "csv_monitor",
+    "disable_allgather",
+    "disable_python_gc",
+    "dump_state",
+    "flops_profiler",
+    "gradient_allreduce_op",
+    "gradient_predivide_factor",
+    "keep_in_fp32_modules",
+    "log_level",
+    "managed_gradient_accumulation",
+    "memory_breakdown",
+    "seq_parallel_communication_data_type",
+    "torch_autocast",
+    "wandb",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
 )
 """Top-level keys of DeepSpeed 0.19 that `deepspeed.extra` may carry: known to it and not ours."""
 
-REMOVED_KEYS = frozenset(
-    "amp compression_training curriculum_learning eigenvalue elasticity nebula"
-    " progressive_layer_drop sparse_attention sparse_gradients".split()
+REMOVED_KEYS = (
+    "amp",
+    "compression_training",
+    "curriculum_learning",
+    "eigenvalue",
+    "elasticity",
+    "nebula",
+    "progressive_layer_drop",
+    "sparse_attention",
+    "sparse_gradients",
 )
 """Top-level keys that DeepSpeed 0.19 refuses."""
 

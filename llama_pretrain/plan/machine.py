@@ -36,7 +36,7 @@ def detect_machine() -> Machine:
     """Look at this machine."""
     gpus = _query_gpus() if _torch_has_cuda() else []
     return Machine(
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=_count_cores(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         num_gpus=len(gpus),
         gpu_name=gpus[0][0] if gpus else None,
@@ -46,6 +46,12 @@ def detect_machine() -> Machine:
         has_compiler=_has_compiler(),
         has_libaio=ctypes.util.find_library("aio") is not None,
     )
+
+
+def _count_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # fewer than the machine's in a container or under Slurm
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _torch_has_cuda() -> bool:
@@ -91,5 +97,5 @@ def _cpu_has_bf16() -> bool:
 def _has_compiler() -> bool:
     """torch compiles with $CXX or c++; ninja may lie beside the interpreter, off the PATH."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    compiler = os.environ.get("CXX", "c++")
-    return shutil.which(compiler, path=path) is not None and shutil.which("ninja", path=path) is not None
+    needed = (os.environ.get("CXX", "c++"), "ninja")
+    return all(shutil.which(program, path=path) is not None for program in needed)

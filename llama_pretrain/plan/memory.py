@@ -27,7 +27,7 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """All of it but what is offloaded."""
-        return sum(asdict(self).values()) - self.host
+        return int(sum(asdict(self).values())) - self.host
 
 
 def estimate_memory(run: Run, batch: BatchPlan, *, world_size: int) -> MemoryPlan:

@@ -85,7 +85,7 @@ def find_fault(folder: Path) -> str | None:
 
 def newest_complete(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and a line for each newer one that was passed over."""
-    passed_over = []
+    passed_over: list[str] = []
     for folder in sorted(checkpoints.glob("step-*"), reverse=True):
         fault = find_fault(folder)
         if fault is None:

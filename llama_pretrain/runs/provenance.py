@@ -7,17 +7,19 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "deepspeed", "hydra-core", "omegaconf", "tokenizers", "numpy")
 
 
-def collect_provenance(*, argv: Sequence[str], root: Path, machine: dict[str, Any]) -> dict[str, Any]:
+def collect_provenance(
+    *, argv: Sequence[str], root: Path, machine: dict[str, Any]
+) -> dict[str, Any]:
     """Code, packages, machine and command line, as plain values."""
     return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "argv": list(argv),
         "git_commit": _git(root, "rev-parse", "HEAD"),
         "git_changed_files": (_git(root, "status", "--porcelain") or "").splitlines(),

@@ -108,16 +108,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All lines of metrics.jsonl; a last line that was cut short is left out."""
     if not path.is_file():
         return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            rows.append(json.loads(line))
-    return rows
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def cut_metrics(path: Path, *, last_step: int) -> None:
     """Forget the steps after a checkpoint that a run goes on from."""
-    rows = [
-        row for row in read_metrics(path) if row["step"] <= last_step and "finished" not in row
-    ]
+    rows = [row for row in read_metrics(path) if row["step"] <= last_step and "finished" not in row]
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -1,1 +1,1 @@
-"""One rank: model, optimizer, engine, loop. Started by llama_pretrain.launch, reads a run directory."""
+"""One rank: model, optimizer, engine, loop; it reads a run directory and nothing else."""

@@ -147,7 +147,9 @@ def train_step(
             total, hashed = sum_over_ranks([loss_sum.item(), sample_hash], rank)
             mean = total / (num_micro * rank.world_size)
             if not math.isfinite(mean):
-                raise FloatingPointError(f"the loss of step {step} is {mean}; no weight was touched")
+                raise FloatingPointError(
+                    f"the loss of step {step} is {mean}; no weight was touched"
+                )
             own_norm = None if training.run.zero.stage else _plain_grad_norm(engine)
         engine.step()
     norm = engine.get_global_grad_norm()

@@ -24,9 +24,14 @@ from llama_pretrain.config.schema import Model
 from llama_pretrain.config.snapshot import to_plain
 
 
-def build_llama_config(model: Model, *, vocab_size: int, special_ids: dict[str, int | None]) -> LlamaConfig:
+def build_llama_config(
+    model: Model, *, vocab_size: int, special_ids: dict[str, int | None]
+) -> LlamaConfig:
     """Transformers' config of a model whose embeddings have `vocab_size` rows."""
-    rope = {key: value for key, value in to_plain(model.rope_parameters).items() if value is not None}
+    rope = {
+        key: value for key, value in to_plain(model.rope_parameters).items() if value is not None
+    }
+    settings: dict[str, Any] = {"attn_implementation": "sdpa", **special_ids}
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=model.hidden_size,
@@ -43,8 +48,7 @@ def build_llama_config(model: Model, *, vocab_size: int, special_ids: dict[str, 
         mlp_bias=model.mlp_bias,
         attention_dropout=model.attention_dropout,
         initializer_range=model.initializer_range,
-        attn_implementation="sdpa",
-        **special_ids,
+        **settings,
     )
 
 
@@ -130,8 +134,9 @@ def restore_rotary(model: nn.Module, config: LlamaConfig, device: torch.device) 
     exact = LlamaRotaryEmbedding(config)
     for module in model.modules():
         if isinstance(module, LlamaRotaryEmbedding):
-            module.inv_freq = exact.inv_freq.to(device)
-            module.original_inv_freq = exact.original_inv_freq.to(device)
+            module.register_buffer("inv_freq", exact.inv_freq.to(device), persistent=False)
+            original = exact.original_inv_freq.to(device)
+            module.register_buffer("original_inv_freq", original, persistent=False)
 
 
 def hash_parameters(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

@@ -41,7 +41,11 @@ def get_optimizer_grouped_parameters(model: nn.Module, weight_decay: float) -> l
 def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     """The optimizer that the parent chose."""
     groups = get_optimizer_grouped_parameters(model, optim.weight_decay)
-    options = {"lr": optim.learning_rate, "betas": tuple(optim.betas), "eps": optim.eps}
+    options: dict[str, Any] = {
+        "lr": optim.learning_rate,
+        "betas": tuple(optim.betas),
+        "eps": optim.eps,
+    }
     if optim.name is OptimName.torch_adamw:
         return torch.optim.AdamW(groups, fused=True, **options)
     # DeepSpeed's two import, and on a CPU compile, their kernels only when they are asked for.

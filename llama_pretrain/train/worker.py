@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from llama_pretrain.runs.rundir import RunDir, write_text
 
 
-@record
+@record  # type: ignore[untyped-decorator]  # torch leaves it untyped
 def main() -> None:
     run_dir = RunDir(Path(sys.argv[1]))
     checkpoint = Path(sys.argv[2]) if len(sys.argv) > 2 else None
@@ -57,7 +57,7 @@ def train_rank(run_dir: RunDir, checkpoint: Path | None) -> None:
 
     run, plan = load_snapshot(run_dir.snapshot), load_plan(run_dir.plan)
     ds_config = json.loads(run_dir.ds_config.read_text(encoding="utf-8"))
-    assert run.launch.threads_per_process is not None and plan.corpus is not None
+    assert run.launch.threads_per_process is not None
     rank = init_distributed(
         device=plan.device,
         timeout_s=run.launch.timeout_s,
@@ -101,7 +101,9 @@ def build_engine(run: Any, plan: Any, ds_config: dict[str, Any], rank: Any) -> A
     weights = None if run.model.path is None else Path(run.model.path)
     model = build_model(config, seed=run.seed, weights=weights, ds_config=ds_config)
     if run.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable(  # type: ignore[no-untyped-call]  # transformers
+            {"use_reentrant": False}
+        )
     optimizer = build_optimizer(model, run.optim)
     factor = learning_rate_factor(run.schedule, plan.steps)
     engine, *_ = deepspeed.initialize(

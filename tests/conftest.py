@@ -1,0 +1,136 @@
+"""What tests share: a small corpus, one cache for the session, and the public command."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_pretrain.runs.rundir import RunDir, read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SMALL = (
+    "debug=smoke",
+    "data=text",
+    "data.sequence_length=64",
+    "data.heldout_fraction=0.1",
+    "checkpoint.export=false",
+    "checkpoint.at_end=false",
+    "monitor=none",
+)
+"""A run of seconds: tests add what they are about."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A finished `python run.py`."""
+
+    code: int
+    output: str
+    run_dir: RunDir
+
+    def rows(self, key: str) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl that have `key`."""
+        return [row for row in read_metrics(self.run_dir.metrics) if key in row]
+
+    @property
+    def losses(self) -> list[float]:
+        return [row["loss"] for row in self.rows("loss")]
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def corpus() -> Path:
+    """A folder with some forty English-and-Python texts that every Python has."""
+    return Path(sysconfig.get_path("stdlib")) / "email"
+
+
+class Runner:
+    """Calls run.py as a user does, with the session's cache and a run directory of its own."""
+
+    def __init__(self, *, cache_dir: Path, corpus: Path, folder: Path):
+        self.cache_dir, self.corpus, self.folder = cache_dir, corpus, folder
+        self._count = 0
+
+    def __call__(self, *overrides: str, **options: Any) -> Command:
+        """`run.py` with SMALL and these overrides."""
+        self._count += 1
+        given = [word for word in overrides if word.startswith("hydra.run.dir=")]
+        folder = self.folder / f"run{self._count}"
+        place = given or [f"hydra.run.dir={folder}"]
+        run_dir = RunDir(Path(place[-1].partition("=")[2]))
+        paths = f"data.paths=['{self.corpus}/*.py']"
+        words = [*SMALL, paths, f"data.cache_dir={self.cache_dir}", *overrides, *place]
+        return self.bare(*words, run_dir=run_dir, **options)
+
+    def bare(
+        self,
+        *words: str,
+        run_dir: RunDir | None = None,
+        expect: int | None = 0,
+        variables: dict[str, str] | None = None,
+        timeout_s: int = 300,
+    ) -> Command:
+        """`run.py` with these words alone."""
+        done = run_cli(*words, variables=variables, timeout_s=timeout_s, cwd=self.folder)
+        result = Command(done.returncode, done.stdout, run_dir or RunDir(self.folder))
+        if expect is not None and done.returncode != expect:
+            logs = "\n".join(
+                path.read_text(errors="replace")[-3000:] for path in self.folder.rglob("rank*.log")
+            )
+            pytest.fail(f"exit code {done.returncode}\n{done.stdout}\n{logs}")
+        return result
+
+
+def run_cli(
+    *words: str,
+    cwd: Path,
+    variables: dict[str, str] | None = None,
+    timeout_s: int = 300,
+) -> "subprocess.CompletedProcess[str]":
+    """`python run.py WORDS`, its two outputs in one text."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        timeout=timeout_s,
+        cwd=cwd,
+        env=os.environ | {"COLUMNS": "200"} | (variables or {}),
+    )
+
+
+@pytest.fixture
+def runner(cache_dir: Path, corpus: Path, tmp_path: Path) -> Runner:
+    return Runner(cache_dir=cache_dir, corpus=corpus, folder=tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared_runner(
+    cache_dir: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Runner:
+    """A runner for module-scoped fixtures: runs that several tests look at."""
+    folder = tmp_path_factory.mktemp("runs")
+    return Runner(cache_dir=cache_dir, corpus=corpus, folder=folder)
+
+
+def compose_run(overrides: Sequence[str]) -> Any:
+    """The checked `Run` that overrides compose to, in this process."""
+    from hydra import compose, initialize_config_dir
+
+    from llama_pretrain.config.compose import read_config, register
+
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return read_config(compose("config", overrides=list(overrides)))

@@ -1,0 +1,163 @@
+"""The same losses at every ZeRO stage and number of ranks, and those of plain PyTorch."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llama_pretrain.data.order import rows_at
+from llama_pretrain.plan.plan import load_plan
+from llama_pretrain.runs.rundir import RunDir
+from tests.conftest import Command, Runner
+
+STEPS, GLOBAL_BATCH, LENGTH, SEED = 20, 4, 64, 1234
+# A tiny model is below stage 3's thresholds: without these it would never be sharded.
+SHARD_ALL = (
+    "zero.stage3_param_persistence_threshold=0",
+    "zero.stage3_max_live_parameters=0",
+    "zero.stage3_max_reuse_distance=0",
+    "zero.stage3_prefetch_bucket_size=0",
+)
+LONG = (f"train.max_steps={STEPS}", "schedule.warmup_steps=5", "optim.learning_rate=3e-3")
+
+
+def train(runner: Runner, *, stage: int, ranks: int, precision: str, more: tuple[str, ...] = ()) -> Command:
+    return runner(
+        *LONG,
+        *SHARD_ALL,
+        f"zero=stage{stage}",
+        f"precision={precision}",
+        f"launch.num_processes={ranks}",
+        "batch.micro_batch_size=1",
+        *more,
+    )
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaMA that transformers initialised, so that the start is none of our code."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        attention_bias=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def reference_losses(pretrained: Path, tokens: np.ndarray, rows: int) -> list[float]:
+    """Plain PyTorch: one process, the whole batch at once, torch's AdamW."""
+    model = LlamaForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
+    plain = [p for n, p in model.named_parameters() if "norm" in n or n.endswith("bias")]
+    decayed = [p for n, p in model.named_parameters() if not ("norm" in n or n.endswith("bias"))]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
+        lr=3e-3,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
+    losses = []
+    for step in range(STEPS):
+        if step < 5:
+            rate = 3e-3 * (step + 1) / 5
+        else:
+            rate = 3e-3 * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - 4) / 15)))
+        positions = np.arange(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH, dtype=np.uint64)
+        chosen = rows_at(positions, num_rows=rows, seed=SEED)
+        batch = np.stack([tokens[int(r) * LENGTH : int(r) * LENGTH + LENGTH + 1] for r in chosen])
+        data = torch.from_numpy(batch.astype(np.int64))
+        logits = model(input_ids=data[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, 512), data[:, 1:].reshape(-1))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_losses_equal_plain_pytorch(shared_runner: Runner, pretrained: Path, stage: int) -> None:
+    more = ("model=pretrained", f"model.path={pretrained}", "tokenizer.vocab_size=512")
+    folder = shared_runner.folder / f"reference{stage}"
+    done = shared_runner.bare(
+        f"hydra.run.dir={folder}",
+        f"data.cache_dir={shared_runner.cache_dir}",
+        "data=text",
+        f"data.paths=['{shared_runner.corpus}/*.py']",
+        f"data.sequence_length={LENGTH}",
+        "data.heldout_fraction=0.1",
+        "checkpoint.at_end=false",
+        "checkpoint.export=false",
+        *LONG,
+        *SHARD_ALL,
+        f"zero=stage{stage}",
+        "precision=fp32",
+        "launch.num_processes=2",
+        f"batch.global_batch_size={GLOBAL_BATCH}",
+        "batch.micro_batch_size=1",
+        "train.eval_rows=4",
+        *more,
+        run_dir=RunDir(folder),
+    )
+    corpus = load_plan(done.run_dir.plan).corpus
+    assert corpus is not None
+    tokens = np.fromfile(Path(corpus.tokens_dir) / "train.bin", dtype=np.uint16)
+    expected = reference_losses(pretrained, tokens, corpus.train_rows)
+    np.testing.assert_allclose(done.losses, expected, atol=2e-6, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def fp32_baseline(shared_runner: Runner) -> Command:
+    return train(shared_runner, stage=0, ranks=1, precision="fp32")
+
+
+FP32_POINTS = [(0, 2), (1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "ranks"), FP32_POINTS)
+def test_fp32_losses_do_not_depend_on_stage_or_ranks(
+    shared_runner: Runner, fp32_baseline: Command, stage: int, ranks: int
+) -> None:
+    done = train(shared_runner, stage=stage, ranks=ranks, precision="fp32")
+    difference = np.abs(np.subtract(done.losses, fp32_baseline.losses)).max()
+    print(f"stage {stage}, {ranks} ranks, fp32: largest difference {difference:.2e}")
+    assert len(done.losses) == STEPS
+    assert difference <= 1e-6
+    hashes = [row["sample_hash"] for row in done.rows("loss")]
+    assert hashes == [row["sample_hash"] for row in fp32_baseline.rows("loss")]
+    norms = [row["grad_norm"] for row in done.rows("loss")]
+    expected = [row["grad_norm"] for row in fp32_baseline.rows("loss")]
+    np.testing.assert_allclose(norms, expected, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def bf16_baseline(shared_runner: Runner) -> Command:
+    return train(shared_runner, stage=1, ranks=1, precision="bf16")
+
+
+BF16_POINTS = [(0, 1), (0, 2), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "ranks"), BF16_POINTS)
+def test_bf16_losses_agree_between_stages_and_ranks(
+    shared_runner: Runner, bf16_baseline: Command, stage: int, ranks: int
+) -> None:
+    done = train(shared_runner, stage=stage, ranks=ranks, precision="bf16")
+    difference = np.abs(np.subtract(done.losses, bf16_baseline.losses)).max()
+    print(f"stage {stage}, {ranks} ranks, bf16: largest difference {difference:.2e}")
+    assert difference <= 2e-3
