@@ -20,10 +20,10 @@ def main() -> int:
 
     @hydra.main(config_path="conf", config_name="config", version_base="1.3")
     def run(config: DictConfig) -> float | None:
+        composed.append(config)
         from llama_pretrain.runs.rundir import RunDir
         from llama_pretrain.tasks import run_task
 
-        composed.append(config)
         try:
             folder = Path(HydraConfig.get().runtime.output_dir)
             return run_task(read_config(config), run_dir=RunDir(folder), argv=sys.argv)

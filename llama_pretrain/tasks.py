@@ -16,7 +16,7 @@ from llama_pretrain.plan.choices import resolve_choices
 from llama_pretrain.plan.ds_config import get_train_ds_config
 from llama_pretrain.plan.feasible import check_machine
 from llama_pretrain.plan.machine import Machine, detect_machine
-from llama_pretrain.plan.plan import Plan, build_plan, render_plan
+from llama_pretrain.plan.plan import Plan, build_plan, check_plan, render_plan
 from llama_pretrain.runs.checkpoints import newest_complete, read_manifest
 from llama_pretrain.runs.provenance import collect_provenance, render_provenance
 from llama_pretrain.runs.report import render_report
@@ -69,11 +69,7 @@ def check_everything(run: Run, machine: Machine) -> tuple[Run, list[Problem]]:
     problems += [problem for problem in check_run(run) if problem.path not in seen]
     if run.task is not Task.plan:
         problems += check_machine(run, machine)
-    try:
-        build_plan(run, None)
-    except UserError as error:
-        problems += error.problems
-    return run, problems
+    return run, problems + list(check_plan(run))
 
 
 def pretrain(

@@ -27,6 +27,14 @@ SMALL = (
 """A run of seconds: tests add what they are about."""
 
 
+OPERATORS = {
+    "TORCH_EXTENSIONS_DIR": os.environ.get(
+        "TORCH_EXTENSIONS_DIR", str(Path("~/.cache/llama_pretrain/torch_extensions").expanduser())
+    )
+}
+"""Compiled operators are kept between test sessions: two minutes each."""
+
+
 @dataclass(frozen=True)
 class Command:
     """A finished `python run.py`."""
@@ -107,7 +115,7 @@ def run_cli(
         text=True,
         timeout=timeout_s,
         cwd=cwd,
-        env=os.environ | {"COLUMNS": "200"} | (variables or {}),
+        env=os.environ | {"COLUMNS": "200"} | OPERATORS | (variables or {}),
     )
 
 

@@ -104,7 +104,7 @@ def explain(argv: Sequence[str], error: BaseException) -> tuple[list[Problem], R
     folder = known.config_dir or str(PROJECT_ROOT / "conf")
     name = known.config_name or "config"
     if known.multirun or known.config_path or (known.config_dir and name != SNAPSHOT_NAME):
-        return [Problem(path="", message=_first_lines(error))], None
+        return [Problem(path="", message=_tidy(_whole_text(error)))], None
     problems: list[Problem] = []
     good: list[str] = []
     GlobalHydra.instance().clear()
@@ -112,7 +112,7 @@ def explain(argv: Sequence[str], error: BaseException) -> tuple[list[Problem], R
         try:
             compose(name)
         except COMPOSE_ERRORS as broken:
-            return [Problem(path=folder, message=_first_lines(broken))], None
+            return [Problem(path=folder, message=_tidy(_whole_text(broken)))], None
         # Choices of groups first: what a setting may be depends on them.
         groups = {path.name for path in (PROJECT_ROOT / "conf").iterdir() if path.is_dir()}
         overrides = [word for word in known.overrides if not word.startswith("hydra")]
@@ -121,10 +121,10 @@ def explain(argv: Sequence[str], error: BaseException) -> tuple[list[Problem], R
                 compose(name, overrides=[*good, override])
                 good.append(override)
             except COMPOSE_ERRORS as broken:
-                problems.append(explain_override(override, str(broken)))
+                problems.append(explain_override(override, _whole_text(broken)))
         config = compose(name, overrides=good)
     if not problems:
-        return [Problem(path="", message=_first_lines(error))], None
+        return [Problem(path="", message=_tidy(_whole_text(error)))], None
     try:
         return problems, read_config(config)
     except UserError as more:
@@ -150,7 +150,7 @@ def explain_override(override: str, error: str) -> Problem:
     if "could not be converted" in error or "Invalid value" in error or "Invalid type" in error:
         wanted = dict(schema_paths()).get(key)
         return Problem(path=key, message=_wrong_type(error, value), hint=_type_hint(wanted, value))
-    return Problem(path=key, message=" ".join(error.split("\n")[0].split()) + f" (got {override})")
+    return Problem(path=key, message=f"{_tidy(error)} (got {override})")
 
 
 def _wrong_type(error: str, value: str) -> str:
@@ -170,7 +170,15 @@ def _type_hint(wanted: Any, value: str) -> str:
     return ""
 
 
-def _first_lines(error: BaseException) -> str:
-    """What an exception says, without the empty lines and keys that only Hydra needs."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return "\n  ".join(line for line in lines if not line.startswith(("full_key:", "object_type=")))
+def _whole_text(error: BaseException) -> str:
+    """What an exception and its causes say: Hydra wraps the telling one."""
+    cause = error.__cause__
+    return str(error) if cause is None else f"{error}\n{_whole_text(cause)}"
+
+
+def _tidy(text: str) -> str:
+    """Hydra's own words, without the empty lines and the keys that only Hydra needs."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "\n    ".join(
+        line for line in lines if not line.startswith(("full_key:", "object_type="))
+    )

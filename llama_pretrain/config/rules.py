@@ -102,6 +102,8 @@ def check_run(run: Run) -> Iterator[Problem]:
 
 def _check_model(run: Run) -> Iterator[Problem]:
     model = run.model
+    if model.name == "pretrained" and model.path is None:
+        yield Problem(path="model.path", message="a value is missing", hint="add model.path=DIR")
     if model.head_dim is None and model.hidden_size % model.num_attention_heads:
         yield Problem(
             path="model.num_attention_heads",

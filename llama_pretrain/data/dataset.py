@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import default_data_collator
 
@@ -104,4 +105,7 @@ def build_loader(
         collate_fn=default_data_collator,
         num_workers=num_workers,
         drop_last=True,
+        # A loader draws a seed when it is iterated: from here, and not from the generator whose
+        # state a checkpoint restores for dropout.
+        generator=torch.Generator(),
     )

@@ -1,10 +1,11 @@
 """The plan: everything that follows from a resolved run, and plan.json."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from llama_pretrain.config.problems import refuse
+from llama_pretrain.config.problems import Problem, UserError, refuse
 from llama_pretrain.config.schema import Run, ScheduleName
 from llama_pretrain.plan.batch import BatchPlan, solve_batch
 from llama_pretrain.plan.ds_config import check_extra
@@ -69,6 +70,17 @@ class Plan:
     """`None` where the data is not prepared yet (`task=plan`)."""
 
 
+def check_plan(run: Run) -> Iterator[Problem]:
+    """What keeps a run, its choices resolved, from being planned."""
+    yield from check_scale(run)
+    yield from check_extra(run.deepspeed.extra)
+    assert run.launch.num_processes is not None
+    try:
+        solve_batch(run.batch, world_size=run.launch.num_processes * run.launch.nodes)
+    except UserError as error:
+        yield from error.problems
+
+
 def build_plan(run: Run, corpus: Corpus | None) -> Plan:
     """Plan a run whose choices are resolved.
 
@@ -77,7 +89,7 @@ def build_plan(run: Run, corpus: Corpus | None) -> Plan:
     """
     assert run.launch.num_processes is not None
     world_size = run.launch.num_processes * run.launch.nodes
-    refuse([*check_scale(run), *check_extra(run.deepspeed.extra)])
+    refuse(check_plan(run))
     batch = solve_batch(run.batch, world_size=world_size)
     if corpus is not None:
         run = replace(run, model=with_vocabulary(run.model, tokenizer_size=corpus.tokenizer_size))

@@ -24,7 +24,7 @@ def evaluate(
     loss_sum, num_tokens = 0.0, 0
     for cpu_batch in loader:
         batch = {key: value.to(rank.device) for key, value in cpu_batch.items()}
-        loss_sum += token_losses(engine, batch).item()
+        loss_sum += token_losses(engine, batch).double().sum().item()
         num_tokens += int((cpu_batch["shift_labels"] != IGNORED).sum())
     engine.train()
     loss_sum, total = sum_over_ranks([loss_sum, num_tokens], rank)

@@ -129,7 +129,7 @@ def train_step(
     a hash of the samples in it.
     """
     engine, rank, batch_plan = training.engine, training.rank, training.plan.batch
-    loss_sum = torch.zeros((), dtype=torch.float32, device=rank.device)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=rank.device)
     sample_hash = 0
     num_micro = batch_plan.gradient_accumulation_steps
     for micro in range(num_micro):
@@ -138,9 +138,9 @@ def train_step(
         batch = {key: value.to(rank.device, non_blocking=True) for key, value in cpu_batch.items()}
         # Every row has as many targets, so the mean over micro batches and ranks, which DeepSpeed
         # takes of the gradients, is the mean over the global batch.
-        loss = token_losses(engine, batch) / batch["shift_labels"].numel()
-        loss_sum += loss.detach()
-        engine.backward(loss)
+        losses = token_losses(engine, batch)
+        loss_sum += losses.detach().double().mean()
+        engine.backward(losses.mean())
         if micro == num_micro - 1:
             # Before the update: a loss that is no number must not touch a weight, and all ranks
             # must agree on that. Reading it waits for the device, once a step.

@@ -9,7 +9,7 @@ from llama_pretrain.data.dataset import IGNORED
 
 
 def token_losses(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Sum of the cross entropy of all labelled tokens of a micro batch, in nats: () float32.
+    """Cross entropy of each position of a micro batch in nats: (B * T,) float32, 0 if unlabelled.
 
     Logits are (B, T, V) in the model's precision and the softmax is in fp32. `use_cache=False`
     always: with a cache, packed documents would see each other.
@@ -19,5 +19,5 @@ def token_losses(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         logits.float().flatten(0, 1),
         batch["shift_labels"].flatten(),
         ignore_index=IGNORED,
-        reduction="sum",
+        reduction="none",
     )

@@ -24,7 +24,9 @@ SHARD_ALL = (
 LONG = (f"train.max_steps={STEPS}", "schedule.warmup_steps=5", "optim.learning_rate=3e-3")
 
 
-def train(runner: Runner, *, stage: int, ranks: int, precision: str, more: tuple[str, ...] = ()) -> Command:
+def train(
+    runner: Runner, *, stage: int, ranks: int, precision: str, more: tuple[str, ...] = ()
+) -> Command:
     return runner(
         *LONG,
         *SHARD_ALL,
@@ -32,7 +34,6 @@ def train(runner: Runner, *, stage: int, ranks: int, precision: str, more: tuple
         f"precision={precision}",
         f"launch.num_processes={ranks}",
         "batch.micro_batch_size=1",
-        *more,
     )
 
 

@@ -1,0 +1,116 @@
+"""A resumed run has the losses, norms and samples of one that was never cut, to the bit."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Command, Runner
+from tests.e2e.test_parity import SHARD_ALL
+
+POINTS = [
+    pytest.param(2, "bf16", ()),
+    pytest.param(0, "fp32", (), marks=pytest.mark.slow),
+    pytest.param(0, "bf16", (), marks=pytest.mark.slow),
+    pytest.param(1, "fp32", (), marks=pytest.mark.slow),
+    pytest.param(1, "bf16", (), marks=pytest.mark.slow),
+    pytest.param(1, "bf16", ("precision.grad_accum_dtype=fp32",), marks=pytest.mark.slow),
+    pytest.param(2, "fp32", (), marks=pytest.mark.slow),
+    pytest.param(3, "fp32", (), marks=pytest.mark.slow),
+    pytest.param(3, "bf16", ("model.attention_dropout=0.1",), marks=pytest.mark.slow),
+]
+
+
+def numbers(done: Command) -> list[tuple[object, ...]]:
+    """What must be equal, step by step."""
+    keys = ("step", "loss", "grad_norm", "learning_rate", "sample_hash", "tokens")
+    return [tuple(row[key] for key in keys) for row in done.rows("loss")]
+
+
+@pytest.mark.parametrize(("stage", "precision", "more"), POINTS)
+def test_resume_equals_the_uninterrupted_run(
+    runner: Runner, stage: int, precision: str, more: tuple[str, ...]
+) -> None:
+    settings = (
+        f"zero=stage{stage}",
+        f"precision={precision}",
+        "launch.num_processes=2",
+        "batch.micro_batch_size=1",
+        "optim.learning_rate=3e-3",
+        "train.max_steps=6",
+        "train.eval_every_steps=2",
+        *SHARD_ALL,
+        *more,
+    )
+    whole = runner(*settings)
+    # The same run, killed after its fourth step: its checkpoint is of step 3.
+    cut = runner(*settings, "checkpoint.every_steps=3")
+    forget_after(cut, step=4)
+    resumed = runner.bare(f"resume={cut.run_dir.path}", run_dir=cut.run_dir)
+    assert "going on from step-00000003" in resumed.output
+    assert numbers(resumed) == numbers(whole)
+    assert resumed.rows("eval_loss") == whole.rows("eval_loss")
+    assert json.loads(resumed.run_dir.status.read_text())["status"] == "completed"
+
+
+def forget_after(done: Command, *, step: int) -> None:
+    """Leave a finished run as a kill after `step` would have left it."""
+    lines = done.run_dir.metrics.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["step"] <= step and "finished" not in line]
+    # A kill also cuts the line that is being written.
+    done.run_dir.metrics.write_text("".join(kept) + lines[-1][:20])
+    for folder in done.run_dir.checkpoints.glob("step-*"):
+        if int(folder.name[5:]) > step:
+            (folder / "manifest.json").unlink()
+
+
+@pytest.fixture(scope="module")
+def with_checkpoints(shared_runner: Runner) -> Command:
+    return shared_runner(
+        "train.max_steps=4", "checkpoint.every_steps=1", "checkpoint.keep_last=3", "zero=stage1"
+    )
+
+
+def test_old_checkpoints_are_deleted(with_checkpoints: Command) -> None:
+    folders = sorted(with_checkpoints.run_dir.checkpoints.glob("*/"))
+    assert [path.name for path in folders] == ["step-00000001", "step-00000002", "step-00000003"]
+    assert (with_checkpoints.run_dir.checkpoints / "latest").read_text() == "step-00000003\n"
+
+
+def test_a_damaged_checkpoint_is_passed_over_by_name(with_checkpoints: Command) -> None:
+    from llama_pretrain.runs.checkpoints import newest_complete
+
+    checkpoints = with_checkpoints.run_dir.checkpoints
+    newest = checkpoints / "step-00000003"
+    victim = next(iter(sorted(newest.glob("*.pt"))))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(bytes(content))
+    folder, passed_over = newest_complete(checkpoints)
+    assert folder == checkpoints / "step-00000002"
+    assert passed_over == [
+        f"step-00000003 is passed over: the contents of {victim.name} have changed"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("launch.num_processes=1", "launch.num_processes: step-0000000"),
+        ("seed=5", "seed: differs from what the run was started with"),
+        ("zero.stage=2", "zero.stage: differs from what the run was started with"),
+        ("train.max_steps=2", "resume: the run has done its 2 steps; raise train.max_steps"),
+        ("zero=stage2", "zero"),
+    ],
+)
+def test_resume_refuses_another_run(
+    runner: Runner, with_checkpoints: Command, override: str, text: str
+) -> None:
+    done = runner.bare(f"resume={with_checkpoints.run_dir.path}", override, expect=1)
+    assert text in done.output
+    assert "Traceback" not in done.output
+
+
+def test_resume_of_nothing_is_refused(runner: Runner, tmp_path: Path) -> None:
+    done = runner.bare(f"resume={tmp_path}", expect=1)
+    assert f"{tmp_path}/snapshot.yaml: there is no snapshot here" in done.output
