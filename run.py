@@ -9,10 +9,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from llama_pretrain.config.compose import read_config, register, rewrite_argv
+from llama_pretrain.config.help import render_help
 
 
 def main() -> int:
     """Run, and turn every ending into a few lines and an exit code."""
+    if {"--help", "-h"} & set(sys.argv[1:]):  # Hydra's own page takes a second to make
+        print(render_help())
+        return 0
     from llama_pretrain import endings  # after Hydra's own flags have had their quick answer
 
     failures: list[Exception] = []

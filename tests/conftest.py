@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SMALL = (
     "debug=smoke",
+    "batch.global_batch_size=4",
+    "batch.micro_batch_size=null",
     "data=text",
     "data.sequence_length=64",
     "data.heldout_fraction=0.1",

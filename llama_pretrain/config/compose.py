@@ -22,7 +22,6 @@ COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 """What Hydra raises for a user's mistake: `zero=null` is a ValueError to it."""
 SNAPSHOT_NAME = "snapshot"
 HYDRA_SETTINGS = (
-    "hydra/help=llama_pretrain",
     "hydra/job_logging=none",
     "hydra/hydra_logging=none",
     "hydra.output_subdir=null",

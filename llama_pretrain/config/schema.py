@@ -320,7 +320,7 @@ class Precision:
     """fp16: steps without overflow after which the scale doubles."""
     hysteresis: PositiveInt = 2
     """fp16: overflows before the scale halves."""
-    min_loss_scale: NonNegativeFloat = 1.0
+    min_loss_scale: PositiveInt = 1
     """fp16: the scale never falls below this."""
 
 

@@ -1,6 +1,8 @@
 """Compile the DeepSpeed operators that a run needs, once a machine, before any rank starts."""
 
 import fcntl
+import hashlib
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.config.schema import Device, OptimName, Run
 from llama_pretrain.launch.environment import extensions_dir, worker_environment
+from llama_pretrain.runs.provenance import cpu_name
 
 BUILDERS = {OptimName.cpu_adam: "CPUAdamBuilder", OptimName.fused_adam: "FusedAdamBuilder"}
 BUILD = """
@@ -20,7 +23,7 @@ get_accelerator().create_op_builder(sys.argv[1]).load(verbose=False)
 
 
 def build_operators(run: Run, *, log: Path, report: Callable[[str], None]) -> None:
-    """Compile what the optimizer needs, unless it is there.
+    """Compile what the optimizer needs, unless it was compiled for this machine before.
 
     A lock of ours lets one process of a machine build at a time. A build that was killed leaves
     torch's own lock file behind, for which every later start would wait for ever; while we hold
@@ -31,23 +34,34 @@ def build_operators(run: Run, *, log: Path, report: Callable[[str], None]) -> No
     """
     if run.optim.name not in BUILDERS:
         return
-    folder = extensions_dir(run)
+    name, folder = run.optim.name.value, extensions_dir(run)
     folder.mkdir(parents=True, exist_ok=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with (folder / ".build.lock").open("w") as lock, log.open("w") as output:
+    built = folder / f".{name}-{_machine_key()}"
+    with (folder / ".build.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if built.exists():
+            return
         for stale in folder.glob("*/lock"):
             stale.unlink()
-        name = run.optim.name.value
-        if not list(folder.glob(f"{name}/*.so")):
-            report(f"compiling DeepSpeed's {name}, once on this machine: a minute or two")
-        done = subprocess.run(
-            [sys.executable, "-c", BUILD, BUILDERS[run.optim.name]],
-            env=os.environ | worker_environment(run),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    if done.returncode != 0:
-        hint = "add optim=torch_adamw" if run.launch.device is Device.cpu else "see the log"
-        message = f"DeepSpeed's {name} could not be compiled (log: {log})"
-        raise UserError([Problem(path="optim.name", message=message, hint=hint)])
+        report(f"compiling DeepSpeed's {name}, once on this machine: a minute or two")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as output:
+            done = subprocess.run(
+                [sys.executable, "-c", BUILD, BUILDERS[run.optim.name]],
+                env=os.environ | worker_environment(run),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        if done.returncode == 0:
+            built.touch()
+            return
+    hint = "add optim=torch_adamw" if run.launch.device is Device.cpu else "see the log"
+    message = f"DeepSpeed's {name} could not be compiled (log: {log})"
+    raise UserError([Problem(path="optim.name", message=message, hint=hint)])
+
+
+def _machine_key() -> str:
+    """What a compiled operator depends on: its sources, the interpreter, and the processor."""
+    versions = [importlib.metadata.version(name) for name in ("torch", "deepspeed")]
+    parts = [*versions, sys.version, sys.prefix, cpu_name()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

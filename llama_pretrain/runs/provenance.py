@@ -27,7 +27,7 @@ def collect_provenance(
         "packages": {name: _version(name) for name in PACKAGES},
         "host": platform.node(),
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "machine": machine,
     }
 
@@ -54,7 +54,8 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's model."""
     try:
         match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
     except OSError:

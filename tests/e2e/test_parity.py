@@ -80,7 +80,7 @@ def reference_losses(pretrained: Path, tokens: np.ndarray, rows: int) -> list[fl
         logits = model(input_ids=data[:, :-1], use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.reshape(-1, 512), data[:, 1:].reshape(-1))
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = rate

@@ -1,0 +1,448 @@
+"""The whole run, as a user starts it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llama_pretrain.runs.rundir import RunDir
+from tests.conftest import ROOT, SMALL, Command, Runner
+from tests.test_conf import options
+
+
+@pytest.fixture(scope="module")
+def full(shared_runner: Runner) -> Command:
+    """Every station once: two ranks, checkpoints, TensorBoard, export, sample, report."""
+    return shared_runner(
+        "launch.num_processes=2",
+        "train.max_steps=6",
+        "train.eval_every_steps=3",
+        "checkpoint.every_steps=3",
+        "checkpoint.at_end=true",
+        "checkpoint.export=true",
+        "monitor=tensorboard",
+        "train.sample_tokens=8",
+    )
+
+
+def test_run_directory_is_complete(full: Command) -> None:
+    names = {path.name for path in full.run_dir.path.iterdir()}
+    assert names >= {
+        "snapshot.yaml",
+        "plan.json",
+        "ds_config.json",
+        "provenance.json",
+        "status.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "export",
+        "ranks",
+        "report.html",
+        "sample.txt",
+    }
+    assert {path.name for path in full.run_dir.ranks.iterdir()} == {"rank0.log", "rank1.log"}
+    status = json.loads(full.run_dir.status.read_text())
+    assert status["status"] == "completed"
+    assert status["objective"] == full.rows("eval_loss")[-1]["eval_loss"]
+    provenance = json.loads(full.run_dir.provenance.read_text())
+    assert provenance["packages"]["deepspeed"]
+
+
+def test_metrics_have_a_line_a_step_and_an_evaluation(full: Command) -> None:
+    steps = full.rows("loss")
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    assert [row["tokens"] for row in steps] == [256 * step for step in range(1, 7)]
+    for key in ("loss", "learning_rate", "grad_norm", "tokens_per_s", "mfu", "memory_bytes"):
+        assert all(row[key] > 0 for row in steps), key
+    assert len({row["sample_hash"] for row in steps}) == 6
+    assert [row["step"] for row in full.rows("eval_loss")] == [0, 3, 6]
+    assert [row["checkpoint"] for row in full.rows("checkpoint")] == [
+        "step-00000003",
+        "step-00000006",
+    ]
+
+
+def test_output_says_what_is_needed_and_nothing_else(full: Command) -> None:
+    for text in (
+        "config\n├── task: pretrain",
+        "4 rows = 2 micro x 1 accumulated x 2 ranks",
+        f"python run.py reproduce={full.run_dir.path}",
+        "step 0: eval loss ",
+        "step 6/6 loss ",
+        "tensorboard --logdir",
+    ):
+        assert text in full.output
+    for noise in ("Warning", "warning", "[INFO]", "W1", "rank0]", "Traceback", "DeepSpeed info"):
+        assert noise not in full.output
+
+
+def test_snapshot_is_resolved(full: Command) -> None:
+    text = full.run_dir.snapshot.read_text()
+    assert "${" not in text
+    assert "???" not in text
+    values = yaml.safe_load(text)
+    assert values["launch"]["num_processes"] == 2
+    assert values["optim"]["name"] == "torch_adamw"
+    assert values["precision"]["name"] in ("bf16", "fp32")
+
+
+def test_tensorboard_has_curves_against_steps_and_tokens(full: Command) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(full.run_dir.tensorboard))
+    events.Reload()
+    tags = events.Tags()
+    for name in (
+        "loss",
+        "eval_loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens_per_s",
+        "mfu",
+        "memory_bytes",
+        "skipped_steps",
+    ):
+        assert f"by_step/{name}" in tags["scalars"]
+        assert f"by_tokens/{name}" in tags["scalars"]
+    assert [event.step for event in events.Scalars("by_tokens/loss")] == [
+        256 * step for step in range(1, 7)
+    ]
+    assert "config/text_summary" in tags["tensors"]
+
+
+def test_export_is_the_model_that_was_evaluated(full: Command) -> None:
+    """transformers loads it, and has the run's last evaluation loss on the same rows."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from llama_pretrain.data.dataset import create_pretrain_dataset
+    from llama_pretrain.plan.plan import load_plan
+
+    plan = load_plan(full.run_dir.plan)
+    assert plan.corpus is not None
+    tokenizer = AutoTokenizer.from_pretrained(full.run_dir.export)
+    model = AutoModelForCausalLM.from_pretrained(full.run_dir.export)
+    assert tokenizer.pad_token == "[PAD]"
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert str(model.dtype) == "torch.bfloat16" or model.dtype == torch.float32
+    dataset = create_pretrain_dataset(
+        Path(plan.corpus.tokens_dir), "heldout", sequence_length=64, limit_rows=4
+    )
+    losses = []
+    for row in range(4):
+        item = dataset[row]
+        with torch.no_grad():
+            logits = model(torch.from_numpy(item["input_ids"])[None], use_cache=False).logits
+        labels = torch.from_numpy(item["shift_labels"])
+        losses.append(torch.nn.functional.cross_entropy(logits[0].float(), labels).item())
+    assert sum(losses) / 4 == pytest.approx(full.rows("eval_loss")[-1]["eval_loss"], abs=2e-3)
+
+
+def test_sample_continues_the_prompt(full: Command) -> None:
+    assert (full.run_dir.path / "sample.txt").read_text().startswith("The")
+
+
+def test_reproduce_gives_the_same_losses(shared_runner: Runner, full: Command) -> None:
+    folder = shared_runner.folder / "again"
+    words = (f"reproduce={full.run_dir.path}", f"hydra.run.dir={folder}", "checkpoint.export=false")
+    again = shared_runner.bare(*words, run_dir=RunDir(folder))
+    assert again.losses == full.losses
+    assert again.rows("eval_loss") == full.rows("eval_loss")
+
+
+COVER = [
+    pytest.param(["zero=stage0", "optim=torch_adamw", "schedule=linear", "monitor=csv"], id="a"),
+    pytest.param(["zero=stage3", "schedule=wsd", "precision=fp32", "monitor=tensorboard"], id="b"),
+    pytest.param(
+        ["zero=stage2", "schedule=constant", "precision=bf16", "train.gradient_checkpointing=true"],
+        id="c",
+    ),
+    pytest.param(["debug=profile", "data=stdlib", "tokenizer.vocab_size=512"], id="profile"),
+    pytest.param(["zero=stage0", "precision=bf16", "model.tie_word_embeddings=true"], id="tied"),
+]
+
+
+@pytest.mark.parametrize("overrides", COVER)
+def test_options_train(runner: Runner, overrides: list[str]) -> None:
+    """What is shipped also trains; every option is in some point here or in the slow ones."""
+    if "data=stdlib" in overrides:
+        overrides = [*overrides, "data.paths=[]"]
+    done = runner(*overrides, "launch.num_processes=2", "batch.micro_batch_size=1")
+    assert len(done.losses) >= 3
+    if "debug=profile" in overrides:
+        assert list((done.run_dir.path / "profile").glob("*.json"))
+    if "monitor=csv" in overrides:
+        lines = (done.run_dir.path / "metrics.csv").read_text().splitlines()
+        assert lines[0].startswith("step,tokens,loss,learning_rate")
+        assert len(lines) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param(["optim=cpu_adam", "zero=stage3"], id="cpu_adam"),
+        pytest.param(["optim=fused_adam", "zero=stage1"], id="fused_adam"),
+        pytest.param(["optim=fused_adam", "zero=stage0", "precision=bf16"], id="fused_adam_0"),
+        pytest.param(["zero=stage2_offload"], id="stage2_offload"),
+        pytest.param(["zero=stage3_offload"], id="stage3_offload"),
+    ],
+)
+def test_compiled_optimizers_train(runner: Runner, overrides: list[str]) -> None:
+    plain = runner("optim=torch_adamw", "zero=stage1", "precision=fp32", "launch.num_processes=2")
+    done = runner(*overrides, "precision=fp32", "launch.num_processes=2", timeout_s=900)
+    assert done.losses == pytest.approx(plain.losses, abs=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["60m", "130m", "llama32_1b"])
+def test_published_shapes_train_when_made_narrow(runner: Runner, model: str) -> None:
+    """The structure of a shape (heads, groups, rotary scaling, ties), at a width for a laptop."""
+    done = runner(f"model={model}", "train.max_steps=2", "model.max_position_embeddings=1024")
+    assert len(done.losses) == 2
+
+
+@pytest.mark.slow
+def test_docstrings_train(runner: Runner) -> None:
+    done = runner("data=docstrings", "data.paths=[]", timeout_s=600)
+    assert len(done.losses) == 3
+
+
+def test_overfit_learns_one_batch_by_heart(runner: Runner) -> None:
+    words = ["debug=overfit", "model.hidden_size=128", "optim.learning_rate=3e-3"]
+    paths = f"data.paths=['{runner.corpus}/*.py']"
+    folder = runner.folder / "overfit"
+    done = runner.bare(
+        *words,
+        "data=text",
+        paths,
+        "model.vocab_size=512",
+        "data.heldout_fraction=0.1",
+        "data.sequence_length=64",
+        "train.eval_rows=4",
+        "checkpoint.every_steps=null",
+        "checkpoint.at_end=false",
+        "checkpoint.export=false",
+        "monitor=none",
+        f"data.cache_dir={runner.cache_dir}",
+        f"hydra.run.dir={folder}",
+        run_dir=RunDir(folder),
+    )
+    assert done.losses[-1] < 0.5
+    assert len({row["sample_hash"] for row in done.rows("loss")}) == 1
+
+
+def test_goes_on_from_an_export_with_a_larger_tokenizer(
+    runner: Runner, full: Command, tmp_path: Path
+) -> None:
+    """model=pretrained: the same loss as the export had; a tokenizer that grew makes rows of 8."""
+    import shutil
+
+    tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(full.run_dir.export, tokenizer)
+    settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    settings["pad_token"] = None  # as most published ones have it: ours adds [PAD]
+    content = json.loads((tokenizer / "tokenizer.json").read_text())
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != "[PAD]"]
+    content["model"]["vocab"]["<was-pad>"] = content["model"]["vocab"].pop("[PAD]")
+    (tokenizer / "tokenizer.json").write_text(json.dumps(content))
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
+    folder = runner.folder / "on"
+    done = runner.bare(
+        "model=pretrained",
+        f"model.path={full.run_dir.export}",
+        "tokenizer=pretrained",
+        f"tokenizer.path={tokenizer}",
+        "data=text",
+        f"data.paths=['{runner.corpus}/*.py']",
+        "data.sequence_length=64",
+        "data.heldout_fraction=0.1",
+        "batch.global_batch_size=4",
+        "train.max_steps=2",
+        "train.eval_rows=4",
+        "monitor=none",
+        "zero=stage3",
+        f"data.cache_dir={runner.cache_dir}",
+        f"hydra.run.dir={folder}",
+        run_dir=RunDir(folder),
+    )
+    assert json.loads(done.run_dir.plan.read_text())["vocab_size"] == 520
+    config = json.loads((done.run_dir.export / "config.json").read_text())
+    assert config["vocab_size"] == 520
+    assert config["pad_token_id"] == 512
+    # Eight new rows of near-zero logits aside, it is the model that was exported.
+    before = full.rows("eval_loss")[-1]["eval_loss"]
+    assert done.rows("eval_loss")[0]["eval_loss"] == pytest.approx(before, abs=0.02)
+
+
+def test_multirun_goes_on_after_a_bad_point(runner: Runner, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    words = [word for word in SMALL if "global_batch" not in word]
+    done = runner.bare(
+        "-m",
+        *words,
+        f"data.paths=['{runner.corpus}/*.py']",
+        f"data.cache_dir={runner.cache_dir}",
+        "launch.num_processes=2",
+        "batch.global_batch_size=3,4",
+        f"hydra.sweep.dir={sweep}",
+        expect=1,
+    )
+    assert "does not divide by 2 ranks (got 3)" in done.output
+    states = [json.loads(path.read_text())["status"] for path in sweep.glob("*/status.json")]
+    assert states == ["completed"]
+    (point,) = sweep.glob("*/status.json")
+    assert "global_batch_size=4" in point.parent.name
+
+
+def test_ctrl_c_stops_every_process(runner: Runner) -> None:
+    folder = runner.folder / "stopped"
+    words = [*SMALL, f"data.paths=['{runner.corpus}/*.py']", f"data.cache_dir={runner.cache_dir}"]
+    words += ["train.max_steps=100000", "launch.num_processes=2", f"hydra.run.dir={folder}"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=runner.folder,
+    )
+    try:
+        wait_for(lambda: len(Command(0, "", RunDir(folder)).losses) > 2)
+        workers = children_of(process.pid)
+        assert len(workers) == 2
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "stopped; all ranks have ended" in output
+    assert "Traceback" not in output
+    assert json.loads((folder / "status.json").read_text())["status"] == "stopped"
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_no_rank_survives_a_killed_parent(runner: Runner) -> None:
+    folder = runner.folder / "killed"
+    words = [*SMALL, f"data.paths=['{runner.corpus}/*.py']", f"data.cache_dir={runner.cache_dir}"]
+    words += ["train.max_steps=100000", "launch.num_processes=2", f"hydra.run.dir={folder}"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=runner.folder,
+    )
+    try:
+        wait_for(lambda: len(Command(0, "", RunDir(folder)).losses) > 2)
+        workers = children_of(process.pid)
+        assert len(workers) == 2
+    finally:
+        process.kill()
+        process.wait()
+    wait_for(lambda: not any(is_running(pid) for pid in workers))
+
+
+def wait_for(condition: object, *, seconds: float = 90.0) -> None:
+    """Poll until it holds."""
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.2)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def children_of(pid: int) -> list[int]:
+    """Worker processes below a launcher."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            command = (entry / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if parent == pid and b"train.worker" in command:
+            found.append(int(entry.name))
+    return found
+
+
+LIGHT = [
+    pytest.param(["--help"], 1.0, id="help"),
+    pytest.param(["--cfg", "job"], 1.0, id="cfg-job"),
+    pytest.param(["task=plan", "model=llama3_70b", "zero=stage3"], 1.5, id="plan"),
+]
+
+
+@pytest.mark.parametrize(("words", "limit_s"), LIGHT)
+def test_quick_answers_import_no_torch(tmp_path: Path, words: list[str], limit_s: float) -> None:
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", str(ROOT / "run.py"), *words],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+        times.append(time.perf_counter() - started)
+        assert done.returncode == 0
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert not imported & {"torch", "transformers", "deepspeed", "datasets", "tokenizers"}
+    assert "omegaconf" in imported
+    assert sorted(times)[2] <= limit_s, times
+
+
+def test_help_shows_groups_and_commands(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), "--help"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert "zero: stage0, stage1, stage2, stage2_offload" in " ".join(done.stdout.split())
+    for option in options():
+        group, _, name = option.partition("=")
+        assert f"  {group}: " in done.stdout
+        assert name in done.stdout
+    assert max(len(line) for line in done.stdout.splitlines()) <= 100
+    commands = [line for line in done.stdout.splitlines() if line.startswith("  python run.py")]
+    assert len(commands) == 10
+
+
+def test_tab_completion(tmp_path: Path) -> None:
+    """What the shell function asks of run.py, for the line `python run.py zero=st`."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), "-sc", "query=bash"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"COMP_LINE": "python run.py zero=st", "COMP_POINT": "21"},
+    )
+    assert done.stdout.split() == [
+        f"zero={name}" for name in ("stage0", "stage1", "stage2", "stage2_offload", "stage3")
+    ] + ["zero=stage3_nvme", "zero=stage3_offload"]
+
+
+def test_plan_task_prints_the_deepspeed_json(runner: Runner) -> None:
+    done = runner.bare("task=plan", "model=llama2_7b", "zero=stage3", "precision=bf16")
+    config = json.loads(done.output[done.output.index("\n{") :])
+    assert config["zero_optimization"]["stage"] == 3
+    assert config["bf16"] == {"enabled": True}
+    assert not list(runner.folder.rglob("snapshot.yaml"))

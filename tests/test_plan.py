@@ -1,0 +1,191 @@
+"""Arithmetic of the plan, against figures from papers and from transformers."""
+
+import pytest
+
+from llama_pretrain.config.problems import UserError
+from llama_pretrain.config.schema import Batch, Model
+from llama_pretrain.plan.batch import BatchPlan, solve_batch
+from llama_pretrain.plan.choices import resolve_choices
+from llama_pretrain.plan.memory import estimate_memory
+from llama_pretrain.plan.model_size import count_parameters, flops_per_token, with_vocabulary
+from llama_pretrain.plan.plan import build_plan, load_plan, render_plan
+from tests.conftest import compose_run
+from tests.test_conf import CLUSTER
+
+PUBLISHED = {
+    "llama2_7b": 6_738_415_616,
+    "llama2_13b": 13_015_864_320,
+    "llama2_70b": 68_976_648_192,
+    "llama3_8b": 8_030_261_248,
+    "llama3_70b": 70_553_706_496,
+    "llama32_1b": 1_235_814_400,
+    "llama32_3b": 3_212_749_824,
+}
+"""Parameters of the published checkpoints, as their safetensors sum to."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_of_published_models(name: str) -> None:
+    size = count_parameters(compose_run([f"model={name}"]).model)
+    assert size.total == PUBLISHED[name]
+    assert (
+        size.embedding + size.head + size.layers + compose_run([f"model={name}"]).model.hidden_size
+        == size.total
+    )
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_counts_equal_the_real_model(biased: bool, tied: bool) -> None:
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from llama_pretrain.train.model import build_llama_config
+    from llama_pretrain.train.optimizer import get_optimizer_grouped_parameters
+
+    model = Model(
+        vocab_size=100,
+        hidden_size=48,
+        intermediate_size=56,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=10,
+        tie_word_embeddings=tied,
+        attention_bias=biased,
+        mlp_bias=biased,
+    )
+    with torch.device("meta"):
+        real = LlamaForCausalLM(build_llama_config(model, vocab_size=100, special_ids={}))
+    size = count_parameters(model)
+    assert size.total == sum(p.numel() for p in real.parameters())
+    groups = get_optimizer_grouped_parameters(real, 0.1)
+    counts = [sum(p.numel() for p in group["params"]) for group in groups]
+    assert counts == [size.decayed, size.not_decayed]
+
+
+def test_flops_by_hand() -> None:
+    # 2 layers of width 4 with one head, T = 8, V = 10: matrices 2 * (4*16 + 3*4*6) = 272, norms
+    # 2*2*4 + 4 = 20, head 40; attention 12 * 2 * 4 * 8 = 768.
+    model = Model(
+        vocab_size=10,
+        hidden_size=4,
+        intermediate_size=6,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+    )
+    assert flops_per_token(model, sequence_length=8) == 6 * (272 + 20 + 40) + 768
+    tied = Model(**{**vars(model), "tie_word_embeddings": True})
+    assert flops_per_token(tied, sequence_length=8) == 6 * (272 + 20 + 40) + 768
+
+
+def test_embeddings_grow_to_a_multiple() -> None:
+    model = Model(vocab_size=512)
+    assert with_vocabulary(model, tokenizer_size=512).vocab_size == 512
+    assert with_vocabulary(model, tokenizer_size=513).vocab_size == 520
+    wide = Model(vocab_size=512, pad_embeddings_to_multiple_of=64)
+    assert with_vocabulary(wide, tokenizer_size=513).vocab_size == 576
+
+
+@pytest.mark.parametrize(
+    ("given", "world_size", "expected"),
+    [
+        ((32, 4, None), 2, (32, 4, 4)),
+        ((32, None, 4), 2, (32, 4, 4)),
+        ((32, None, None), 2, (32, 16, 1)),
+        ((None, 4, 4), 2, (32, 4, 4)),
+        ((None, 4, None), 3, (12, 4, 1)),
+        ((24, 4, 2), 3, (24, 4, 2)),
+    ],
+)
+def test_batch_triangle(
+    given: tuple[int | None, ...], world_size: int, expected: tuple[int, int, int]
+) -> None:
+    batch = Batch(
+        global_batch_size=given[0],
+        micro_batch_size=given[1],
+        gradient_accumulation_steps=given[2],
+    )
+    whole, micro, accumulated = expected
+    assert solve_batch(batch, world_size=world_size) == BatchPlan(
+        global_batch_size=whole, micro_batch_size=micro, gradient_accumulation_steps=accumulated
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "world_size", "text"),
+    [
+        ((10, 4, None), 2, "nearest batch.global_batch_size that do: 8, 16 or batch.micro_batch"),
+        ((7, None, None), 4, "does not divide by 4 ranks (got 7); nearest batch.global_batch_size"),
+        ((2, None, None), 4, "that do: 4"),
+        (
+            (30, 4, 4),
+            2,
+            "is not batch.micro_batch_size=4 x batch.gradient_accumulation_steps=4 x 2",
+        ),
+        ((None, None, 4), 2, "neither this nor batch.micro_batch_size is given"),
+    ],
+)
+def test_batch_that_does_not_divide(
+    given: tuple[int | None, ...], world_size: int, text: str
+) -> None:
+    batch = Batch(
+        global_batch_size=given[0],
+        micro_batch_size=given[1],
+        gradient_accumulation_steps=given[2],
+    )
+    with pytest.raises(UserError) as error:
+        solve_batch(batch, world_size=world_size)
+    assert text in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "per_parameter"),
+    [(0, 16.0), (1, 4 + 12 / 8), (2, 2 + 14 / 8), (3, 16 / 8)],
+)
+def test_memory_of_the_zero_paper(stage: int, per_parameter: float) -> None:
+    """ZeRO (arXiv 1910.02054, figure 1): 16 bytes a parameter, then 1/N terms."""
+    run = compose_run([f"zero=stage{stage}", "model=llama2_7b", "precision=bf16"])
+    run = resolve_choices(run, CLUSTER)
+    memory = estimate_memory(run, build_plan(run, None).batch, world_size=8)
+    states = memory.weights + memory.gradients + memory.optimizer
+    assert states / PUBLISHED["llama2_7b"] == pytest.approx(per_parameter, rel=1e-6)
+
+
+def test_offload_moves_memory_to_the_host() -> None:
+    run = resolve_choices(compose_run(["zero=stage3_offload", "model=llama2_7b"]), CLUSTER)
+    memory = estimate_memory(run, build_plan(run, None).batch, world_size=8)
+    assert memory.weights == memory.optimizer == 0
+    assert memory.host == pytest.approx(PUBLISHED["llama2_7b"] * 16 / 8, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "total", "warmup", "decay"),
+    [
+        (["train.max_steps=100", "schedule.warmup_steps=10"], 100, 10, 90),
+        (["train.max_steps=null", "train.max_tokens=4097"], 2, 20, 0),
+        (["train.max_steps=3", "train.max_tokens=40960"], 3, 20, 0),
+        (["schedule=wsd", "train.max_steps=105"], 105, 20, 11),
+        (["schedule=wsd", "train.max_steps=105", "schedule.decay_tokens=8193"], 105, 20, 3),
+        (["schedule=constant", "train.max_steps=100"], 100, 20, 0),
+        (
+            ["schedule.warmup_steps=null", "schedule.warmup_tokens=8192", "train.max_steps=9"],
+            9,
+            2,
+            7,
+        ),
+    ],
+)
+def test_steps(overrides: list[str], total: int, warmup: int, decay: int) -> None:
+    # 16 rows of 256 tokens: 4096 tokens a step
+    steps = build_plan(resolve_choices(compose_run(overrides), CLUSTER), None).steps
+    assert (steps.total, steps.warmup, steps.decay) == (total, warmup, decay)
+
+
+def test_plan_is_read_back_as_written(tmp_path: object) -> None:
+    from pathlib import Path
+
+    plan = build_plan(resolve_choices(compose_run([]), CLUSTER), None)
+    path = Path(str(tmp_path)) / "plan.json"
+    path.write_text(render_plan(plan))
+    assert load_plan(path) == plan
