@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,7 @@ def _follow_with_bar(
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
         TextColumn("{task.fields[text]}"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True),
     )
     with Progress(*columns, console=out, expand=True) as progress:
         task = progress.add_task(
@@ -229,20 +230,25 @@ def _follow_with_bar(
 
 
 def _follow_with_lines(
-    path: Path, start: int, plan: Plan, first_step: int, done: threading.Event
+    path: Path, start: int, plan: Plan, _first_step: int, done: threading.Event
 ) -> None:
-    said, began = 0.0, time.monotonic()
+    said = 0.0
+    began: tuple[float, int] | None = None  # when the first step was seen, and which it was
     say(f"starting {plan.world_size} rank{'s' if plan.world_size > 1 else ''}")
     for row in _new_rows(path, start, done):
         now = time.monotonic()
         if "eval_loss" in row:
             say(_eval_text(row))
         elif "loss" in row and (now - said >= LINE_EVERY_S or row["step"] == plan.steps.total):
-            left = plan.steps.total - row["step"]
-            pace = (now - began) / (row["step"] - first_step)
             said = now
             text = f"step {row['step']}/{plan.steps.total} {_step_text(row)}"
-            say(f"{text} eta {time.strftime('%H:%M:%S', time.gmtime(pace * left))}")
+            if began is None:
+                began = now, row["step"]
+            else:
+                pace = (now - began[0]) / max(1, row["step"] - began[1])
+                left = timedelta(seconds=round(pace * (plan.steps.total - row["step"])))
+                text += f" eta {left}"
+            say(text)
 
 
 def _eval_text(row: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from llama_pretrain.config.document import (
     ROOT,
@@ -100,6 +101,8 @@ def setting_rows() -> dict[str, tuple[str, str]]:
 
 def same(text: str, value: Any) -> bool:
     """Whether the page's text is this value."""
+    if text.startswith("${"):
+        text = OmegaConf.create({"text": text}).text
     if value is None or isinstance(value, bool):
         return text == {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, int | float):

@@ -57,10 +57,10 @@ def _explain_field(found: dict[str, Any]) -> Problem:
 def unknown_key(path: str, *, seen: str) -> Problem:
     """The problem of a setting that doesn't exist, with the nearest ones that do."""
     known = [known_path for known_path, _ in schema_paths()]
-    close = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
-    if not close:  # the right name in the wrong group, perhaps
-        name = path.rsplit(".", 1)[-1]
-        close = [candidate for candidate in known if candidate.rsplit(".", 1)[-1] == name][:1]
+    name = path.rsplit(".", 1)[-1]
+    # The right name in the wrong group first, then a slip of the fingers.
+    close = [candidate for candidate in known if candidate.rsplit(".", 1)[-1] == name][:1]
+    close = close or difflib.get_close_matches(path, known, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]}?" if close else "docs/configuration.md lists all settings"
     return Problem(path=path, message=f"there is no such setting (got {seen})", hint=hint)
 

@@ -1,6 +1,7 @@
 """Ranks on this machine, through torch's elastic agent: fresh interpreters, own rendezvous."""
 
 import contextlib
+import logging
 import signal
 import sys
 import tempfile
@@ -43,6 +44,11 @@ def launch(run: Run, run_dir: RunDir, *, checkpoint: Path | None) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
+    # What it would say on a terminal, we say: which rank failed, why, and where its log is. Each
+    # of its loggers has a level of its own.
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     variables = [f"{key}={value}" for key, value in worker_environment(run).items()]
     module = [sys.executable, "-u", "-m", "llama_pretrain.train.worker", str(run_dir.path)]
     words = [*variables, *module, *([] if checkpoint is None else [str(checkpoint)])]

@@ -128,8 +128,8 @@ class Weights:
 def restore_rotary(model: nn.Module, config: LlamaConfig, device: torch.device) -> None:
     """Put the rotary frequencies back into fp32.
 
-    DeepSpeed casts buffers with the weights, and zero.Init computes them in 16 bits; rounded
-    frequencies turn far positions by the wrong angle, and the export would differ from training.
+    zero.Init computes them in 16 bits; rounded frequencies turn far positions by the wrong angle,
+    and the export would differ from what was trained.
     """
     exact = LlamaRotaryEmbedding(config)
     for module in model.modules():

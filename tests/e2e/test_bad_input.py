@@ -70,7 +70,7 @@ CASES = [
         id="batch",
     ),
     pytest.param(
-        ["model.num_attention_heads=7"],
+        ["model.num_attention_heads=7", "model.head_dim=null", "model.num_key_value_heads=1"],
         "model.num_attention_heads: does not divide model.hidden_size=64 (got 7);"
         " nearest that do: 4, 8",
         id="heads",
@@ -270,3 +270,4 @@ def test_a_failing_rank_ends_the_run_with_its_error(runner: Runner) -> None:
     assert "rank 0 failed" in done.output
     assert status["log"] in done.output
     assert "Traceback" not in done.output
+    assert "torch/distributed" not in done.output

@@ -191,15 +191,17 @@ def test_options_train(runner: Runner, overrides: list[str]) -> None:
     [
         pytest.param(["optim=cpu_adam", "zero=stage3"], id="cpu_adam"),
         pytest.param(["optim=fused_adam", "zero=stage1"], id="fused_adam"),
-        pytest.param(["optim=fused_adam", "zero=stage0", "precision=bf16"], id="fused_adam_0"),
+        pytest.param(["optim=fused_adam", "zero=stage0"], id="fused_adam_0"),
         pytest.param(["zero=stage2_offload"], id="stage2_offload"),
         pytest.param(["zero=stage3_offload"], id="stage3_offload"),
     ],
 )
 def test_compiled_optimizers_train(runner: Runner, overrides: list[str]) -> None:
-    plain = runner("optim=torch_adamw", "zero=stage1", "precision=fp32", "launch.num_processes=2")
-    done = runner(*overrides, "precision=fp32", "launch.num_processes=2", timeout_s=900)
-    assert done.losses == pytest.approx(plain.losses, abs=2e-5)
+    for precision, tolerance in (("fp32", 2e-5), ("bf16", 2e-3)):
+        same = (f"precision={precision}", "launch.num_processes=2", "optim.learning_rate=3e-3")
+        plain = runner("optim=torch_adamw", "zero=stage1", *same)
+        done = runner(*overrides, *same, timeout_s=900)
+        assert done.losses == pytest.approx(plain.losses, abs=tolerance)
 
 
 @pytest.mark.slow
@@ -323,8 +325,9 @@ def test_ctrl_c_stops_every_process(runner: Runner) -> None:
     finally:
         process.kill()
     assert process.returncode == 130
-    assert "stopped; all ranks have ended" in output
+    assert output.endswith("stopped; all ranks have ended\n")
     assert "Traceback" not in output
+    assert "torch/distributed" not in output
     assert json.loads((folder / "status.json").read_text())["status"] == "stopped"
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
 

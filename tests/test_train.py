@@ -1,0 +1,235 @@
+"""Parts of a rank: groups, schedule, initial weights, DeepSpeed's engine left as it should be."""
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from llama_pretrain.config.schema import Model, Optim, OptimName, Schedule, ScheduleName
+from llama_pretrain.plan.plan import Steps
+from llama_pretrain.train.model import (
+    build_llama_config,
+    build_model,
+    hash_parameters,
+    restore_rotary,
+)
+from llama_pretrain.train.optimizer import (
+    build_optimizer,
+    get_optimizer_grouped_parameters,
+    learning_rate_factor,
+)
+
+SHAPE = Model(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    attention_bias=True,
+    max_position_embeddings=128,
+)
+CONFIG = build_llama_config(SHAPE, vocab_size=64, special_ids={})
+
+
+def plain_model(**changes: Any) -> Any:
+    ds_config = {"zero_optimization": {"stage": 0}}
+    return build_model(CONFIG, **{"seed": 1, "weights": None, "ds_config": ds_config, **changes})
+
+
+def test_groups_go_by_the_kind_of_module() -> None:
+    model = plain_model()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decayed, plain = get_optimizer_grouped_parameters(model, 0.1)
+    assert decayed["weight_decay"] == 0.1
+    assert plain["weight_decay"] == 0.0
+    plain_names = {names[parameter] for parameter in plain["params"]}
+    assert plain_names == {n for n in names.values() if "norm" in n or n.endswith("bias")}
+    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+
+
+def test_groups_do_not_go_by_names() -> None:
+    """A linear layer that is called a norm decays, and a norm that is not called one doesn't."""
+    model = nn.ModuleDict({"layernorm": nn.Linear(2, 2, bias=False), "dense": nn.RMSNorm(2)})
+    decayed, plain = get_optimizer_grouped_parameters(model, 0.1)
+    assert decayed["params"] == [model["layernorm"].weight]
+    assert plain["params"] == [model["dense"].weight]
+
+
+def test_frozen_and_tied_parameters() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(4, 2), "head": nn.Linear(2, 4, bias=False)})
+    model["head"].weight = model["embed"].weight
+    decayed, plain = get_optimizer_grouped_parameters(model, 0.1)
+    assert len(decayed["params"]) == 1
+    model["embed"].weight.requires_grad = False
+    decayed, plain = get_optimizer_grouped_parameters(model, 0.1)
+    assert decayed["params"] == plain["params"] == []
+
+
+def steps(total: int, warmup: int, decay: int) -> Steps:
+    return Steps(
+        total=total,
+        warmup=warmup,
+        decay=decay,
+        tokens_per_step=1,
+        tokens=total,
+        epochs=None,
+        eval_rows=None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "decay", "expected"),
+    [
+        # step:   0    1    2 (first after warm-up) ... 9 (last)
+        ("cosine", 8, {0: 0.5, 1: 1.0, 5: 0.1 + 0.45 * (1 + math.cos(math.pi / 2)), 9: 0.1}),
+        ("linear", 8, {0: 0.5, 1: 1.0, 5: 0.55, 9: 0.1}),
+        ("constant", 0, {0: 0.5, 1: 1.0, 5: 1.0, 9: 1.0}),
+        ("wsd", 4, {0: 0.5, 1: 1.0, 5: 1.0, 7: 0.55, 9: 0.1}),
+    ],
+)
+def test_learning_rate(name: str, decay: int, expected: dict[int, float]) -> None:
+    schedule = Schedule(name=ScheduleName(name), min_learning_rate_ratio=0.1)
+    factor = learning_rate_factor(schedule, steps(10, 2, decay))
+    for step, value in expected.items():
+        assert factor(step) == pytest.approx(value), step
+
+
+def test_a_run_shorter_than_its_warmup() -> None:
+    factor = learning_rate_factor(Schedule(), steps(3, 10, 0))
+    assert [factor(step) for step in range(3)] == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_initial_weights_follow_the_seed_and_the_names() -> None:
+    one, same, other = plain_model(), plain_model(), plain_model(seed=2)
+    assert hash_parameters(one.named_parameters()) == hash_parameters(same.named_parameters())
+    assert hash_parameters(one.named_parameters()) != hash_parameters(other.named_parameters())
+    query = one.model.layers[0].self_attn.q_proj
+    assert query.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert query.bias.abs().max().item() == 0.0
+    assert torch.equal(one.model.norm.weight, torch.ones(32))
+    assert not torch.equal(query.weight, one.model.layers[1].self_attn.q_proj.weight)
+
+
+def test_weights_of_a_checkpoint_are_read_by_name(tmp_path: Path) -> None:
+    source = plain_model(seed=9)
+    source.save_pretrained(tmp_path)
+    loaded = plain_model(weights=tmp_path)
+    assert hash_parameters(loaded.named_parameters()) == hash_parameters(source.named_parameters())
+    (tmp_path / "other").mkdir()
+    nn_only = {"model.norm.weight": torch.ones(32)}
+    from safetensors.torch import save_file
+
+    save_file(nn_only, tmp_path / "other" / "model.safetensors")
+    with pytest.raises(KeyError, match="has no weights for"):
+        plain_model(weights=tmp_path / "other")
+
+
+@pytest.fixture(scope="module")
+def process_group() -> Iterator[None]:
+    """A world of one rank in this process."""
+    import deepspeed
+    import torch.distributed as dist
+
+    values = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    before = dict(os.environ)
+    os.environ.update(values | {"MASTER_PORT": "0", "DS_ACCELERATOR": "cpu"})
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    yield
+    dist.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def engine_of(stage: int, *, bf16: bool) -> tuple[Any, Any]:
+    import deepspeed
+
+    ds_config: dict[str, Any] = {
+        "train_batch_size": 1,
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage},
+    }
+    if bf16:
+        ds_config["bf16"] = {"enabled": True}
+    model = build_model(CONFIG, seed=1, weights=None, ds_config=ds_config)
+    optimizer = build_optimizer(model, Optim(name=OptimName.torch_adamw, learning_rate=0.1))
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
+    )
+    return engine, optimizer
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.usefixtures("process_group")
+def test_initialisation_changes_no_weight_and_no_state(stage: int, bf16: bool) -> None:
+    """The fp32 weights after deepspeed.initialize are the drawn ones, rounded where bf16."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    from llama_pretrain.train.engine import undo_initial_step
+
+    drawn = {name: p.detach().clone() for name, p in plain_model().named_parameters()}
+    if bf16:
+        drawn = {name: p.bfloat16().float() for name, p in drawn.items()}
+    engine, optimizer = engine_of(stage, bf16=bf16)
+    undo_initial_step(engine)
+    moments = [
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if torch.is_tensor(value) and value.numel() > 1
+    ]
+    assert all(not moment.any() for moment in moments)
+    if stage == 0 and bf16:
+        # safe_get_full_fp32_param has no way into this wrapper: compare the masters themselves.
+        wrapper = engine.optimizer
+        masters = [master for group in wrapper.fp32_groups for master in group]
+        halves = [half for group in wrapper.fp16_groups for half in group]
+        assert len(optimizer.state) == 0
+        for master, half in zip(masters, halves, strict=True):
+            assert torch.equal(master, half.float())
+        found = {name: p.detach().float() for name, p in engine.module.named_parameters()}
+    elif stage == 0:
+        found = {name: p.detach() for name, p in engine.module.named_parameters()}
+    else:
+        found = {n: safe_get_full_fp32_param(p) for n, p in engine.module.named_parameters()}
+    for name, value in drawn.items():
+        assert torch.equal(found[name].reshape(value.shape), value), name
+
+
+@pytest.mark.usefixtures("process_group")
+def test_deepspeed_does_take_a_step_at_stage_0() -> None:
+    """What undo_initial_step is there for: if this fails, DeepSpeed has mended it."""
+    engine, optimizer = engine_of(0, bf16=True)
+    assert len(optimizer.state) > 0
+    master, half = engine.optimizer.fp32_groups[0][0], engine.optimizer.fp16_groups[0][0]
+    assert not torch.equal(master, half.float())
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.usefixtures("process_group")
+def test_rotary_frequencies_stay_exact_in_bf16(stage: int) -> None:
+    exact = 1.0 / 10_000.0 ** (torch.arange(0, 8, 2, dtype=torch.float) / 8)
+    engine, _ = engine_of(stage, bf16=True)
+    rotary = engine.module.model.rotary_emb
+    if stage == 3:  # zero.Init rounds them: what is put right
+        assert not torch.equal(rotary.inv_freq.float(), exact)
+    restore_rotary(engine.module, CONFIG, torch.device("cpu"))
+    assert torch.equal(rotary.inv_freq, exact)
+    assert rotary.inv_freq.dtype == torch.float32
+
+
+def test_print_rank_0_prints_once(capsys: pytest.CaptureFixture[str]) -> None:
+    from llama_pretrain.train.distributed import Rank, print_rank_0
+
+    for index in range(2):
+        device = torch.device("cpu")
+        rank = Rank(index=index, local_index=index, world_size=2, device=device)
+        print_rank_0("once", rank)
+    assert capsys.readouterr().out == "once\n"
