@@ -139,7 +139,8 @@ def process_group() -> Iterator[None]:
     before = dict(os.environ)
     os.environ.update(values | {"MASTER_PORT": "0", "DS_ACCELERATOR": "cpu"})
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # type: ignore[attr-defined]  # torch does not list it
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     yield
     dist.destroy_process_group()
