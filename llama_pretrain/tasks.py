@@ -173,7 +173,7 @@ def find_checkpoint(run: Run, plan: Plan, run_dir: RunDir) -> tuple[Path, int]:
 
 def _fixed_for_resume(before: Run, run: Run) -> Iterator[tuple[str, object, object]]:
     """What a resumed run must have as it was: with another, it would be another run."""
-    for name in ("model", "tokenizer", "seed", "precision"):
+    for name in ("model", "tokenizer", "optim", "seed", "precision"):
         yield name, getattr(before, name), getattr(run, name)
     was, wanted = (replace(r.data, cache_dir="", num_workers=0) for r in (before, run))
     yield "data", was, wanted

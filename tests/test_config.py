@@ -12,12 +12,12 @@ from tests.conftest import compose_run
 
 
 def test_folder_names_of_a_sweep() -> None:
-    assert name_run("zero=stage1,seed=2") == "zero=stage1,seed=2"
-    assert name_run("data.paths=[/a/b c]") == "data.paths=-a-b-c"
-    assert name_run("") == "run"
-    long = name_run("x" * 300)
+    assert name_run(["zero=stage1", "seed=2"]) == "zero=stage1,seed=2"
+    assert name_run(["data.paths=[/a/b c]"]) == "data.paths=-a-b-c"
+    assert name_run([]) == "run"
+    long = name_run(["x" * 300])
     assert len(long) == 80
-    assert long != name_run("x" * 301)
+    assert long != name_run(["x" * 301])
 
 
 @pytest.mark.parametrize(

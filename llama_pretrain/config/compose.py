@@ -37,12 +37,13 @@ def register() -> None:
     OmegaConf.register_new_resolver("run_name", name_run, replace=True)
 
 
-def name_run(overrides: str) -> str:
+def name_run(overrides: Sequence[str]) -> str:
     """A folder name for a sweep's point: safe characters, at most 80, and a hash where cut."""
-    safe = re.sub(r"[^A-Za-z0-9=.,_-]+", "-", overrides).strip("-") or "run"
+    text = ",".join(overrides)
+    safe = re.sub(r"[^A-Za-z0-9=.,_-]+", "-", text).strip("-") or "run"
     if len(safe) <= 80:
         return safe
-    return f"{safe[:71]}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
+    return f"{safe[:71]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def rewrite_argv(argv: Sequence[str]) -> list[str]:

@@ -93,9 +93,9 @@ Each run directory holds `snapshot.yaml`: the whole tree, every value resolved. 
 it can start a run:
 
 - `python run.py resume=DIR` goes on in `DIR` from its newest complete checkpoint. Settings may be
-  added, for example `train.max_steps=400`. Refused is a change of `model`, `tokenizer`, `seed`,
-  `precision`, `zero.stage` and `data` (but for `data.cache_dir` and `data.num_workers`), of the
-  number of ranks, of the global batch size, and of the text itself.
+  added, for example `train.max_steps=400`. Refused is a change of `model`, `tokenizer`, `optim`,
+  `seed`, `precision`, `zero.stage` and `data` (but for `data.cache_dir` and `data.num_workers`), of
+  the number of ranks, of the global batch size, and of the text itself.
 - `python run.py reproduce=DIR` starts a new run with the same settings in a directory of its own.
   Settings may be added, and `-m` works.
 

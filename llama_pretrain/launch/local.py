@@ -75,6 +75,7 @@ def _launch_config(run: Run, run_dir: RunDir, *, early_logs: str) -> Any:
         run_id=run_dir.path.name,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
+        local_addr="localhost",  # the host's own name may not resolve
         max_restarts=0,
         monitor_interval=0.1,
         # What a rank says before it has opened its own log, which is next to nothing.

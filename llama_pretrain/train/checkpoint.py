@@ -70,6 +70,14 @@ def load_checkpoint(engine: Any, folder: Path, rank: Rank) -> int:
     if loaded is None:  # DeepSpeed returns None and would train from the start
         raise RuntimeError(f"DeepSpeed found nothing to load in {folder}")
     _load_rng(folder, rank)
+    # The optimizer has the rate that the old schedule gave this step; a run that was made longer
+    # has another one.
+    scheduler = engine.lr_scheduler
+    groups = zip(
+        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    )
+    for group, peak, factor in groups:
+        group["lr"] = peak * factor(scheduler.last_epoch)
     return read_manifest(folder).step
 
 

@@ -47,7 +47,7 @@ class MetricsWriter:
             config = run_dir.snapshot.read_text(encoding="utf-8")
             self._tensorboard.add_text("config", f"```yaml\n{config}\n```", first_step)
         if monitor.csv:
-            self._csv = _open_csv(run_dir.path / "metrics.csv")
+            self._csv = _open_csv(run_dir.path / "metrics.csv", first_step=first_step)
         if monitor.wandb:
             import wandb
 
@@ -86,11 +86,12 @@ class MetricsWriter:
 CSV_COLUMNS = ("loss", "learning_rate", "grad_norm", "tokens_per_s", "mfu", "memory_bytes")
 
 
-def _open_csv(path: Path) -> Any:
-    exists = path.exists()
-    writer = csv.writer(path.open("a", newline="", buffering=1, encoding="utf-8"))
-    if not exists:
-        writer.writerow(["step", "tokens", *CSV_COLUMNS])
+def _open_csv(path: Path, *, first_step: int) -> Any:
+    """A writer after the row of `first_step`: later rows are of steps that are done again."""
+    rows = list(csv.reader(path.open(newline="", encoding="utf-8"))) if path.exists() else []
+    writer = csv.writer(path.open("w", newline="", buffering=1, encoding="utf-8"))
+    writer.writerow(["step", "tokens", *CSV_COLUMNS])
+    writer.writerows(row for row in rows[1:] if int(row[0]) <= first_step)
     return writer
 
 

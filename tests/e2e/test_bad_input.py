@@ -1,5 +1,6 @@
 """Mistakes end before any rank starts: exit code 1, no traceback, each with what to do."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -254,6 +255,12 @@ def test_a_hostile_snapshot_runs_nothing(runner: Runner, tmp_path: Path) -> None
     (tmp_path / "snapshot.yaml").write_text(text)
     done = runner.bare(f"resume={tmp_path}", expect=1)
     assert "names hydra settings, interpolations or _target_" in done.output
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+def test_wandb_without_its_package(runner: Runner) -> None:
+    done = runner("monitor=wandb", expect=1)
+    assert "monitor.wandb: the package wandb is not installed; pip install" in done.output
 
 
 def test_a_failing_rank_ends_the_run_with_its_error(runner: Runner) -> None:

@@ -1,6 +1,7 @@
 """A resumed run has the losses, norms and samples of one that was never cut, to the bit."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,22 @@ def with_checkpoints(shared_runner: Runner) -> Command:
     )
 
 
+def test_a_resumed_run_can_be_made_longer(shared_runner: Runner) -> None:
+    """Its learning rates are the longer schedule's from the first resumed step on."""
+    settings = ("checkpoint.every_steps=2", "schedule.warmup_steps=1", "monitor=csv")
+    done = shared_runner("train.max_steps=3", *settings)
+    again = shared_runner.bare(
+        f"resume={done.run_dir.path}", "train.max_steps=6", run_dir=done.run_dir
+    )
+    assert [row["step"] for row in again.rows("loss")] == [1, 2, 3, 4, 5, 6]
+    rates = [row["learning_rate"] for row in again.rows("loss")]
+    # A cosine from 1e-3 to 1e-4 over five steps after one of warm-up.
+    cosine = [1e-4 + 4.5e-4 * (1 + math.cos(math.pi * k / 5)) for k in range(2, 6)]
+    assert rates[2:] == pytest.approx(cosine)
+    table = (done.run_dir.path / "metrics.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in table] == ["step", "1", "2", "3", "4", "5", "6"]
+
+
 def test_old_checkpoints_are_deleted(with_checkpoints: Command) -> None:
     folders = sorted(with_checkpoints.run_dir.checkpoints.glob("*/"))
     assert [path.name for path in folders] == ["step-00000001", "step-00000002", "step-00000003"]
@@ -97,6 +114,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(with_checkpoints: Command) 
     ("override", "text"),
     [
         ("launch.num_processes=1", "launch.num_processes: step-0000000"),
+        ("optim.learning_rate=1e-4", "optim: differs from what the run was started with"),
         ("seed=5", "seed: differs from what the run was started with"),
         ("zero.stage=2", "zero.stage: differs from what the run was started with"),
         ("train.max_steps=2", "resume: the run has done its 2 steps; raise train.max_steps"),
