@@ -1,7 +1,9 @@
 """python run.py: compose a run, plan it, write it down, train it. `--help` shows how."""
 
+import contextlib
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import hydra
@@ -19,6 +21,7 @@ def main() -> int:
         return 0
     from llama_pretrain import endings  # after Hydra's own flags have had their quick answer
 
+    argv = sys.argv[1:]
     failures: list[Exception] = []
     composed: list[DictConfig] = []
 
@@ -28,22 +31,25 @@ def main() -> int:
         from llama_pretrain.runs.rundir import RunDir
         from llama_pretrain.tasks import run_task
 
+        folder = Path(HydraConfig.get().runtime.output_dir)
         try:
-            folder = Path(HydraConfig.get().runtime.output_dir)
-            return run_task(read_config(config), run_dir=RunDir(folder), argv=sys.argv)
+            return run_task(read_config(config), run_dir=RunDir(folder), argv=argv)
         except endings.EXPECTED as error:  # a sweep goes on with its next point
             endings.tell(error)
             failures.append(error)
             return None
+        finally:
+            with contextlib.suppress(OSError):  # Hydra makes it for task=plan and refused runs too
+                folder.rmdir()
 
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's errors come to us, who know more to say
-    argv = sys.argv[1:]
-    try:
-        sys.argv[1:] = rewrite_argv(argv)
-        run()
-    except BaseException as error:
-        return endings.end(error, sys.argv[1:], composing=not composed)
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            sys.argv[1:] = rewrite_argv(argv, scratch=Path(scratch))
+            run()
+        except BaseException as error:
+            return endings.end(error, sys.argv[1:], composing=not composed)
     return 1 if failures else 0
 
 

@@ -1,5 +1,6 @@
 """What a person sees: the config, the plan, one progress bar or plain lines, and the result."""
 
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -23,13 +24,16 @@ from llama_pretrain.runs.rundir import RunDir
 LINE_EVERY_S = 5.0
 GIB = 1 << 30
 
-out = Console(highlight=False, soft_wrap=True)
+PIPE_WIDTH = 400
+"""Where output is no terminal, a line that a person copies stays one line."""
+
+out = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 errors = Console(highlight=False, soft_wrap=True, stderr=True)
 
 
 def say(message: str) -> None:
     """One plain line."""
-    out.print(escape(message))
+    out.print(escape(message), soft_wrap=True)
 
 
 def show_problems(problems: Sequence[Problem]) -> None:

@@ -10,7 +10,7 @@ from llama_pretrain import console
 from llama_pretrain.config.compose import PROJECT_ROOT
 from llama_pretrain.config.problems import Problem, UserError, refuse
 from llama_pretrain.config.rules import check_run
-from llama_pretrain.config.schema import Run, Task
+from llama_pretrain.config.schema import OffloadDevice, Run, Task
 from llama_pretrain.config.snapshot import load_snapshot, render_snapshot
 from llama_pretrain.plan.choices import resolve_choices
 from llama_pretrain.plan.ds_config import get_train_ds_config
@@ -141,6 +141,10 @@ def find_checkpoint(run: Run, plan: Plan, run_dir: RunDir) -> tuple[Path, int]:
         for path, was, wanted in _fixed_for_resume(before, run)
         if was != wanted
     ]
+    devices = (run.zero.offload_optimizer.device, run.zero.offload_param.device)
+    if OffloadDevice.nvme in devices:
+        message = "DeepSpeed 0.19 goes on with other losses where state lies on nvme"
+        problems.append(Problem(path="resume", message=message, hint="start a new run"))
     folder, passed_over = newest_complete(run_dir.checkpoints)
     for line in passed_over:
         console.say(line)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,15 @@ import pytest
 
 from llama_pretrain.config.compose import PROJECT_ROOT
 from llama_pretrain.config.rules import check_run
+from llama_pretrain.config.schema import Zero
 from llama_pretrain.config.snapshot import load_snapshot, render_snapshot
 from llama_pretrain.plan.choices import resolve_choices
-from llama_pretrain.plan.ds_config import EXTRA_KEYS, get_eval_ds_config, get_train_ds_config
+from llama_pretrain.plan.ds_config import (
+    EXTRA_KEYS,
+    ZERO_EXTRA_KEYS,
+    get_eval_ds_config,
+    get_train_ds_config,
+)
 from llama_pretrain.plan.machine import Machine
 from llama_pretrain.plan.plan import build_plan, check_plan
 from tests.conftest import compose_run
@@ -180,6 +187,25 @@ def test_extra_keys_are_known_to_deepspeed() -> None:
     source = "\n".join(texts)
     unknown = [key for key in EXTRA_KEYS if not re.search(rf"\b{key}\b", source)]
     assert unknown == []
+
+
+def test_zero_keys_are_those_of_deepspeed() -> None:
+    """Every key of its zero section is a setting of ours, or may pass, or is left out knowingly."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    known = {item.alias or name for name, item in DeepSpeedZeroConfig.model_fields.items()}
+    assert set(ZERO_EXTRA_KEYS) <= known
+    ours = {item.name for item in fields(Zero)} - {"extra"}
+    assert ours <= known
+    left_out = {
+        "cpu_offload",  # these four are old names of keys that we have
+        "cpu_offload_param",
+        "cpu_offload_use_pin_memory",
+        "stage3_gather_fp16_weights_on_model_save",
+        "legacy_stage1",  # removed
+        "zenflow",  # its first loss was wrong
+    }
+    assert known - ours - set(ZERO_EXTRA_KEYS) == left_out
 
 
 def test_choices_follow_the_machine() -> None:

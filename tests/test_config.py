@@ -33,16 +33,26 @@ def test_unknown_keys_get_the_nearest_name(seen: str, hint: str) -> None:
 
 
 def test_resume_becomes_a_run_of_the_snapshot(tmp_path: Path) -> None:
-    (tmp_path / "snapshot.yaml").write_text(render_snapshot(compose_run([])))
-    words = rewrite_argv([f"resume={tmp_path}", "train.max_steps=7"])
-    assert words[:4] == ["--config-dir", str(tmp_path), "--config-name", "snapshot"]
-    assert f"hydra.run.dir='{tmp_path}'" in words
-    assert words[-2:] == ["train.max_steps=7", f"resume='{tmp_path}'"]
-    assert rewrite_argv(["zero=stage3"]) == ["zero=stage3"]
-    words = rewrite_argv([f"reproduce={tmp_path}", "seed=2"])
+    text = render_snapshot(compose_run(["seed=7"]))
+    (tmp_path / "snapshot.yaml").write_text(text)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    words = rewrite_argv([f"resume={tmp_path}", "train.max_steps=7"], scratch=scratch)
+    assert words[:4] == ["--config-dir", str(scratch), "--config-name", "snapshot"]
+    assert (scratch / "snapshot.yaml").read_text() == text
+    assert words[-3:] == [
+        f"hydra.run.dir='{tmp_path}'",
+        f"resume='{tmp_path}'",
+        "train.max_steps=7",
+    ]
+    words = rewrite_argv(["-m", f"reproduce={tmp_path}", "seed=1,2"], scratch=scratch)
+    assert words[4] == "-m"
+    assert words[-1] == "seed=1,2"
+    assert rewrite_argv(["zero=stage3"], scratch=scratch) == ["zero=stage3"]
+    words = rewrite_argv([f"reproduce={tmp_path}", "seed=2"], scratch=scratch)
     assert not [word for word in words if word.startswith(("reproduce", "resume"))]
     with pytest.raises(UserError, match="cannot be given together"):
-        rewrite_argv([f"resume={tmp_path}", f"reproduce={tmp_path}"])
+        rewrite_argv([f"resume={tmp_path}", f"reproduce={tmp_path}"], scratch=scratch)
 
 
 HOSTILE = [

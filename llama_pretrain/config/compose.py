@@ -15,7 +15,7 @@ from llama_pretrain.config import schema
 from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.config.rules import parse_values, schema_paths, unknown_key
 from llama_pretrain.config.schema import Run
-from llama_pretrain.config.snapshot import load_snapshot
+from llama_pretrain.config.snapshot import load_snapshot, render_snapshot
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
@@ -26,6 +26,8 @@ HYDRA_SETTINGS = (
     "hydra/hydra_logging=none",
     "hydra.output_subdir=null",
     "hydra.run.dir=outputs/${now:%Y-%m-%d}/${now:%H-%M-%S-%f}",
+    "hydra.sweep.dir=outputs/sweeps/${now:%Y-%m-%d}/${now:%H-%M-%S}",
+    "hydra.sweep.subdir='${hydra:job.num}-${run_name:${hydra:overrides.task}}'",
 )
 """What conf/config.yaml says of Hydra itself, for a snapshot, which says nothing of it."""
 
@@ -46,10 +48,12 @@ def name_run(overrides: Sequence[str]) -> str:
     return f"{safe[:71]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def rewrite_argv(argv: Sequence[str]) -> list[str]:
+def rewrite_argv(argv: Sequence[str], *, scratch: Path) -> list[str]:
     """Turn `resume=DIR` and `reproduce=DIR` into a run of DIR's own snapshot.
 
-    `resume` goes on in DIR itself; `reproduce` starts anew in a directory of its own.
+    `resume` goes on in DIR itself; `reproduce` starts anew in a directory of its own. Hydra gets a
+    copy of what was understood of the snapshot, alone in `scratch`: in DIR it would also read
+    other files, which could name code to run.
 
     Raises:
         UserError: if DIR holds no snapshot that is safe to hand to Hydra.
@@ -67,13 +71,15 @@ def rewrite_argv(argv: Sequence[str]) -> list[str]:
         message = "cannot be given together"
         raise UserError([Problem(path="resume, reproduce", message=message)])
     folder = Path(next(iter(given.values()))).expanduser().resolve()
-    load_snapshot(folder / f"{SNAPSHOT_NAME}.yaml")
+    snapshot = load_snapshot(folder / f"{SNAPSHOT_NAME}.yaml")
+    (scratch / f"{SNAPSHOT_NAME}.yaml").write_text(render_snapshot(snapshot), encoding="utf-8")
     settings = list(HYDRA_SETTINGS)
-    words = [word for word in argv if not word.startswith(("reproduce=", "resume="))]
     if "resume" in given:
-        settings.append(f"hydra.run.dir='{folder}'")
-        words.append(f"resume='{folder}'")
-    return ["--config-dir", str(folder), "--config-name", SNAPSHOT_NAME, *settings, *words]
+        settings += [f"hydra.run.dir='{folder}'", f"resume='{folder}'"]
+    words = ["--config-dir", str(scratch), "--config-name", SNAPSHOT_NAME]
+    for word in argv:  # in its place: Hydra wants all overrides in one row, behind its flags
+        words += settings if word.startswith(("reproduce=", "resume=")) else [word]
+    return words
 
 
 def read_config(config: DictConfig) -> Run:
@@ -121,7 +127,9 @@ def explain(argv: Sequence[str], error: BaseException) -> tuple[list[Problem], R
                 compose(name, overrides=[*good, override])
                 good.append(override)
             except COMPOSE_ERRORS as broken:
-                problems.append(explain_override(override, _whole_text(broken)))
+                problems.append(
+                    explain_override(override, _whole_text(broken), options=name != SNAPSHOT_NAME)
+                )
         config = compose(name, overrides=good)
     if not problems:
         return [Problem(path="", message=_tidy(_whole_text(error)))], None
@@ -131,15 +139,19 @@ def explain(argv: Sequence[str], error: BaseException) -> tuple[list[Problem], R
         return problems + more.problems, None
 
 
-def explain_override(override: str, error: str) -> Problem:
-    """One override that Hydra refused with `error`, as a problem."""
+def explain_override(override: str, error: str, *, options: bool) -> Problem:
+    """One override that Hydra refused with `error`, as a problem.
+
+    Args:
+        options: whether there are groups to choose from; a snapshot has none.
+    """
     key, _, value = override.lstrip("+~").partition("=")
     available = re.search(r"Available options in '[^']*':((?:\n\t\S+)+)", error)
     if available is not None:
-        options = available.group(1).split()
-        close = difflib.get_close_matches(value, options, n=1)
+        names = available.group(1).split()
+        close = difflib.get_close_matches(value, names, n=1)
         hint = f"did you mean {key}={close[0]}? " if close else ""
-        hint += f"{'O' if close else 'o'}ptions: {', '.join(options)}"
+        hint += f"{'O' if close else 'o'}ptions: {', '.join(names)}"
         return Problem(
             path=key,
             message=f"there is no option {value!r}",
@@ -147,6 +159,9 @@ def explain_override(override: str, error: str) -> Problem:
         )
     if "Could not override" in error or re.search(r"Key '.*' (is )?not in", error):
         return unknown_key(key, seen=override)
+    if not options and "." not in key and any(p.startswith(f"{key}.") for p, _ in schema_paths()):
+        message = f"a snapshot has values and no options (got {override})"
+        return Problem(path=key, message=message, hint=f"set its values: {key}.SETTING=VALUE")
     if "could not be converted" in error or "Invalid value" in error or "Invalid type" in error:
         wanted = dict(schema_paths()).get(key)
         return Problem(path=key, message=_wrong_type(error, value), hint=_type_hint(wanted, value))

@@ -97,7 +97,7 @@ it can start a run:
   `seed`, `precision`, `zero.stage` and `data` (but for `data.cache_dir` and `data.num_workers`), of
   the number of ranks, of the global batch size, and of the text itself.
 - `python run.py reproduce=DIR` starts a new run with the same settings in a directory of its own.
-  Settings may be added, and `-m` works.
+  Settings may be added.
 
 A snapshot has values and no groups: after `resume=` and `reproduce=` write `zero.stage=3`, not
 `zero=stage3`. A snapshot that contains a `hydra` section, `_target_` or `${` is refused before

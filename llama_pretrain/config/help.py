@@ -11,7 +11,7 @@ COMMANDS = (
     ("python run.py zero=stage3 optim=cpu_adam launch.num_processes=2", ""),
     ("python run.py model=60m data=text data.paths=[corpus/*.txt]", "your own text"),
     ("python run.py model=pretrained model.path=DIR tokenizer=pretrained tokenizer.path=DIR", ""),
-    ("python run.py train.max_tokens=50_000_000 optim.learning_rate=1e-3", ""),
+    ("python run.py train.max_steps=null train.max_tokens=2_000_000 optim.learning_rate=1e-3", ""),
     ("python run.py hydra.run.dir=runs/first", "choose the run directory"),
     ("python run.py resume=runs/first", "go on from its newest checkpoint"),
     ("python run.py -m zero=stage1,stage2,stage3 batch.micro_batch_size=2,4,8", "a sweep"),

@@ -56,6 +56,10 @@ def _explain_field(found: dict[str, Any]) -> Problem:
 
 def unknown_key(path: str, *, seen: str) -> Problem:
     """The problem of a setting that doesn't exist, with the nearest ones that do."""
+    for mapping in ("zero.extra", "deepspeed.extra"):
+        if path.startswith(mapping):
+            hint = f"a key is added to it with a plus: +{mapping}.KEY=VALUE"
+            return Problem(path=path, message=f"cannot be set so (got {seen})", hint=hint)
     known = [known_path for known_path, _ in schema_paths()]
     name = path.rsplit(".", 1)[-1]
     # The right name in the wrong group first, then a slip of the fingers.

@@ -5,7 +5,7 @@ emitted here holds every value, as the type DeepSpeed wants, and nothing that it
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,31 @@ EXTRA_KEYS = (
     "zero_force_ds_cpu_optimizer",
 )
 """Top-level keys of DeepSpeed 0.19 that `deepspeed.extra` may carry: known to it and not ours."""
+
+ZERO_EXTRA_KEYS = (
+    "reduce_scatter",
+    "use_multi_rank_bucket_allreduce",
+    "allgather_partitions",
+    "load_from_fp32_weights",
+    "elastic_checkpoint",
+    "compute_grad_norm",
+    "parameter_alignment",
+    "save_muon_momentum_buffer_in_memory",
+    "stage3_gather_16bit_weights_on_model_save",
+    "stage3_model_persistence_threshold",
+    "stage3_module_granularity_threshold",
+    "stage3_use_all_reduce_for_fetch_params",
+    "stage3_allgather_sequential",
+    "ignore_unused_parameters",
+    "zero_quantized_nontrainable_weights",
+    "memory_efficient_linear",
+    "pipeline_loading_checkpoint",
+    "override_module_apply",
+    "log_trace_cache_warnings",
+    "enable_sanity_checks",
+    "leaf_module",
+)
+"""Keys of zero_optimization in DeepSpeed 0.19 that `zero.extra` may carry."""
 
 REMOVED_KEYS = (
     "amp",
@@ -178,9 +203,15 @@ def _offload_section(values: dict[str, Any]) -> dict[str, Any]:
     return section | {"device": values["device"].value}
 
 
-def check_extra(extra: dict[str, Any]) -> Iterator[Problem]:
-    """Problems of top-level keys that a user passes through to DeepSpeed."""
-    for key, value in extra.items():
+def check_extra(run: Run) -> Iterator[Problem]:
+    """Problems of keys that a user passes through to DeepSpeed."""
+    for key, value in run.zero.extra.items():
+        path = f"zero.extra.{key}"
+        if key not in ZERO_EXTRA_KEYS and key not in {item.name for item in fields(Zero)}:
+            hint = f"it knows {', '.join(sorted(ZERO_EXTRA_KEYS))}"
+            yield Problem(path=path, message="DeepSpeed doesn't know this key", hint=hint)
+        yield from _check_auto(value, path)
+    for key, value in run.deepspeed.extra.items():
         path = f"deepspeed.extra.{key}"
         if key in OWNED_KEYS:
             hint = f"use {OWNED_KEYS[key]}"

@@ -10,6 +10,7 @@ from llama_pretrain.config.schema import (
     OptimName,
     PrecisionName,
     Run,
+    Task,
 )
 from llama_pretrain.plan.machine import Machine
 
@@ -33,8 +34,10 @@ def check_machine(run: Run, machine: Machine) -> Iterator[Problem]:
             message=f"needs as many GPUs, and torch sees {machine.num_gpus} here"
             f" (got {launch.num_processes})",
             hint="set launch.device=cpu, or task=plan to plan for another machine"
-            if machine.num_gpus == 0
-            else f"set launch.num_processes={machine.num_gpus}",
+            if machine.num_gpus == 0 and run.task is not Task.plan
+            else f"set launch.num_processes={machine.num_gpus}"
+            if machine.num_gpus
+            else "",
         )
     if on_cpu and precision is PrecisionName.fp16:
         yield Problem(

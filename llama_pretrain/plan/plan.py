@@ -73,7 +73,7 @@ class Plan:
 def check_plan(run: Run) -> Iterator[Problem]:
     """What keeps a run, its choices resolved, from being planned."""
     yield from check_scale(run)
-    yield from check_extra(run.deepspeed.extra)
+    yield from check_extra(run)
     assert run.launch.num_processes is not None
     try:
         solve_batch(run.batch, world_size=run.launch.num_processes * run.launch.nodes)

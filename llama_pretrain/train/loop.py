@@ -83,10 +83,9 @@ def train(training: Training, writer: MetricsWriter, *, first_step: int) -> None
             loss, grad_norm, sample_hash = train_step(training, batches, step=step)
             seconds = time.perf_counter() - started
             tokens_per_s = plan.steps.tokens_per_step / seconds
-            tokens = step * plan.steps.tokens_per_step
             row = {
                 "step": step,
-                "tokens": tokens,
+                "tokens": step * plan.steps.tokens_per_step,
                 "loss": loss,
                 "learning_rate": learning_rate,
                 "grad_norm": grad_norm,
@@ -96,7 +95,7 @@ def train(training: Training, writer: MetricsWriter, *, first_step: int) -> None
                 "skipped_steps": engine.skipped_steps,
                 "sample_hash": sample_hash,
             }
-            writer.write(row, tokens=tokens)
+            writer.write(row)
             rates.append(tokens_per_s)
             losses.append(loss)
             if profiler is not None:
@@ -111,13 +110,14 @@ def train(training: Training, writer: MetricsWriter, *, first_step: int) -> None
     rate = sorted(rates)[len(rates) // 2] if rates else 0.0
     summary = {
         "step": plan.steps.total,
+        "tokens": plan.steps.tokens,
         "finished": True,
         "train_loss": sum(losses[-20:]) / len(losses[-20:]) if losses else None,
         "median_tokens_per_s": rate,
         "median_mfu": _mfu(training, rate),
         "peak_memory_bytes": largest_over_ranks(peak_memory_bytes(rank.device), rank),
     }
-    writer.write(summary, tokens=plan.steps.tokens)
+    writer.write(summary)
 
 
 def train_step(
@@ -202,8 +202,7 @@ def _evaluate(training: Training, writer: MetricsWriter, *, step: int) -> None:
     result = evaluate(
         training.engine, loader, rank, bytes_per_token=plan.corpus.heldout_bytes_per_token
     )
-    tokens = step * plan.steps.tokens_per_step
-    writer.write({"step": step, "tokens": tokens, **result}, tokens=tokens)
+    writer.write({"step": step, "tokens": step * plan.steps.tokens_per_step, **result})
 
 
 def _save(training: Training, writer: MetricsWriter, *, step: int, sample_hash: str) -> None:
@@ -217,8 +216,13 @@ def _save(training: Training, writer: MetricsWriter, *, step: int, sample_hash: 
         step=step,
         sample_hash=sample_hash,
     )
-    row = {"step": step, "checkpoint": name, "checkpoint_seconds": time.perf_counter() - started}
-    writer.write(row, tokens=step * training.plan.steps.tokens_per_step)
+    row = {
+        "step": step,
+        "tokens": step * training.plan.steps.tokens_per_step,
+        "checkpoint": name,
+        "checkpoint_seconds": time.perf_counter() - started,
+    }
+    writer.write(row)
 
 
 def _mfu(training: Training, tokens_per_s: float) -> float | None:

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import re
 import resource
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 
 from llama_pretrain.config.schema import Monitor
-from llama_pretrain.runs.rundir import RunDir
+from llama_pretrain.runs.rundir import RunDir, read_metrics
 
 PEAK_TFLOPS = {
     "H200": 989.4,
@@ -28,10 +30,17 @@ PEAK_TFLOPS = {
 """Dense 16-bit tensor-core peaks with fp32 accumulation, from NVIDIA's data sheets."""
 
 
-class MetricsWriter:
-    """Writes lines as they come. On other ranks than 0 it does nothing."""
+CSV_COLUMNS = ("loss", "learning_rate", "grad_norm", "tokens_per_s", "mfu", "memory_bytes")
 
-    def __init__(self, run_dir: RunDir, monitor: Monitor, *, active: bool, first_step: int):
+
+class MetricsWriter:
+    """Writes lines as they come. On other ranks than 0 it does nothing.
+
+    metrics.jsonl is the truth: a resumed run makes its curves and its table anew from the lines
+    up to its checkpoint, so that steps that are done again stand in them once.
+    """
+
+    def __init__(self, run_dir: RunDir, monitor: Monitor, *, active: bool):
         self._file = run_dir.metrics.open("a", encoding="utf-8") if active else None
         self._tensorboard: Any = None
         self._csv: Any = None
@@ -41,37 +50,39 @@ class MetricsWriter:
         if monitor.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            # Events after the step that a resumed run starts from are hidden: it makes them anew.
-            purge = first_step + 1 if first_step else None
-            self._tensorboard = SummaryWriter(str(run_dir.tensorboard), purge_step=purge)
+            shutil.rmtree(run_dir.tensorboard, ignore_errors=True)
+            self._tensorboard = SummaryWriter(str(run_dir.tensorboard))
             config = run_dir.snapshot.read_text(encoding="utf-8")
-            self._tensorboard.add_text("config", f"```yaml\n{config}\n```", first_step)
+            self._tensorboard.add_text("config", f"```yaml\n{config}\n```", 0)
         if monitor.csv:
-            self._csv = _open_csv(run_dir.path / "metrics.csv", first_step=first_step)
+            table = (run_dir.path / "metrics.csv").open("w", newline="", buffering=1)
+            self._csv = csv.writer(table)
+            self._csv.writerow(["step", "tokens", *CSV_COLUMNS])
+        for row in read_metrics(run_dir.metrics):
+            self._draw(row)
         if monitor.wandb:
             import wandb
 
             self._wandb = wandb.init(project=monitor.wandb_project, dir=str(run_dir.path))
 
-    def write(self, row: dict[str, Any], *, tokens: int) -> None:
-        """One line. Numbers go to TensorBoard too, against steps and against tokens."""
+    def write(self, row: dict[str, Any]) -> None:
+        """One line, with at least `step` and `tokens`."""
         if self._file is None:
             return
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        numbers = {
-            key: value
-            for key, value in row.items()
-            if isinstance(value, int | float) and key not in ("step", "tokens")
-        }
-        if self._tensorboard is not None:
-            for key, value in numbers.items():
-                self._tensorboard.add_scalar(f"by_step/{key}", value, row["step"])
-                self._tensorboard.add_scalar(f"by_tokens/{key}", value, tokens)
-        if self._csv is not None and "loss" in row:
-            self._csv.writerow([row["step"], tokens, *(row[key] for key in CSV_COLUMNS)])
+        self._draw(row)
         if self._wandb is not None:
-            self._wandb.log(numbers | {"tokens": tokens}, step=row["step"])
+            self._wandb.log(_numbers(row), step=row["step"])
+
+    def _draw(self, row: dict[str, Any]) -> None:
+        """Its numbers against steps and against tokens; a row of the table for a step."""
+        if self._tensorboard is not None:
+            for key, value in _numbers(row).items():
+                self._tensorboard.add_scalar(f"by_step/{key}", value, row["step"])
+                self._tensorboard.add_scalar(f"by_tokens/{key}", value, row["tokens"])
+        if self._csv is not None and "loss" in row:
+            self._csv.writerow([row["step"], row["tokens"], *(row[key] for key in CSV_COLUMNS)])
 
     def close(self) -> None:
         """Flush everything."""
@@ -83,16 +94,12 @@ class MetricsWriter:
             self._wandb.finish()
 
 
-CSV_COLUMNS = ("loss", "learning_rate", "grad_norm", "tokens_per_s", "mfu", "memory_bytes")
-
-
-def _open_csv(path: Path, *, first_step: int) -> Any:
-    """A writer after the row of `first_step`: later rows are of steps that are done again."""
-    rows = list(csv.reader(path.open(newline="", encoding="utf-8"))) if path.exists() else []
-    writer = csv.writer(path.open("w", newline="", buffering=1, encoding="utf-8"))
-    writer.writerow(["step", "tokens", *CSV_COLUMNS])
-    writer.writerows(row for row in rows[1:] if int(row[0]) <= first_step)
-    return writer
+def _numbers(row: dict[str, Any]) -> dict[str, float]:
+    return {
+        key: value
+        for key, value in row.items()
+        if isinstance(value, int | float) and key not in ("step", "tokens", "finished")
+    }
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -111,16 +118,17 @@ def peak_memory_bytes(device: torch.device) -> int:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Peak FLOP/s of this rank's device, or `None` for a GPU that isn't known.
 
-    A CPU has no useful figure on paper: it is measured, as the best of a few products of
-    2048 x 1024 x 1024 on this rank's threads.
+    A CPU has no useful figure on paper: it is measured, as the best product of 2048 x 1024 x 1024
+    in 0.4 s on this rank's threads.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        known = next((value for key, value in PEAK_TFLOPS.items() if key in name), None)
+        known = next((v for key, v in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name)), None)
         return None if known is None else known * 1e12
     left, right = torch.ones(2048, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
     best = 0.0
-    for _ in range(6):
+    end = time.perf_counter() + 0.4  # long enough for a moment in which nobody disturbs
+    while time.perf_counter() < end:
         started = time.perf_counter()
         left @ right
         best = max(best, 2 * 2048 * 1024 * 1024 / (time.perf_counter() - started))

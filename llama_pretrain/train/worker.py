@@ -69,7 +69,7 @@ def train_rank(run_dir: RunDir, checkpoint: Path | None) -> None:
     if checkpoint is None:
         torch.manual_seed(run.seed + rank.index)  # dropout: from here on, each rank its own
     print_rank_0(f"training from step {first_step} to {plan.steps.total}", rank)
-    writer = MetricsWriter(run_dir, run.monitor, active=rank.is_first, first_step=first_step)
+    writer = MetricsWriter(run_dir, run.monitor, active=rank.is_first)
     training = prepare_training(run, plan, run_dir, rank, engine)
     train(training, writer, first_step=first_step)
     if run.checkpoint.export:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Runner
+from llama_pretrain.config.snapshot import render_snapshot
+from tests.conftest import Runner, compose_run
 
 CASES = [
     pytest.param(
@@ -121,6 +122,22 @@ CASES = [
         "deepspeed.extra.train_batch_size: this key has a setting of its own;"
         " use batch.global_batch_size",
         id="owned-deepspeed-key",
+    ),
+    pytest.param(
+        ["+zero.extra.reduce_scater=true"],
+        "zero.extra.reduce_scater: DeepSpeed doesn't know this key; it knows",
+        id="unknown-zero-key",
+    ),
+    pytest.param(
+        ["zero.extra={reduce_scatter: false}"],
+        "zero.extra: cannot be set so (got zero.extra={reduce_scatter: false});"
+        " a key is added to it with a plus: +zero.extra.KEY=VALUE",
+        id="extra-without-plus",
+    ),
+    pytest.param(
+        ["+zero.extra.reduce_scatter=auto"],
+        "zero.extra.reduce_scatter: DeepSpeed takes its default for",
+        id="auto",
     ),
     pytest.param(
         ["+zero.extra.stage=2"], "zero.extra.stage: there is a setting of that name", id="shadow"
@@ -255,6 +272,18 @@ def test_a_hostile_snapshot_runs_nothing(runner: Runner, tmp_path: Path) -> None
     (tmp_path / "snapshot.yaml").write_text(text)
     done = runner.bare(f"resume={tmp_path}", expect=1)
     assert "names hydra settings, interpolations or _target_" in done.output
+
+
+def test_a_schema_beside_a_snapshot_is_not_read(runner: Runner, tmp_path: Path) -> None:
+    """Hydra takes a file before a registered schema: in a run directory it could name code."""
+    folder = tmp_path / "from-elsewhere"
+    folder.mkdir()
+    (folder / "snapshot.yaml").write_text(render_snapshot(compose_run(["seed=7"])))
+    evil = "hydra: {callbacks: {x: {_target_: os.mkdir, path: owned}}}\n"
+    (folder / "run_schema.yaml").write_text(f"# @package _global_\n{evil}")
+    done = runner.bare(f"reproduce={folder}", "task=plan")
+    assert "seed: 7" in done.output
+    assert not (tmp_path / "owned").exists()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")

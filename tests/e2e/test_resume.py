@@ -118,7 +118,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(with_checkpoints: Command) 
         ("seed=5", "seed: differs from what the run was started with"),
         ("zero.stage=2", "zero.stage: differs from what the run was started with"),
         ("train.max_steps=2", "resume: the run has done its 2 steps; raise train.max_steps"),
-        ("zero=stage2", "zero"),
+        ("zero=stage2", "zero: a snapshot has values and no options (got zero=stage2); set its"),
     ],
 )
 def test_resume_refuses_another_run(

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -306,8 +308,10 @@ def test_multirun_goes_on_after_a_bad_point(runner: Runner, tmp_path: Path) -> N
     assert len(point.parent.name) <= 83
 
 
-def test_ctrl_c_stops_every_process(runner: Runner) -> None:
-    folder = runner.folder / "stopped"
+@contextmanager
+def training(runner: Runner) -> Iterator[tuple["subprocess.Popen[str]", RunDir, list[int]]]:
+    """An endless run in its third step: the parent, its directory, the process ids of its ranks."""
+    folder = runner.folder / "endless"
     words = [*SMALL, f"data.paths=['{runner.corpus}/*.py']", f"data.cache_dir={runner.cache_dir}"]
     words += ["train.max_steps=100000", "launch.num_processes=2", f"hydra.run.dir={folder}"]
     process = subprocess.Popen(
@@ -321,74 +325,54 @@ def test_ctrl_c_stops_every_process(runner: Runner) -> None:
         wait_for(lambda: len(Command(0, "", RunDir(folder)).losses) > 2)
         workers = children_of(process.pid)
         assert len(workers) == 2
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
+        yield process, RunDir(folder), workers
     finally:
         process.kill()
-    assert process.returncode == 130
+        process.wait()
+    wait_for(lambda: not any(is_running(pid) for pid in workers), seconds=30)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_every_process(runner: Runner, number: int, code: int) -> None:
+    with training(runner) as (process, run_dir, workers):
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+        assert not any(is_running(pid) for pid in workers)
+    assert process.returncode == code
     assert output.endswith("stopped; all ranks have ended\n")
     assert "Traceback" not in output
     assert "torch/distributed" not in output
-    assert json.loads((folder / "status.json").read_text())["status"] == "stopped"
-    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert json.loads(run_dir.status.read_text())["status"] == "stopped"
 
 
 def test_a_killed_rank_ends_the_run(runner: Runner) -> None:
-    folder = runner.folder / "rank-killed"
-    words = [*SMALL, f"data.paths=['{runner.corpus}/*.py']", f"data.cache_dir={runner.cache_dir}"]
-    words += ["train.max_steps=100000", "launch.num_processes=2", f"hydra.run.dir={folder}"]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "run.py"), *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=runner.folder,
-    )
-    try:
-        wait_for(lambda: len(Command(0, "", RunDir(folder)).losses) > 2)
-        workers = children_of(process.pid)
+    with training(runner) as (process, run_dir, workers):
         victim = next(pid for pid in workers if b"RANK=1" in environment_of(pid))
         os.kill(victim, signal.SIGKILL)
         output, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
+        assert not any(is_running(pid) for pid in workers)
     assert process.returncode == 1
     assert "rank 1 failed: ended by SIGKILL" in output
-    status = json.loads((folder / "status.json").read_text())
+    status = json.loads(run_dir.status.read_text())
     assert (status["status"], status["rank"]) == ("failed", 1)
     assert status["log"].endswith("ranks/rank1.log")
-    assert not any(is_running(pid) for pid in workers)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_no_rank_survives_a_killed_parent(runner: Runner) -> None:
+    with training(runner) as (process, _, workers):
+        process.kill()
+        wait_for(lambda: not any(is_running(pid) for pid in workers), seconds=30)
 
 
 def environment_of(pid: int) -> list[bytes]:
     return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
-def test_no_rank_survives_a_killed_parent(runner: Runner) -> None:
-    folder = runner.folder / "killed"
-    words = [*SMALL, f"data.paths=['{runner.corpus}/*.py']", f"data.cache_dir={runner.cache_dir}"]
-    words += ["train.max_steps=100000", "launch.num_processes=2", f"hydra.run.dir={folder}"]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "run.py"), *words],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd=runner.folder,
-    )
-    try:
-        wait_for(lambda: len(Command(0, "", RunDir(folder)).losses) > 2)
-        workers = children_of(process.pid)
-        assert len(workers) == 2
-    finally:
-        process.kill()
-        process.wait()
-    wait_for(lambda: not any(is_running(pid) for pid in workers))
-
-
-def wait_for(condition: object, *, seconds: float = 90.0) -> None:
+def wait_for(condition: Callable[[], bool], *, seconds: float = 90.0) -> None:
     """Poll until it holds."""
     end = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.2)
 
