@@ -78,6 +78,8 @@ class TokenReader:
         self.dtype = np.dtype(DTYPES[code])
         self.num_tokens = int(lengths.sum(dtype=np.int64))
         self._file = os.open(prefix.with_suffix(".bin"), os.O_RDONLY)
+        if hasattr(os, "posix_fadvise"):  # rows are read at random: reading ahead is in vain
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
         size = os.fstat(self._file).st_size
         if size != self.num_tokens * self.dtype.itemsize:
             wanted = self.num_tokens * self.dtype.itemsize

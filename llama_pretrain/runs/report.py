@@ -139,7 +139,7 @@ def _charts(rows: Sequence[Row], *, plan: Row) -> str:
     loss = {"training": _points(rows, "loss"), "evaluation": _points(rows, "eval_loss")}
     peaks, estimate = _points(rows, "memory_bytes", unit=GIB), _estimate(plan)
     memory = {"measured": peaks}
-    if peaks and estimate is not None:
+    if len(peaks) > 1 and estimate is not None:
         memory["planned"] = [(x, estimate / GIB) for x, _ in (peaks[0], peaks[-1])]
     drawn = (
         _chart("Loss", unit="nats a token", lines=loss, wide=True)
