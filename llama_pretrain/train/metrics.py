@@ -77,7 +77,7 @@ class MetricsWriter:
 
     def _draw(self, row: dict[str, Any]) -> None:
         """Its numbers against steps and against tokens; a row of the table for a step."""
-        if self._tensorboard is not None:
+        if self._tensorboard is not None and "finished" not in row:
             for key, value in _numbers(row).items():
                 self._tensorboard.add_scalar(f"by_step/{key}", value, row["step"])
                 self._tensorboard.add_scalar(f"by_tokens/{key}", value, row["tokens"])
