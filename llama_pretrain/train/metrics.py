@@ -4,7 +4,6 @@ import csv
 import json
 import re
 import resource
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,8 @@ class MetricsWriter:
         if monitor.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            shutil.rmtree(run_dir.tensorboard, ignore_errors=True)
+            for old in run_dir.tensorboard.glob("events.*"):
+                old.unlink()
             self._tensorboard = SummaryWriter(str(run_dir.tensorboard))
             config = run_dir.snapshot.read_text(encoding="utf-8")
             self._tensorboard.add_text("config", f"```yaml\n{config}\n```", 0)
