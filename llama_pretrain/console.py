@@ -1,5 +1,6 @@
 """What a person sees: the config, the plan, one progress bar or plain lines, and the result."""
 
+import shlex
 import sys
 import threading
 import time
@@ -106,7 +107,7 @@ def show_plan(run: Run, plan: Plan, run_dir: RunDir | None) -> None:
         table.add_row("data", f"{run.data.name.value}: {rows}, {steps.eval_rows} for evaluation")
     if run_dir is not None:
         table.add_row("run directory", str(run_dir.path))
-        table.add_row("again", f"python run.py reproduce={run_dir.path}")
+        table.add_row("again", shlex.join(["python", "run.py", f"reproduce={run_dir.path}"]))
     out.print(table)
 
 
@@ -159,7 +160,7 @@ def show_result(rows: Sequence[dict[str, Any]], run_dir: RunDir) -> None:
         if path.exists():
             table.add_row(name, str(path))
     if run_dir.tensorboard.exists():
-        table.add_row("curves", f"tensorboard --logdir {run_dir.tensorboard}")
+        table.add_row("curves", shlex.join(["tensorboard", "--logdir", str(run_dir.tensorboard)]))
     out.print(table)
 
 

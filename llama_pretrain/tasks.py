@@ -107,8 +107,8 @@ def pretrain(
         raise
     rows = read_metrics(run_dir.metrics)
     objective = next((row["eval_loss"] for row in reversed(rows) if "eval_loss" in row), None)
-    write_text(run_dir.report, render_report(run_dir))
     write_status(run_dir, Status.completed, objective=objective)
+    write_text(run_dir.report, render_report(run_dir))
     console.show_result(rows, run_dir)
     return objective
 

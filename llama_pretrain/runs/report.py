@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 import yaml
 
-from llama_pretrain.runs.rundir import RunDir, Status, read_metrics
+from llama_pretrain.runs.rundir import RunDir, read_metrics
 
 Row = dict[str, Any]
 Point = tuple[float, float]
@@ -32,7 +32,7 @@ def render_report(run_dir: RunDir) -> str:
     summary: Row = next((row for row in reversed(rows) if "finished" in row), {})
     command = shlex.join(["python", "run.py", f"reproduce={run_dir.path}"])
     sections = [
-        _header(run_dir, plan=plan, finished=bool(summary)),
+        _header(run_dir, plan=plan),
         _section("Key figures", _figures(rows, summary=summary, plan=plan)),
         _section("Curves", _charts(rows, plan=plan)),
         _section("Checkpoints and skipped steps", _skipped(rows) + _checkpoints(run_dir, rows)),
@@ -82,11 +82,8 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes / GIB:,.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.0f} MiB"
 
 
-def _header(run_dir: RunDir, *, plan: Row, finished: bool) -> str:
+def _header(run_dir: RunDir, *, plan: Row) -> str:
     status, config = _load(run_dir.status).get("status"), _load(run_dir.snapshot)
-    # The status is written after this page: a marker of completeness comes last.
-    if status == Status.running and finished:
-        status = Status.completed.value
     sizes = [_dig(plan, "parameters", key) for key in ("decayed", "not_decayed")]
     facts = [
         ("{} model", _dig(config, "model", "name")),
