@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -44,6 +45,7 @@ def main() -> int:
 
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's errors come to us, who know more to say
+    signal.signal(signal.SIGTERM, endings.stop)
     with tempfile.TemporaryDirectory() as scratch:
         try:
             sys.argv[1:] = rewrite_argv(argv, scratch=Path(scratch))

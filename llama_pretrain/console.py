@@ -137,7 +137,10 @@ def show_result(rows: Sequence[dict[str, Any]], run_dir: RunDir) -> None:
     summary: dict[str, Any] = next((row for row in reversed(rows) if "finished" in row), {})
     evaluations = [row for row in rows if "eval_loss" in row]
     if summary.get("train_loss") is not None:
-        table.add_row("train loss", f"{summary['train_loss']:.4f} (mean of the last 20 steps)")
+        table.add_row(
+            "train loss",
+            f"{summary['train_loss']:.4f} (mean of the last {summary['train_loss_steps']} steps)",
+        )
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
         text = f"{last['eval_loss']:.4f}, from {first['eval_loss']:.4f} at step {first['step']}"

@@ -1,6 +1,7 @@
 """How a command ends: expected errors as lines, signals as codes, bugs as tracebacks."""
 
 from collections.abc import Sequence
+from types import FrameType
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -10,6 +11,11 @@ from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.launch.local import RankError, Stopped
 
 EXPECTED = (UserError, RankError)
+
+
+def stop(number: int, _frame: FrameType | None) -> None:
+    """A signal handler: end as Ctrl-C does, with every status written."""
+    raise Stopped(number)
 
 
 def tell(error: Exception) -> None:

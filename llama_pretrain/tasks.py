@@ -17,13 +17,14 @@ from llama_pretrain.plan.ds_config import get_train_ds_config
 from llama_pretrain.plan.feasible import check_machine
 from llama_pretrain.plan.machine import Machine, detect_machine
 from llama_pretrain.plan.plan import Plan, build_plan, check_plan, render_plan
-from llama_pretrain.runs.checkpoints import newest_complete, read_manifest
+from llama_pretrain.runs.checkpoints import forget_after, newest_complete, read_manifest
 from llama_pretrain.runs.provenance import collect_provenance, render_provenance
 from llama_pretrain.runs.report import render_report
 from llama_pretrain.runs.rundir import (
     RunDir,
     Status,
     cut_metrics,
+    hold,
     read_metrics,
     write_status,
     write_text,
@@ -50,7 +51,11 @@ def run_task(run: Run, *, run_dir: RunDir, argv: Sequence[str]) -> float | None:
         return None
     from llama_pretrain.data.prepare import prepare_corpus  # tokenizers: not for task=plan
 
-    corpus = prepare_corpus(run, report=console.say)
+    try:
+        corpus = prepare_corpus(run, report=console.say)
+    except OSError as error:  # a file that may not be read, a cache that may not be written
+        message = f"{error.strerror}: {error.filename}"
+        raise UserError([Problem(path="data", message=message)]) from error
     plan = build_plan(run, corpus)
     if run.task is Task.prepare:
         console.say(f"prepared {corpus.train_rows:,} rows in {corpus.tokens_dir}")
@@ -60,13 +65,11 @@ def run_task(run: Run, *, run_dir: RunDir, argv: Sequence[str]) -> float | None:
 
 def check_everything(run: Run, machine: Machine) -> tuple[Run, list[Problem]]:
     """The run with its choices made, and every problem that needs no look into the data."""
-    problems = list(check_run(run))
     try:
         run = resolve_choices(run, machine)
     except UserError as error:
-        return run, problems + error.problems
-    seen = {problem.path for problem in problems}
-    problems += [problem for problem in check_run(run) if problem.path not in seen]
+        return run, [*check_run(run), *error.problems]
+    problems = list(check_run(run))
     if run.task is not Task.plan:
         problems += check_machine(run, machine)
     return run, problems + list(check_plan(run))
@@ -76,6 +79,17 @@ def pretrain(
     run: Run, plan: Plan, *, run_dir: RunDir, argv: Sequence[str], machine: Machine
 ) -> float | None:
     """Write the run directory, train in it, and say how it ended."""
+    try:
+        with hold(run_dir):
+            return _pretrain(run, plan, run_dir=run_dir, argv=argv, machine=machine)
+    except BlockingIOError as error:
+        message = f"another process is training in {run_dir.path}"
+        raise UserError([Problem(path="hydra.run.dir", message=message)]) from error
+
+
+def _pretrain(
+    run: Run, plan: Plan, *, run_dir: RunDir, argv: Sequence[str], machine: Machine
+) -> float | None:
     from llama_pretrain.launch.local import RankError, Stopped, launch
     from llama_pretrain.launch.operators import build_operators
 
@@ -90,12 +104,17 @@ def pretrain(
     write_run_dir(run, plan, run_dir, argv=argv, machine=machine)
     if checkpoint is not None:
         cut_metrics(run_dir.metrics, last_step=first_step)
+        forget_after(run_dir.checkpoints, step=first_step)
         console.say(f"going on from {checkpoint.name}")
     write_status(run_dir, Status.running)
     try:
         build_operators(run, log=run_dir.ranks / "build.log", report=console.say)
         with console.follow_metrics(run_dir, plan, first_step=first_step):
             launch(run, run_dir, checkpoint=checkpoint)
+        rows = read_metrics(run_dir.metrics)
+        objective = next((row["eval_loss"] for row in reversed(rows) if "eval_loss" in row), None)
+        write_status(run_dir, Status.completed, objective=objective)
+        write_text(run_dir.report, render_report(run_dir))
     except RankError as error:
         write_status(run_dir, Status.failed, error=error.error, rank=error.rank, log=error.log)
         raise
@@ -105,10 +124,6 @@ def pretrain(
     except BaseException as error:
         write_status(run_dir, Status.failed, error=f"{type(error).__name__}: {error}")
         raise
-    rows = read_metrics(run_dir.metrics)
-    objective = next((row["eval_loss"] for row in reversed(rows) if "eval_loss" in row), None)
-    write_status(run_dir, Status.completed, objective=objective)
-    write_text(run_dir.report, render_report(run_dir))
     console.show_result(rows, run_dir)
     return objective
 
@@ -150,7 +165,8 @@ def find_checkpoint(run: Run, plan: Plan, run_dir: RunDir) -> tuple[Path, int]:
         console.say(line)
     if folder is None:
         message = f"no complete checkpoint in {run_dir.checkpoints}"
-        problems.append(Problem(path="resume", message=message))
+        hint = f"start anew: reproduce={run_dir.path}"
+        problems.append(Problem(path="resume", message=message, hint=hint))
         raise UserError(problems)
     manifest = read_manifest(folder)
     assert plan.corpus is not None
@@ -170,7 +186,11 @@ def find_checkpoint(run: Run, plan: Plan, run_dir: RunDir) -> tuple[Path, int]:
         problems.append(Problem(path="data", message=message))
     if manifest.step >= plan.steps.total:
         message = f"the run has done its {plan.steps.total} steps"
-        problems.append(Problem(path="resume", message=message, hint="raise train.max_steps"))
+        problems.append(
+            Problem(
+                path="resume", message=message, hint="raise train.max_steps or train.max_tokens"
+            )
+        )
     refuse(problems)
     return folder, manifest.step
 

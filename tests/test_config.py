@@ -51,6 +51,9 @@ def test_resume_becomes_a_run_of_the_snapshot(tmp_path: Path) -> None:
     assert rewrite_argv(["zero=stage3"], scratch=scratch) == ["zero=stage3"]
     words = rewrite_argv([f"reproduce={tmp_path}", "seed=2"], scratch=scratch)
     assert not [word for word in words if word.startswith(("reproduce", "resume"))]
+    for other in ("-m", "hydra.run.dir=x"):
+        with pytest.raises(UserError, match="goes on in the run's own directory"):
+            rewrite_argv([f"resume={tmp_path}", other], scratch=scratch)
     with pytest.raises(UserError, match="cannot be given together"):
         rewrite_argv([f"resume={tmp_path}", f"reproduce={tmp_path}"], scratch=scratch)
 

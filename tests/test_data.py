@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from llama_pretrain.config.problems import UserError
+from llama_pretrain.config.schema import Tokenizer as TokenizerConfig
+from llama_pretrain.config.schema import TokenizerName
 from llama_pretrain.data.dataset import EvalSampler, TrainSampler, create_pretrain_dataset
 from llama_pretrain.data.order import hash_samples, rows_at
 from llama_pretrain.data.packed import TokenReader, TokenWriter
 from llama_pretrain.data.prepare import prepare_corpus
 from llama_pretrain.data.sources import list_files, open_source
-from llama_pretrain.data.tokenizer import open_tokenizer, train_tokenizer
+from llama_pretrain.data.tokenizer import import_tokenizer, open_tokenizer, train_tokenizer
 from tests.conftest import compose_run
 
 
@@ -203,6 +205,20 @@ def test_special_tokens_in_a_text_are_text(tmp_path: Path) -> None:
     (ids,) = tokenizer.encode(["a </s> and [PAD]"])
     assert not {0, 1, 2} & set(ids)
     assert tokenizer.backend.decode(ids, skip_special_tokens=False) == "a </s> and [PAD]"
+
+
+def test_settings_of_an_imported_tokenizer_do_not_cut_documents(tmp_path: Path) -> None:
+    train_tokenizer(["some text to learn from"] * 5, vocab_size=300, target=tmp_path / "t")
+    backend = open_tokenizer(tmp_path / "t").backend
+    backend.enable_truncation(4)
+    backend.enable_padding(length=50)
+    backend.save(str(tmp_path / "t" / "tokenizer.json"))
+    config = TokenizerConfig(name=TokenizerName.pretrained, path=str(tmp_path / "t"))
+    imported = open_tokenizer(import_tokenizer(config, cache_dir=tmp_path / "cache"))
+    text = "some text to learn from " * 9
+    (ids,) = imported.encode([text])
+    assert imported.backend.decode(ids) == text
+    assert 0 not in ids  # [PAD]
 
 
 def test_auto_tokenizer_reads_ours(tmp_path: Path) -> None:

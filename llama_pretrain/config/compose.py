@@ -62,7 +62,7 @@ def rewrite_argv(argv: Sequence[str], *, scratch: Path) -> list[str]:
         key: word.partition("=")[2]
         for word in argv
         for key in ("resume", "reproduce")
-        if word.startswith(f"{key}=")
+        if word.lstrip("+").startswith(f"{key}=")
     }
     given = {key: value for key, value in named.items() if value not in ("", "null")}
     if not given:
@@ -70,6 +70,11 @@ def rewrite_argv(argv: Sequence[str], *, scratch: Path) -> list[str]:
     if len(given) == 2:
         message = "cannot be given together"
         raise UserError([Problem(path="resume, reproduce", message=message)])
+    elsewhere = [w for w in argv if w in ("-m", "--multirun") or w.startswith("hydra.run.dir=")]
+    if "resume" in given and elsewhere:
+        message = f"goes on in the run's own directory (got {elsewhere[0]} as well)"
+        hint = "leave it out, or start anew with reproduce=DIR"
+        raise UserError([Problem(path="resume", message=message, hint=hint)])
     folder = Path(next(iter(given.values()))).expanduser().resolve()
     snapshot = load_snapshot(folder / f"{SNAPSHOT_NAME}.yaml")
     (scratch / f"{SNAPSHOT_NAME}.yaml").write_text(render_snapshot(snapshot), encoding="utf-8")
@@ -78,7 +83,8 @@ def rewrite_argv(argv: Sequence[str], *, scratch: Path) -> list[str]:
         settings += [f"hydra.run.dir='{folder}'", f"resume='{folder}'"]
     words = ["--config-dir", str(scratch), "--config-name", SNAPSHOT_NAME]
     for word in argv:  # in its place: Hydra wants all overrides in one row, behind its flags
-        words += settings if word.startswith(("reproduce=", "resume=")) else [word]
+        chosen = word.lstrip("+").startswith(("reproduce=", "resume="))
+        words += settings if chosen else [word]
     return words
 
 

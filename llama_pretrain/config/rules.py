@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from llama_pretrain.config.problems import Problem, UserError
+from llama_pretrain.config.problems import Problem, UserError, refuse
 from llama_pretrain.config.schema import (
     DataName,
     OffloadDevice,
@@ -39,10 +39,12 @@ def parse_values(values: Mapping[str, Any]) -> Run:
     from pydantic import TypeAdapter, ValidationError  # 0.1 s that --help need not pay
 
     try:
-        return TypeAdapter(Run).validate_python(dict(values))
+        run = TypeAdapter(Run).validate_python(dict(values))
     except ValidationError as error:
         found = [_explain_field(dict(item)) for item in error.errors() if item["input"] != "???"]
         raise UserError(missing + found) from error
+    refuse(missing)  # a field of text would take "???" as its value
+    return run
 
 
 def _explain_field(found: dict[str, Any]) -> Problem:

@@ -17,7 +17,8 @@ T = TypeVar("T")
 @dataclass_transform(kw_only_default=True, field_specifiers=(field,))
 def schema(cls: type[T]) -> type[T]:
     """A keyword-only dataclass that pydantic checks without accepting unknown keys."""
-    cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]  # pydantic's hook
+    config = {"extra": "forbid", "allow_inf_nan": False}
+    cls.__pydantic_config__ = config  # type: ignore[attr-defined]  # pydantic's hook
     return dataclass(kw_only=True)(cls)
 
 
@@ -442,7 +443,7 @@ class Run:
 
     task: Task = Task.pretrain
     """`pretrain` trains; `plan` stops after the plan; `prepare` stops after the data."""
-    seed: NonNegativeInt = 1234
+    seed: Annotated[int, Interval(ge=0, lt=2**63)] = 1234
     """Seed of the initial weights, the order of the data and dropout."""
     resume: str | None = None
     """A run directory: go on from its newest complete checkpoint, in that directory."""

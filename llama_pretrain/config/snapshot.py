@@ -44,10 +44,10 @@ def load_snapshot(path: Path) -> Run:
     """
     if not path.is_file():
         raise UserError([Problem(path=str(path), message="there is no snapshot here")])
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError([Problem(path=str(path), message=f"is not YAML: {error}")]) from error
     # A snapshot may come from elsewhere: Hydra would run what a hydra: node or a _target_ names,
     # and an interpolation could read this machine's environment.

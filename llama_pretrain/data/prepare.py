@@ -47,6 +47,7 @@ def prepare_corpus(run: Run, *, report: Callable[[str], None]) -> Corpus:
         hint = f"set model.vocab_size={tokenizer.size}, or model.resize_embeddings=true"
         raise UserError([Problem(path="tokenizer", message=message, hint=hint)])
     recipe = [source.fingerprint, tokenizer.digest, repr(run.data.heldout_fraction), str(FORMAT)]
+    recipe.append(str(tokenizer.eos_id))  # tokenizer.json alone doesn't say which it is
     digest = hashlib.sha256("\n".join(recipe).encode()).hexdigest()
     target = cache_dir / "tokens" / digest[:16]
     if not (target / "meta.json").is_file():

@@ -204,11 +204,17 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
         hint = "pip install 'llama-pretrain[parquet]'"
         message = f"{path} needs the package pyarrow"
         raise UserError([Problem(path="data.paths", message=message, hint=hint)]) from error
-    file = parquet.ParquetFile(path)
+    try:
+        file = parquet.ParquetFile(path)
+    except (ValueError, OSError) as error:  # pyarrow's errors are both
+        raise UserError([Problem(path="data.paths", message=f"{path}: {error}")]) from error
     if text_field not in file.schema_arrow.names:
         message = f"{path} has no column {text_field!r} (got {', '.join(file.schema_arrow.names)})"
         raise UserError([Problem(path="data.text_field", message=message)])
     for batch in file.iter_batches(columns=[text_field]):
         for text in batch.column(0).to_pylist():
+            if text is not None and not isinstance(text, str):
+                message = f"{path}: column {text_field!r} holds {type(text).__name__}, not text"
+                raise UserError([Problem(path="data.text_field", message=message)])
             if text is not None:
-                yield str(text)
+                yield text

@@ -68,7 +68,14 @@ def import_tokenizer(config: TokenizerConfig, *, cache_dir: Path) -> Path:
         message = f"no tokenizer.json in {folder}"
         hint = "give a directory that save_pretrained of a fast tokenizer wrote"
         raise UserError([Problem(path="tokenizer.path", message=message, hint=hint)])
-    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    try:
+        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises nothing narrower
+        message = f"{folder / 'tokenizer.json'} can't be read: {error}"
+        raise UserError([Problem(path="tokenizer.path", message=message)]) from error
+    # Settings of another use: they would cut documents, and train on padding.
+    backend.no_truncation()
+    backend.no_padding()
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():

@@ -5,6 +5,7 @@ elsewhere.
 """
 
 import json
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ SHAPE = (
     "mlp_bias",
 )
 
+LLAMA_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
+"""What transformers' LlamaConfig takes where config.json is silent, and our Model does not."""
+
 
 def resolve_choices(run: Run, machine: Machine) -> Run:
     """Replace every choice by what was chosen.
@@ -49,6 +53,12 @@ def resolve_choices(run: Run, machine: Machine) -> Run:
     return replace(
         run,
         launch=launch,
+        # Absolute, so that the snapshot means the same files wherever it is read.
+        data=replace(run.data, paths=[_absolute(path) for path in run.data.paths]),
+        tokenizer=replace(
+            run.tokenizer,
+            path=None if run.tokenizer.path is None else _absolute(run.tokenizer.path),
+        ),
         model=_read_pretrained(run.model) if run.model.path is not None else run.model,
         precision=replace(run.precision, name=_choose_precision(run, launch.device, machine)),
         optim=replace(run.optim, name=_choose_optimizer(run, launch.device)),
@@ -57,6 +67,10 @@ def resolve_choices(run: Run, machine: Machine) -> Run:
             zero_hpz_partition_size=run.zero.zero_hpz_partition_size or launch.num_processes,
         ),
     )
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _resolve_launch(launch: Launch, machine: Machine) -> Launch:
@@ -99,9 +113,17 @@ def _read_pretrained(model: Model) -> Model:
     if not config_file.is_file():
         hint = "give a directory that save_pretrained wrote"
         raise UserError([Problem(path="model.path", message=f"no {config_file}", hint=hint)])
-    values = json.loads(config_file.read_text(encoding="utf-8"))
+    try:
+        values = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        message = f"{config_file} can't be read: {error}"
+        raise UserError([Problem(path="model.path", message=message)]) from error
+    values = LLAMA_DEFAULTS | values
     if values.get("model_type") != "llama":
         message = f"is not a LLaMA (model_type {values.get('model_type')!r} in {config_file})"
+        raise UserError([Problem(path="model.path", message=message)])
+    if values["hidden_act"] != "silu":
+        message = f"only hidden_act silu is supported (got {values['hidden_act']} in {config_file})"
         raise UserError([Problem(path="model.path", message=message)])
     if not list(folder.glob("*.safetensors")):
         message = f"no *.safetensors in {folder}"
@@ -118,6 +140,10 @@ def _read_pretrained(model: Model) -> Model:
         for name, value in given.items()
         if getattr(model, name) not in (getattr(default, name), value)
     ]
+    if model.rope_parameters != default.rope_parameters:
+        message = f"is what {config_file} says"
+        hint = "leave it out: a pretrained model has its own"
+        problems.append(Problem(path="model.rope_parameters", message=message, hint=hint))
     if problems:
         raise UserError(problems)
     rope_values = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ def hash_files(folder: Path) -> dict[str, list[int | str]]:
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != MANIFEST:
             with path.open("rb") as file:
+                os.fsync(file.fileno())  # DeepSpeed doesn't; the manifest must not come first
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             files[str(path.relative_to(folder))] = [path.stat().st_size, digest]
     return files
@@ -92,6 +94,13 @@ def newest_complete(checkpoints: Path) -> tuple[Path | None, list[str]]:
             return folder, passed_over
         passed_over.append(f"{folder.name} is passed over: {fault}")
     return None, passed_over
+
+
+def forget_after(checkpoints: Path, *, step: int) -> None:
+    """Delete checkpoints of steps that are about to be done again: passed over, or foreign."""
+    for folder in checkpoints.glob("step-*"):
+        if folder.name > checkpoint_name(step):
+            shutil.rmtree(folder)
 
 
 def prune(checkpoints: Path, *, keep_last: int) -> None:

@@ -1,7 +1,10 @@
 """What lies where in a run directory, and how its files are written and read."""
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -75,6 +78,19 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+@contextmanager
+def hold(run_dir: RunDir) -> Iterator[None]:
+    """Keep a run directory to this process; the system lets go of it however the process ends.
+
+    Raises:
+        BlockingIOError: if another process holds it.
+    """
+    run_dir.path.mkdir(parents=True, exist_ok=True)
+    with (run_dir.path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
 class Status(str, Enum):
     running = "running"
     completed = "completed"
@@ -92,7 +108,7 @@ def write_status(
     rank: int | None = None,
     log: Path | None = None,
 ) -> None:
-    """Say how a run stands. Only the parent writes it, after all ranks have ended."""
+    """Say how a run stands. Only the parent writes it: before the ranks, and after all of them."""
     values = {
         "status": status.value,
         "objective": objective,

@@ -113,6 +113,7 @@ def train(training: Training, writer: MetricsWriter, *, first_step: int) -> None
         "tokens": plan.steps.tokens,
         "finished": True,
         "train_loss": sum(losses[-20:]) / len(losses[-20:]) if losses else None,
+        "train_loss_steps": len(losses[-20:]),
         "median_tokens_per_s": rate,
         "median_mfu": _mfu(training, rate),
         "peak_memory_bytes": largest_over_ranks(peak_memory_bytes(rank.device), rank),

@@ -11,8 +11,8 @@ from llama_pretrain.data.dataset import IGNORED
 def token_losses(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Cross entropy of each position of a micro batch in nats: (B * T,) float32, 0 if unlabelled.
 
-    Logits are (B, T, V) in the model's precision and the softmax is in fp32. `use_cache=False`
-    always: with a cache, packed documents would see each other.
+    Logits are (B, T, V) in the model's precision and the softmax is in fp32.
+    Documents of a row see each other across the end-of-text token; there is no cache to fill.
     """
     logits = model(input_ids=batch["input_ids"], use_cache=False).logits
     return functional.cross_entropy(

@@ -49,6 +49,8 @@ def train_rank(run_dir: RunDir, checkpoint: Path | None) -> None:
     import torch.distributed as dist
 
     from llama_pretrain.config.snapshot import load_snapshot
+    from llama_pretrain.export import save_hf_format
+    from llama_pretrain.generate import generate_sample
     from llama_pretrain.plan.plan import load_plan
     from llama_pretrain.train.checkpoint import load_checkpoint
     from llama_pretrain.train.distributed import init_distributed, print_rank_0
@@ -58,6 +60,7 @@ def train_rank(run_dir: RunDir, checkpoint: Path | None) -> None:
     run, plan = load_snapshot(run_dir.snapshot), load_plan(run_dir.plan)
     ds_config = json.loads(run_dir.ds_config.read_text(encoding="utf-8"))
     assert run.launch.threads_per_process is not None
+    assert plan.corpus is not None
     rank = init_distributed(
         device=plan.device,
         timeout_s=run.launch.timeout_s,
@@ -73,9 +76,23 @@ def train_rank(run_dir: RunDir, checkpoint: Path | None) -> None:
     training = prepare_training(run, plan, run_dir, rank, engine)
     train(training, writer, first_step=first_step)
     if run.checkpoint.export:
-        export_and_sample(run_dir, run, plan, engine, is_first=rank.is_first)
+        save_hf_format(
+            engine.module,
+            run_dir.export,
+            tokenizer_dir=Path(plan.corpus.tokenizer_dir),
+            sharded=run.zero.stage == 3,
+            is_first=rank.is_first,
+        )
     writer.close()
     dist.barrier()  # no rank leaves while another still needs it
+    if run.checkpoint.export and rank.is_first and run.train.sample_prompt:
+        text = generate_sample(
+            run_dir.export,
+            run.train.sample_prompt,
+            num_tokens=run.train.sample_tokens,
+            seed=run.seed,
+        )
+        write_text(run_dir.path / "sample.txt", text + "\n")
 
 
 def build_engine(run: Any, plan: Any, ds_config: dict[str, Any], rank: Any) -> Any:
@@ -117,28 +134,6 @@ def build_engine(run: Any, plan: Any, ds_config: dict[str, Any], rank: Any) -> A
     restore_rotary(engine.module, config, rank.device)
     engine.train()
     return engine
-
-
-def export_and_sample(run_dir: RunDir, run: Any, plan: Any, engine: Any, *, is_first: bool) -> None:
-    """Write export/ and, with the model read back from it, a continuation of the prompt."""
-    from llama_pretrain.export import save_hf_format
-    from llama_pretrain.generate import generate_sample
-
-    save_hf_format(
-        engine.module,
-        run_dir.export,
-        tokenizer_dir=Path(plan.corpus.tokenizer_dir),
-        sharded=run.zero.stage == 3,
-        is_first=is_first,
-    )
-    if is_first and run.train.sample_prompt:
-        text = generate_sample(
-            run_dir.export,
-            run.train.sample_prompt,
-            num_tokens=run.train.sample_tokens,
-            seed=run.seed,
-        )
-        write_text(run_dir.path / "sample.txt", text + "\n")
 
 
 if __name__ == "__main__":

@@ -66,6 +66,22 @@ CASES = [
         id="missing-by-hand",
     ),
     pytest.param(
+        ["train.sample_prompt='???'"],
+        "train.sample_prompt: a value is missing; add train.sample_prompt=...",
+        id="missing-text",
+    ),
+    pytest.param(
+        [f"seed={2**63}"], f"seed: should be less than {2**63} (got {2**63})", id="seed-too-large"
+    ),
+    pytest.param(
+        ["optim.learning_rate=inf"],
+        "optim.learning_rate: should be a finite number (got inf)",
+        id="infinite",
+    ),
+    pytest.param(
+        ["data.cache_dir=/proc/none"], "data: No such file or directory: /proc/none", id="cache"
+    ),
+    pytest.param(
         ["batch.global_batch_size=10", "batch.micro_batch_size=4", "launch.num_processes=2"],
         "batch.global_batch_size: does not divide by batch.micro_batch_size=4 x 2 ranks (got 10);"
         " nearest batch.global_batch_size that do: 8, 16 or batch.micro_batch_size: 1, 5",

@@ -345,6 +345,12 @@ def test_a_signal_stops_every_process(runner: Runner, number: int, code: int) ->
     assert json.loads(run_dir.status.read_text())["status"] == "stopped"
 
 
+def test_a_running_run_is_not_resumed(runner: Runner) -> None:
+    with training(runner) as (_, run_dir, _workers):
+        done = runner.bare(f"resume={run_dir.path}", expect=1)
+    assert f"another process is training in {run_dir.path}" in done.output
+
+
 def test_a_killed_rank_ends_the_run(runner: Runner) -> None:
     with training(runner) as (process, run_dir, workers):
         victim = next(pid for pid in workers if b"RANK=1" in environment_of(pid))
