@@ -26,7 +26,7 @@ def check_machine(run: Run, machine: Machine) -> Iterator[Problem]:
         yield Problem(
             path="launch.nodes",
             message=f"several machines can be planned, not yet launched (got {launch.nodes})",
-            hint="add task=plan, or set launch.nodes=1",
+            hint="" if run.task is Task.plan else "add task=plan, or set launch.nodes=1",
         )
     if not on_cpu and launch.num_processes > machine.num_gpus:
         yield Problem(
