@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from llama_pretrain.config.rules import flatten
+
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA_FILE = Path(__file__).with_name("schema.py")
 OVERLAYS = {"experiment": "conf", "sweep": "sweeps", "debug": "conf"}
@@ -107,11 +109,11 @@ Hydra sees it, because such a file could run code.
 
 Two open mappings pass keys on to DeepSpeed. Both need `+` on the command line.
 
-- `+zero.extra.KEY=VALUE` adds to the `zero_optimization` section. A key that has a setting of its
-  own here is refused. An unknown key is refused by DeepSpeed, in the ranks.
-- `+deepspeed.extra.KEY=VALUE` adds a top-level key. DeepSpeed drops unknown top-level keys in
-  silence, so only those are accepted that DeepSpeed 0.19 knows and that have no setting here. The
-  value `auto` is refused, because DeepSpeed would take its own default without a word.
+- `+zero.extra.KEY=VALUE` adds to the `zero_optimization` section.
+- `+deepspeed.extra.KEY=VALUE` adds a top-level key.
+
+Accepted are the keys that DeepSpeed 0.19 knows and that have no setting here. The value `auto` is
+refused, because DeepSpeed would take its own default without a word.
 
 ## Groups
 
@@ -331,10 +333,10 @@ def _default_values(options: Mapping[str, str]) -> dict[str, str]:
     for group, option in options.items():
         file = ROOT / "conf" / group / f"{option}.yaml"
         if not group.startswith("override "):
-            values |= dict(_flatten(_load(file), f"{group}."))
+            values |= dict(flatten(_load(file), f"{group}."))
     own = _load(ROOT / "conf" / "config.yaml")
     own = {key: value for key, value in own.items() if key not in ("defaults", "hydra")}
-    values |= dict(_flatten(own, ""))
+    values |= dict(flatten(own))
     texts = {path: _plain(value) for path, value in values.items()}
     # A reference to another setting, such as ${model.vocab_size}, is followed once.
     return {path: texts.get(text[2:-1], text) for path, text in texts.items()}
@@ -362,7 +364,7 @@ def _settings_of(file: Path) -> Iterator[str]:
             for path, choices in value.get("sweeper", {}).get("params", {}).items():
                 yield f"{path}={choices}"
         else:
-            for path, item in _flatten({key: value}, ""):
+            for path, item in flatten({key: value}):
                 yield f"{path}: {_plain(item)}"
 
 
@@ -383,14 +385,6 @@ def read_comment(text: str) -> str:
 def _load(file: Path) -> dict[str, Any]:
     values = yaml.safe_load(file.read_text(encoding="utf-8"))
     return values if isinstance(values, dict) else {}
-
-
-def _flatten(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _escape(text: str) -> str:
