@@ -1,6 +1,7 @@
 """The whole run, as a user starts it."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -207,11 +208,37 @@ def test_compiled_optimizers_train(runner: Runner, overrides: list[str]) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["60m", "130m", "llama32_1b"])
-def test_published_shapes_train_when_made_narrow(runner: Runner, model: str) -> None:
-    """The structure of a shape (heads, groups, rotary scaling, ties), at a width for a laptop."""
-    done = runner(f"model={model}", "train.max_steps=2", "model.max_position_embeddings=1024")
-    assert len(done.losses) == 2
+@pytest.mark.parametrize("model", ["60m", "130m", "350m"])
+def test_published_shapes_train(runner: Runner, model: str) -> None:
+    """Whole, as far as they and their optimizer fit a small machine: 1b wants 21 GB."""
+    folder = runner.folder / model
+    done = runner.bare(
+        f"model={model}",
+        "tokenizer.vocab_size=512",
+        "data=text",
+        f"data.paths=['{runner.corpus}/*.py']",
+        "data.heldout_fraction=0.1",
+        "data.sequence_length=64",
+        "batch.global_batch_size=2",
+        "train.max_steps=3",
+        "train.eval_rows=2",
+        "checkpoint.at_end=false",
+        "checkpoint.export=false",
+        "monitor=none",
+        f"data.cache_dir={runner.cache_dir}",
+        f"hydra.run.dir={folder}",
+        run_dir=RunDir(folder),
+    )
+    assert len(done.losses) == 3
+    assert done.losses[0] == pytest.approx(math.log(32_000), abs=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["1b", "llama2_70b", "llama3_8b", "llama32_1b", "llama32_3b"])
+def test_large_shapes_train_when_made_narrow(runner: Runner, model: str) -> None:
+    """The rest of a shape (rotary scaling, ties, biases) at debug=smoke's width."""
+    done = runner(f"model={model}", "model.max_position_embeddings=1024")
+    assert len(done.losses) == 3
 
 
 @pytest.mark.slow
