@@ -23,6 +23,15 @@ def main() -> int:
     from llama_pretrain import endings  # after Hydra's own flags have had their quick answer
 
     argv = sys.argv[1:]
+    if any(word.startswith("import_deepspeed=") for word in argv):  # of files: nothing is composed
+        from llama_pretrain.plan.import_deepspeed import run_command
+
+        try:
+            print(run_command(argv))
+        except endings.EXPECTED as error:
+            endings.tell(error)
+            return 1
+        return 0
     failures: list[Exception] = []
     composed: list[DictConfig] = []
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from llama_pretrain import console
 from llama_pretrain.config.compose import PROJECT_ROOT
+from llama_pretrain.config.deepspeed import OffloadDevice
 from llama_pretrain.config.problems import Problem, UserError, refuse
 from llama_pretrain.config.rules import check_run
-from llama_pretrain.config.schema import OffloadDevice, Run, Task
+from llama_pretrain.config.schema import Run, Task
 from llama_pretrain.config.snapshot import load_snapshot, render_snapshot
 from llama_pretrain.plan.choices import resolve_choices
 from llama_pretrain.plan.ds_config import get_train_ds_config

@@ -11,10 +11,10 @@ from omegaconf import OmegaConf
 
 from llama_pretrain.config.document import (
     ROOT,
-    SCHEMA_FILE,
     SchemaDoc,
     read_comment,
     read_schema,
+    read_sources,
     render_reference,
     render_type,
 )
@@ -26,6 +26,7 @@ from tests.conftest import compose_run
 SMALL = '''
 from enum import Enum
 Count = Annotated[int, Gt(0)]
+LATE = Stages((2, 3))
 
 class Colour(str, Enum):
     red = "r"
@@ -43,6 +44,8 @@ class Inner:
     pair: Annotated[list[float], Len(2, 2)] = field(default_factory=lambda: [1.0, 2.0])
     colour: Colour = Colour.blue
     extra: dict[str, Any] = field(default_factory=dict)
+    bucket: Annotated[Count | None, LATE] = None
+    last: Annotated[bool, Stages((3,))] = True
 
 class NotASchema:
     other: int = 1
@@ -51,7 +54,7 @@ class NotASchema:
 
 @pytest.fixture(scope="module")
 def shipped() -> SchemaDoc:
-    return read_schema(SCHEMA_FILE.read_text(encoding="utf-8"))
+    return read_schema(read_sources())
 
 
 def test_page_on_disk_is_the_generated_one() -> None:
@@ -146,6 +149,8 @@ def test_every_option_of_every_group_is_listed() -> None:
         pytest.param("pair", "list of float (2 items)", id="length"),
         pytest.param("colour", "`r`, `b`", id="enum"),
         pytest.param("extra", "mapping", id="mapping"),
+        pytest.param("bucket", "int > 0 or `null` (stages 2, 3)", id="stages by name"),
+        pytest.param("last", "bool (stage 3)", id="one stage"),
     ],
 )
 def test_types_as_a_reader_wants_them(name: str, text: str) -> None:

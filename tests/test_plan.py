@@ -107,23 +107,44 @@ def test_batch_triangle(
         gradient_accumulation_steps=given[2],
     )
     whole, micro, accumulated = expected
-    assert solve_batch(batch, world_size=world_size) == BatchPlan(
+    assert solve_batch(batch, sequence_length=64, replicas=world_size) == BatchPlan(
         global_batch_size=whole, micro_batch_size=micro, gradient_accumulation_steps=accumulated
     )
+
+
+NEAREST = "nearest global = micro x accumulation x ranks"
 
 
 @pytest.mark.parametrize(
     ("given", "world_size", "text"),
     [
-        ((10, 4, None), 2, "nearest batch.global_batch_size that do: 8, 16 or batch.micro_batch"),
-        ((7, None, None), 4, "does not divide by 4 ranks (got 7); nearest batch.global_batch_size"),
-        ((2, None, None), 4, "that do: 4"),
+        (
+            (10, 4, None),
+            2,
+            (
+                f"does not divide by batch.micro_batch_size=4 x 2 ranks (got 10); {NEAREST}: "
+                "8 = 4 x 1 x 2, 16 = 4 x 2 x 2, 10 = 1 x 5 x 2, 10 = 5 x 1 x 2"
+            ),
+        ),
+        (
+            (7, None, None),
+            4,
+            f"does not divide by 4 ranks (got 7); {NEAREST}: 4 = 1 x 1 x 4, 8 = 2 x 1 x 4",
+        ),
+        ((2, None, None), 4, f"{NEAREST}: 4 = 1 x 1 x 4"),
         (
             (30, 4, 4),
             2,
-            "is not batch.micro_batch_size=4 x batch.gradient_accumulation_steps=4 x 2",
+            (
+                "is not batch.micro_batch_size=4 x batch.gradient_accumulation_steps=4 x 2 ranks"
+                f" (got 30); {NEAREST}: 32 = 4 x 4 x 2, 30 = 3 x 5 x 2, 30 = 5 x 3 x 2"
+            ),
         ),
-        ((None, None, 4), 2, "neither this nor batch.micro_batch_size is given"),
+        (
+            (None, None, 4),
+            2,
+            "neither this, batch.global_batch_tokens nor batch.micro_batch_size is given",
+        ),
     ],
 )
 def test_batch_that_does_not_divide(
@@ -135,7 +156,7 @@ def test_batch_that_does_not_divide(
         gradient_accumulation_steps=given[2],
     )
     with pytest.raises(UserError) as error:
-        solve_batch(batch, world_size=world_size)
+        solve_batch(batch, sequence_length=64, replicas=world_size)
     assert text in str(error.value)
 
 

@@ -10,8 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from llama_pretrain.config.schema import Model, Optim, OptimName, Schedule, ScheduleName
-from llama_pretrain.plan.plan import Steps
+from llama_pretrain.config.schema import Model, Optim, OptimName, Run, Schedule, ScheduleName
+from llama_pretrain.plan.choices import resolve_choices
+from llama_pretrain.plan.ds_config import get_train_ds_config
+from llama_pretrain.plan.machine import detect_machine
+from llama_pretrain.plan.plan import Steps, build_plan
+from llama_pretrain.train.loss import token_losses
 from llama_pretrain.train.model import (
     build_llama_config,
     build_model,
@@ -23,6 +27,8 @@ from llama_pretrain.train.optimizer import (
     get_optimizer_grouped_parameters,
     learning_rate_factor,
 )
+from llama_pretrain.train.recompute import recompute_activations
+from tests.conftest import compose_run
 
 SHAPE = Model(
     vocab_size=64,
@@ -127,6 +133,12 @@ def test_weights_of_a_checkpoint_are_read_by_name(tmp_path: Path) -> None:
     save_file(nn_only, tmp_path / "other" / "model.safetensors")
     with pytest.raises(KeyError, match="has no weights for"):
         plain_model(weights=tmp_path / "other")
+
+
+@pytest.fixture(autouse=True)
+def own_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """zero.Init replaces torch's linear for good: put it back after each test."""
+    monkeypatch.setattr(nn.functional, "linear", nn.functional.linear)
 
 
 @pytest.fixture(scope="module")
@@ -234,3 +246,172 @@ def test_print_rank_0_prints_once(capsys: pytest.CaptureFixture[str]) -> None:
         rank = Rank(index=index, local_index=index, world_size=2, device=device)
         print_rank_0("once", rank)
     assert capsys.readouterr().out == "once\n"
+
+
+ROWS = 2
+SHARD_ALL = [
+    "zero.stage3_param_persistence_threshold=0",
+    "zero.stage3_max_live_parameters=0",
+    "zero.stage3_max_reuse_distance=0",
+    "zero.stage3_prefetch_bucket_size=0",
+]
+"""Without these so small a model would stay whole on each rank at stage 3."""
+
+
+def random_batches(number: int = 6) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    rows = [torch.randint(64, (ROWS, 33), generator=generator) for _ in range(number)]
+    return [{"input_ids": row[:, :-1], "shift_labels": row[:, 1:].contiguous()} for row in rows]
+
+
+def losses_of_engine(*overrides: str, stage: int = 1) -> list[float]:
+    """Losses of a rank with the JSON and the optimizer that a run of these overrides has."""
+    import deepspeed
+
+    words = ["launch.device=cpu", "launch.num_processes=1", f"batch.global_batch_size={ROWS}"]
+    words += ["train.gradient_clipping=0", f"zero.stage={stage}"]
+    words += SHARD_ALL if stage == 3 else []
+    if "precision=bf16_autocast" not in overrides:
+        words.append("precision=fp32")
+    run: Run = resolve_choices(compose_run([*words, *overrides]), detect_machine())
+    ds_config = get_train_ds_config(run, build_plan(run, None).batch, run_dir=None)
+    model = build_model(CONFIG, seed=1, weights=None, ds_config=ds_config)
+    if run.train.gradient_checkpointing:
+        recompute_activations(model, ds_config)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=build_optimizer(model, run.optim),
+        config=ds_config,
+        dist_init_required=False,
+    )
+    losses = []
+    engine.train()
+    for batch in random_batches():
+        loss = token_losses(engine, batch).mean()
+        assert loss.dtype == torch.float32
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+def losses_of_plain(*optimizers: Any, model: nn.Module, autocast: bool = False) -> list[float]:
+    """Losses of a plain loop of PyTorch."""
+    losses = []
+    for batch in random_batches():
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+        loss = nn.functional.cross_entropy(
+            logits.float().reshape(-1, 64), batch["shift_labels"].reshape(-1)
+        )
+        model.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        for optimizer in optimizers:
+            optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def is_plain(name: str) -> bool:
+    """Whether a parameter of LLaMA never decays."""
+    return "norm" in name or name.endswith("bias")
+
+
+def two_groups(model: nn.Module) -> list[dict[str, Any]]:
+    named = dict(model.named_parameters())
+    decayed = [value for name, value in named.items() if not is_plain(name)]
+    plain = [value for name, value in named.items() if is_plain(name)]
+    return [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+
+
+class PlainLion(torch.optim.Optimizer):
+    """Lion as in arXiv 2302.06675, algorithm 2."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            first, second = group["betas"]
+            for parameter in group["params"]:
+                momentum = self.state[parameter].setdefault("m", torch.zeros_like(parameter))
+                direction = (first * momentum + (1 - first) * parameter.grad).sign()
+                parameter -= group["lr"] * (direction + group["weight_decay"] * parameter)
+                momentum.mul_(second).add_(parameter.grad, alpha=1 - second)
+
+
+def plain_muon(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """torch's Muon for the layers' matrices, AdamW for the rest."""
+    named = dict(model.named_parameters())
+    matrices = {name for name in named if name.endswith("_proj.weight")}
+    assert len(matrices) == 14
+    rest = two_groups(model)
+    for group in rest:
+        group["params"] = [p for p in group["params"] if all(p is not named[m] for m in matrices)]
+    return [
+        torch.optim.Muon([named[m] for m in matrices], lr=0.02, momentum=0.95, weight_decay=0.1),
+        torch.optim.AdamW(rest, lr=1e-2, betas=(0.9, 0.95), eps=1e-8),
+    ]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.usefixtures("process_group")
+def test_muon_is_that_of_torch(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = plain_model()
+    with monkeypatch.context() as patch:
+        # torch orthogonalises in bfloat16, and DeepSpeed on a CPU in fp32.
+        patch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+        expected = losses_of_plain(*plain_muon(model), model=model)
+    with torch.compiler.set_stance("force_eager"):  # as ranks on a CPU have it
+        found = losses_of_engine("optim=muon", "optim.learning_rate=1e-2", stage=stage)
+    assert found == pytest.approx(expected, abs=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.usefixtures("process_group")
+def test_lion_is_that_of_the_paper(stage: int, offload: str) -> None:
+    words = ["optim=lion", "optim.learning_rate=1e-3", f"zero.offload_optimizer.device={offload}"]
+    found = losses_of_engine(*words, stage=stage)
+    model = plain_model()
+    lion = PlainLion(two_groups(model), {"lr": 1e-3, "betas": (0.95, 0.98)})
+    assert found == pytest.approx(losses_of_plain(lion, model=model), abs=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.usefixtures("process_group")
+def test_cpu_adagrad_is_that_of_torch(stage: int, offload: str) -> None:
+    words = ["optim=cpu_adagrad", "optim.learning_rate=1e-2"]
+    found = losses_of_engine(*words, f"zero.offload_optimizer.device={offload}", stage=stage)
+    model = plain_model()
+    adagrad = torch.optim.Adagrad(two_groups(model), lr=1e-2, eps=1e-10)
+    assert found == pytest.approx(losses_of_plain(adagrad, model=model), abs=2e-6)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.usefixtures("process_group")
+def test_autocast_is_that_of_torch(stage: int) -> None:
+    """Products in bfloat16, weights and loss in fp32; at stage 3 through DeepSpeed's linear."""
+    losses = {}
+    for autocast in (True, False):
+        model = plain_model()
+        adamw = torch.optim.AdamW(two_groups(model), lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+        losses[autocast] = losses_of_plain(adamw, model=model, autocast=autocast)
+    words = ["precision=bf16_autocast", "optim=torch_adamw", "optim.learning_rate=1e-2"]
+    found = losses_of_engine(*words, stage=stage)
+    assert found[0] == pytest.approx(losses[True][0], abs=1e-6)
+    assert found == pytest.approx(losses[True], abs=5e-4 if stage == 3 else 2e-6)
+    assert found != pytest.approx(losses[False], abs=1e-3)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.usefixtures("process_group")
+def test_deepspeed_recomputes_activations(stage: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """With any of its settings DeepSpeed's own checkpointing runs, and changes no loss."""
+    adamw = ("optim=torch_adamw", "optim.learning_rate=1e-2")
+    plain = losses_of_engine(*adamw, stage=stage)
+    assert "time (ms) | backward" not in capfd.readouterr().out
+    more = ["train.gradient_checkpointing=true", "deepspeed.activation_checkpointing.profile=true"]
+    assert losses_of_engine(*adamw, *more, stage=stage) == plain
+    assert "time (ms) | backward" in capfd.readouterr().out

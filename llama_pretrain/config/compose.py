@@ -5,7 +5,8 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -152,10 +153,16 @@ def explain_override(override: str, error: str, *, options: bool) -> Problem:
         options: whether there are groups to choose from; a snapshot has none.
     """
     key, _, value = override.lstrip("+~").partition("=")
+    if "Ambiguous value" in error:
+        hint = "to run each of them, add --multirun; to set a list, write [a,b]"
+        return Problem(path=key, message=f"has several values (got {value})", hint=hint)
     available = re.search(r"Available options in '[^']*':((?:\n\t\S+)+)", error)
-    if available is not None:
-        names = available.group(1).split()
-        close = difflib.get_close_matches(value, names, n=1)
+    not_text = "override must be a string" in error  # zero=3, zero=null
+    if available is not None or not_text:
+        names = sorted(path.stem for path in (PROJECT_ROOT / "conf" / key).glob("*.yaml"))
+        names = names if available is None else available.group(1).split()
+        ends = [name for name in names if name.endswith(value)]
+        close = difflib.get_close_matches(value.lower(), names, n=1) or ends[:1]
         hint = f"did you mean {key}={close[0]}? " if close else ""
         hint += f"{'O' if close else 'o'}ptions: {', '.join(names)}"
         return Problem(
@@ -170,7 +177,8 @@ def explain_override(override: str, error: str, *, options: bool) -> Problem:
         return Problem(path=key, message=message, hint=f"set its values: {key}.SETTING=VALUE")
     if "could not be converted" in error or "Invalid value" in error or "Invalid type" in error:
         wanted = dict(schema_paths()).get(key)
-        return Problem(path=key, message=_wrong_type(error, value), hint=_type_hint(wanted, value))
+        hint = _type_hint(key, wanted, value)
+        return Problem(path=key, message=_wrong_type(error, value), hint=hint)
     return Problem(path=key, message=f"{_tidy(error)} (got {override})")
 
 
@@ -185,10 +193,22 @@ def _wrong_type(error: str, value: str) -> str:
     return f"has the wrong type (got {value})"
 
 
-def _type_hint(wanted: Any, value: str) -> str:
-    if wanted is not None and "int" in str(wanted.type) and re.fullmatch(r"\d+(\.\d*)?e\d+", value):
+def _type_hint(key: str, wanted: Any, value: str) -> str:
+    if wanted is None:
+        inside = [path for path, _ in schema_paths() if path.startswith(f"{key}.")]
+        return f"it is a section: set {inside[0]}, say" if inside else ""
+    kind = wanted.type
+    if "int" in str(kind) and re.fullmatch(r"\d+(\.\d*)?(e\d+)?", value):
         return f"write {int(float(value)):_}"
+    if value == "auto" and _allows_null(kind):
+        return "set it to null: then it is derived, and the plan says from what"
+    if "list" in str(kind):
+        return f"write a list: {key}=[{value}]"
     return ""
+
+
+def _allows_null(kind: Any) -> bool:
+    return kind is NoneType or any(_allows_null(part) for part in get_args(kind))
 
 
 def _whole_text(error: BaseException) -> str:

@@ -14,16 +14,18 @@ import yaml
 from llama_pretrain.config.rules import flatten
 
 ROOT = Path(__file__).resolve().parents[2]
-SCHEMA_FILE = Path(__file__).with_name("schema.py")
+SCHEMA_FILES = [
+    Path(__file__).with_name(f"{name}.py") for name in ("fields", "deepspeed", "schema")
+]
 OVERLAYS = {"experiment": "conf", "sweep": "sweeps", "debug": "conf"}
 """Groups that set values all over the config, and the folder that holds each."""
 
 INTRODUCTION = """\
 # Configuration
 
-This page is made from `llama_pretrain/config/schema.py`, `conf/` and `sweeps/` by
-`python -m llama_pretrain.config.document > docs/configuration.md`. Edit those files, not this one;
-a test compares the two.
+This page is made from `llama_pretrain/config/schema.py` and `deepspeed.py`, `conf/` and `sweeps/`
+by `python -m llama_pretrain.config.document > docs/configuration.md`. Edit those files, not this
+one; a test compares the two.
 
 ## How a run is composed
 
@@ -55,20 +57,29 @@ stops. `python run.py task=plan` prints the tree, the plan and the DeepSpeed JSO
 
 ## What the machine decides
 
-Five settings may be left open. The launching process decides them before anything starts and
+Some settings may be left open. The launching process decides them before anything starts and
 writes the decision into `snapshot.yaml`:
 
 | setting | left open as | decided as |
 |---|---|---|
-| `launch.device` | `auto` | `cuda` if torch was built for CUDA and a GPU is there, else `cpu` |
+| `launch.device` | `auto` | `cuda` if torch was built for CUDA and a GPU is there, or if \
+`task=plan` plans several machines, else `cpu` |
 | `launch.num_processes` | `null` | the number of GPUs; on a CPU 2, or 1 if there is a single core |
 | `launch.threads_per_process` | `null` | the cores divided by the processes, at least 1 |
-| `precision.name` | `auto` | `bf16` where it is native, else `fp32` |
+| `batch` | all four `null` | 16 rows a step, or the next number that the ranks divide |
+| `precision.name` | `auto` | `bf16` where it is native, else `fp32`; `fp32` with `torch_autocast` |
 | `optim.name` | `adamw` | `cpu_adam` where optimizer state is offloaded, `fused_adam` on CUDA, \
 else `torch_adamw` |
+| `optim.name` | `lion` | `cpu_lion` where optimizer state is offloaded or there is no GPU, else \
+`fused_lion` |
+| `train.gradient_clipping` | `null` | 1.0, but 0 with `optim=muon` |
+| `zero.reduce_scatter` | `null` | `true`, but for `optim=muon` at stage 3 |
+| `zero.reduce_bucket_size` | `null` | hidden_size^2 at stage 3, else 500,000,000 |
+| `zero.stage3_prefetch_bucket_size` | `null` | 0.9 * hidden_size^2 |
+| `zero.stage3_param_persistence_threshold` | `null` | 10 * hidden_size |
+| `zero.zero_hpz_partition_size` | `null` | the processes of a machine |
 
-`zero.zero_hpz_partition_size=null` becomes the number of processes of a machine. With `model.path`
-the shape of the model is read from the checkpoint's `config.json`.
+With `model.path` the shape of the model is read from the checkpoint's `config.json`.
 
 ## Mistakes
 
@@ -80,8 +91,8 @@ $ python run.py precision=fp16 batch.global_batch_size=15 optim.lr=1 launch.devi
 3 problems, nothing was started:
   optim.lr: there is no such setting (got optim.lr=1); did you mean optim.eps?
   precision: DeepSpeed has no fp16 on a CPU (got fp16); add precision=bf16 or precision=fp32
-  batch.global_batch_size: does not divide by 2 ranks (got 15); nearest batch.global_batch_size \
-that do: 14, 16
+  batch.global_batch_size: does not divide by 2 ranks (got 15); nearest global = micro x \
+accumulation x ranks: 14 = 7 x 1 x 2, 16 = 8 x 1 x 2
 ```
 
 A key added with `+` is checked too. Text is read only after the config is found sound, so problems
@@ -144,18 +155,18 @@ class ClassDoc:
 
 @dataclass(frozen=True, kw_only=True)
 class SchemaDoc:
-    """What schema.py defines."""
+    """What the schema's files define."""
 
     classes: dict[str, ClassDoc]
     enums: dict[str, dict[str, str]]
     """Enum name -> member name -> value."""
     aliases: dict[str, ast.expr]
-    """Named types such as PositiveInt."""
+    """Named types such as PositiveInt, and named marks such as SHARDED."""
 
 
 def render_reference() -> str:
     """The text of docs/configuration.md."""
-    schema = read_schema(SCHEMA_FILE.read_text(encoding="utf-8"))
+    schema = read_schema(read_sources())
     root_fields = schema.classes["Run"].fields
     defaults = _default_options()
     changed = _default_values(defaults)
@@ -179,8 +190,13 @@ def render_reference() -> str:
     return "\n".join(parts)
 
 
+def read_sources() -> str:
+    """The text of the schema's files, as if they were one."""
+    return "\n".join(file.read_text(encoding="utf-8") for file in SCHEMA_FILES)
+
+
 def read_schema(source: str) -> SchemaDoc:
-    """Collect classes marked `@schema`, enums and named types from the text of schema.py."""
+    """Collect classes marked `@schema`, enums, named types and marks from the schema's text."""
     classes: dict[str, ClassDoc] = {}
     enums: dict[str, dict[str, str]] = {}
     aliases: dict[str, ast.expr] = {}
@@ -195,7 +211,7 @@ def read_schema(source: str) -> SchemaDoc:
                     for item in node.body
                     if isinstance(item, ast.Assign)
                 }
-        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript):
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript | ast.Call):
             aliases[_name(node.targets[0])] = node.value
     return SchemaDoc(classes=classes, enums=enums, aliases=aliases)
 
@@ -262,7 +278,8 @@ def render_type(schema: SchemaDoc, node: ast.expr) -> str:
     if isinstance(node, ast.Subscript) and _name(node.value) == "Annotated":
         assert isinstance(node.slice, ast.Tuple)
         kind, *limits = node.slice.elts
-        return " ".join([render_type(schema, kind), *(_render_limit(limit) for limit in limits)])
+        texts = [_render_limit(schema.aliases.get(_name(limit), limit)) for limit in limits]
+        return " ".join([render_type(schema, kind), *texts])
     if isinstance(node, ast.Subscript):
         inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
         if _name(node.value) == "dict":
@@ -274,7 +291,7 @@ def render_type(schema: SchemaDoc, node: ast.expr) -> str:
 
 
 def _render_limit(node: ast.expr) -> str:
-    """`> 0` for `Gt(0)`; `>= 0, <= 1` for an interval; `(2 items)` for a length."""
+    """`> 0` for `Gt(0)`; `>= 0, <= 1` for an interval; `(2 items)`, `(stages 1, 2)` for marks."""
     assert isinstance(node, ast.Call)
     signs = {"Gt": ">", "Ge": ">=", "Lt": "<", "Le": "<="}
     kind = _name(node.func)
@@ -286,6 +303,9 @@ def _render_limit(node: ast.expr) -> str:
         return ", ".join(f"{signs[name.title()]} {value}" for name, value in limits.items())
     if kind == "Len" and len(set(values)) == 1:
         return f"({values[0]} items)"
+    if kind == "Stages":
+        stages = ast.literal_eval(node.args[0])
+        return f"(stage{'s' * (len(stages) > 1)} {', '.join(str(stage) for stage in stages)})"
     raise ValueError(f"no way to write the limit {ast.unparse(node)}")
 
 

@@ -44,6 +44,7 @@ def render_help() -> str:
     lines += [
         "",
         "Settings: docs/configuration.md, or python run.py --cfg job. A sweep needs -m.",
+        "Our settings for a DeepSpeed JSON of yours: python run.py import_deepspeed=FILE",
         "Hydra's own flags: python run.py --hydra-help.",
         'Tab completion in bash: eval "$(python run.py -sc install=bash)"',
     ]

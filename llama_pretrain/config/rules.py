@@ -4,25 +4,49 @@ Each rule is a generator of problems that looks at the config alone; what depend
 in plan/feasible.py.
 """
 
+import bisect
 import difflib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from llama_pretrain.config.deepspeed_rules import OWNED_KEYS, check_deepspeed
 from llama_pretrain.config.problems import Problem, UserError, refuse
 from llama_pretrain.config.schema import (
+    Data,
     DataName,
-    OffloadDevice,
-    OptimName,
-    Precision,
-    PrecisionName,
+    Model,
+    PlanSettings,
     RopeType,
     Run,
+    Schedule,
     ScheduleName,
     Task,
+    Tokenizer,
     TokenizerName,
 )
+
+OTHER_NAMES = {
+    "context_length": "data.sequence_length",
+    "epochs": "train.max_steps",
+    "grad_clip": "train.gradient_clipping",
+    "layers": "model.num_hidden_layers",
+    "lr": "optim.learning_rate",
+    "max_grad_norm": "train.gradient_clipping",
+    "max_seq_length": "data.sequence_length",
+    "max_train_steps": "train.max_steps",
+    "min_lr": "schedule.min_learning_rate_ratio",
+    "num_gpus": "launch.num_processes",
+    "num_layers": "model.num_hidden_layers",
+    "num_train_epochs": "train.max_steps",
+    "per_device_train_batch_size": "batch.micro_batch_size",
+    "seq_length": "data.sequence_length",
+    "steps": "train.max_steps",
+    "warmup_ratio": "schedule.warmup_steps",
+}
+"""What transformers, Megatron and others call it."""
 
 
 def parse_values(values: Mapping[str, Any]) -> Run:
@@ -62,13 +86,29 @@ def unknown_key(path: str, *, seen: str) -> Problem:
         if path.startswith(mapping):
             hint = f"a key is added to it with a plus: +{mapping}.KEY=VALUE"
             return Problem(path=path, message=f"cannot be set so (got {seen})", hint=hint)
-    known = [known_path for known_path, _ in schema_paths()]
-    name = path.rsplit(".", 1)[-1]
-    # The right name in the wrong group first, then a slip of the fingers.
-    close = [candidate for candidate in known if candidate.rsplit(".", 1)[-1] == name][:1]
-    close = close or difflib.get_close_matches(path, known, n=1, cutoff=0.6)
-    hint = f"did you mean {close[0]}?" if close else "docs/configuration.md lists all settings"
+    close = _nearest_setting(path)
+    hint = f"did you mean {close}?" if close else "docs/configuration.md lists all settings"
     return Problem(path=path, message=f"there is no such setting (got {seen})", hint=hint)
+
+
+def _nearest_setting(path: str) -> str | None:
+    known = [known_path for known_path, _ in schema_paths()]
+    first, _, rest = path.partition(".")
+    name = path.rpartition(".")[2]
+    owner = OWNED_KEYS.get(first)
+    if owner is not None:  # in DeepSpeed's words
+        inside = [f"{group}.{rest}" for group in (owner, owner.partition(".")[0])]
+        return next((setting for setting in inside if setting in known), owner)
+    if name in OTHER_NAMES:
+        return OTHER_NAMES[name]
+    if any(candidate.startswith(f"deepspeed.{path}.") for candidate in known):
+        return f"deepspeed.{path}"
+    # The right name in the wrong group, then a slip of the fingers.
+    same = [candidate for candidate in known if candidate.endswith(f".{path}")]
+    others = [candidate for candidate in known if candidate.endswith(f".{name}")]
+    same += difflib.get_close_matches(path, others, n=1, cutoff=0.6)
+    same += difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+    return same[0] if same else None
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -97,11 +137,10 @@ def check_run(run: Run) -> Iterator[Problem]:
         _check_model,
         _check_data,
         _check_tokenizer,
-        _check_optim,
         _check_schedule,
-        _check_zero,
-        _check_precision,
         _check_train,
+        _check_questions,
+        check_deepspeed,
     ):
         yield from rule(run)
 
@@ -115,7 +154,7 @@ def _check_model(run: Run) -> Iterator[Problem]:
             path="model.num_attention_heads",
             message=f"does not divide model.hidden_size={model.hidden_size}"
             f" (got {model.num_attention_heads})",
-            hint=f"nearest that do: {_divisors_near(model.hidden_size, model.num_attention_heads)},"
+            hint=f"nearest that do: {_name_near(model.hidden_size, model.num_attention_heads)},"
             " or set model.head_dim",
         )
     elif (model.head_dim or model.hidden_size // model.num_attention_heads) % 2:
@@ -131,7 +170,7 @@ def _check_model(run: Run) -> Iterator[Problem]:
             path="model.num_key_value_heads",
             message=f"does not divide model.num_attention_heads={model.num_attention_heads}"
             f" (got {groups})",
-            hint=f"nearest that do: {_divisors_near(model.num_attention_heads, groups)}",
+            hint=f"nearest that do: {_name_near(model.num_attention_heads, groups)}",
         )
     rope = model.rope_parameters
     needed = {
@@ -158,19 +197,38 @@ def _check_model(run: Run) -> Iterator[Problem]:
                 message=f"{what} with rope_type={rope.rope_type.value}",
                 hint="set it" if not given else "set it to null, or change rope_type",
             )
+    multiple = model.pad_embeddings_to_multiple_of
+    if multiple != Model().pad_embeddings_to_multiple_of and not model.resize_embeddings:
+        yield Problem(
+            path="model.pad_embeddings_to_multiple_of",
+            message="is read where embeddings grow, and model.resize_embeddings is false"
+            f" (got {multiple})",
+            hint="set model.resize_embeddings=true, or leave it out",
+        )
     if run.data.sequence_length > model.max_position_embeddings:
         yield Problem(
             path="data.sequence_length",
             message=f"is longer than model.max_position_embeddings={model.max_position_embeddings}"
             f" (got {run.data.sequence_length})",
-            hint="shorten the rows, or raise model.max_position_embeddings",
+            hint=f"set it to {model.max_position_embeddings} at most, or set"
+            f" model.max_position_embeddings={run.data.sequence_length}",
         )
 
 
-def _divisors_near(number: int, wanted: int) -> str:
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    below = [d for d in divisors if d < wanted][-1:]
-    return ", ".join(str(d) for d in below + [d for d in divisors if d > wanted][:1])
+def divisors_near(number: int, wanted: int) -> list[int]:
+    """The largest divisor up to `wanted` and the smallest above it, as far as there are any.
+
+    Above 10^12, where not every divisor is looked for, a nearer one may be missed.
+    """
+    small = [d for d in range(1, min(math.isqrt(number), 1_000_000) + 1) if number % d == 0]
+    divisors = sorted({*small, *(number // d for d in small)})
+    split = bisect.bisect_right(divisors, wanted)
+    return divisors[max(0, split - 1) : split + 1]
+
+
+def _name_near(number: int, wanted: int) -> str:
+    """The divisors near a number that is none."""
+    return ", ".join(str(divisor) for divisor in divisors_near(number, wanted))
 
 
 def _check_data(run: Run) -> Iterator[Problem]:
@@ -186,6 +244,14 @@ def _check_data(run: Run) -> Iterator[Problem]:
             path="data.paths",
             message=f"is not read with data={data.name.value} (got {data.paths})",
             hint="add data=text",
+        )
+    plain = all(path.endswith(".txt") for path in data.paths)
+    if data.text_field != Data().text_field and (data.name is not DataName.text or plain):
+        why = "and none are read" if data.name is not DataName.text else "and data.paths names none"
+        yield Problem(
+            path="data.text_field",
+            message=f"is for .jsonl and .parquet, {why} (got {data.text_field})",
+            hint="leave it out",
         )
 
 
@@ -204,6 +270,12 @@ def _check_tokenizer(run: Run) -> Iterator[Problem]:
             message=f"is not read with tokenizer=train (got {tokenizer.path})",
             hint="add tokenizer=pretrained",
         )
+    if pretrained and tokenizer.vocab_size not in (Tokenizer().vocab_size, model.vocab_size):
+        yield Problem(
+            path="tokenizer.vocab_size",
+            message=f"is not read with tokenizer=pretrained (got {tokenizer.vocab_size})",
+            hint=f"set it to {model.vocab_size}, or add tokenizer=train",
+        )
     too_large = tokenizer.vocab_size > model.vocab_size and not model.resize_embeddings
     if tokenizer.name is TokenizerName.train and model.path is None and too_large:
         yield Problem(
@@ -214,32 +286,22 @@ def _check_tokenizer(run: Run) -> Iterator[Problem]:
         )
 
 
-def _check_optim(run: Run) -> Iterator[Problem]:
-    for index, beta in enumerate(run.optim.betas):
-        if not 0 <= beta < 1:
-            yield Problem(
-                path=f"optim.betas.{index}",
-                message=f"should be at least 0 and less than 1 (got {beta})",
-            )
-    offloaded = run.zero.offload_optimizer.device is not OffloadDevice.none
-    if offloaded and run.optim.name not in (OptimName.adamw, OptimName.cpu_adam):
-        device = run.zero.offload_optimizer.device.value
-        yield Problem(
-            path="zero.offload_optimizer.device",
-            message=f"{device} needs optim=cpu_adam (got optim={run.optim.name.value})",
-            hint="add optim=cpu_adam, or set zero.offload_optimizer.device=none",
-        )
-
-
 def _check_schedule(run: Run) -> Iterator[Problem]:
     schedule = run.schedule
+    least = schedule.min_learning_rate_ratio
+    if schedule.name is ScheduleName.constant and least != Schedule().min_learning_rate_ratio:
+        yield Problem(
+            path="schedule.min_learning_rate_ratio",
+            message=f"is not used with schedule=constant (got {least})",
+            hint="add schedule=cosine, or leave it out",
+        )
     for what in ("warmup", "decay"):
         steps, tokens = getattr(schedule, f"{what}_steps"), getattr(schedule, f"{what}_tokens")
         if steps is not None and tokens is not None:
             yield Problem(
                 path=f"schedule.{what}_tokens",
                 message=f"is given as well as schedule.{what}_steps={steps} (got {tokens})",
-                hint=f"set one of them to null, say schedule.{what}_steps=null",
+                hint=f"set schedule.{what}_steps=null, or schedule.{what}_tokens=null",
             )
         if what == "decay" and schedule.name is not ScheduleName.wsd:
             for name, value in (("decay_steps", steps), ("decay_tokens", tokens)):
@@ -251,75 +313,50 @@ def _check_schedule(run: Run) -> Iterator[Problem]:
                     )
 
 
-def _check_zero(run: Run) -> Iterator[Problem]:
-    zero = run.zero
-    for name in ("offload_optimizer", "offload_param"):
-        section = getattr(zero, name)
-        least = 3 if name == "offload_param" or section.device is OffloadDevice.nvme else 1
-        if section.device is not OffloadDevice.none and zero.stage < least:
-            yield Problem(
-                path=f"zero.{name}.device",
-                message=f"{section.device.value} needs zero.stage={least}"
-                f"{'' if least == 3 else ' or higher'} (got stage {zero.stage})",
-                hint=f"add zero=stage{least}_offload" if least == 3 else "add zero=stage2_offload",
-            )
-        on_disk = section.device is OffloadDevice.nvme
-        if on_disk and section.nvme_path is None and run.task is not Task.plan:
-            yield Problem(
-                path=f"zero.{name}.nvme_path",
-                message="nvme needs a folder on a local disk",
-                hint=f"add zero.{name}.nvme_path=DIR",
-            )
-    if zero.stage < 3:
-        for name, off in (
-            ("zero_hpz_partition_size", 1),
-            ("zero_quantized_weights", False),
-            ("zero_quantized_gradients", False),
-        ):
-            if getattr(zero, name) != off:
-                yield Problem(
-                    path=f"zero.{name}",
-                    message=f"ZeRO++ needs zero.stage=3 (got stage {zero.stage})",
-                    hint="add zero=zeropp",
-                )
-    owned = {item.name for item in fields(zero)}
-    for key in sorted(owned & set(zero.extra)):
-        yield Problem(
-            path=f"zero.extra.{key}",
-            message="there is a setting of that name",
-            hint=f"set zero.{key} instead",
-        )
-
-
-def _check_precision(run: Run) -> Iterator[Problem]:
-    precision = run.precision
-    if precision.name is not PrecisionName.fp16:
-        default = Precision()
-        for name in (
-            "loss_scale",
-            "initial_scale_power",
-            "loss_scale_window",
-            "hysteresis",
-            "min_loss_scale",
-        ):
-            if getattr(precision, name) != getattr(default, name):
-                yield Problem(
-                    path=f"precision.{name}",
-                    message=f"is used by fp16 alone (got precision={precision.name.value})",
-                    hint="add precision=fp16, or leave it out",
-                )
-    if precision.grad_accum_dtype is not None and run.zero.stage == 0:
-        yield Problem(
-            path="precision.grad_accum_dtype",
-            message="DeepSpeed has it from stage 1 on (got stage 0)",
-            hint="add zero=stage1, or leave it out",
-        )
-
-
 def _check_train(run: Run) -> Iterator[Problem]:
-    if run.train.max_steps is None and run.train.max_tokens is None:
+    steps, profiled = run.train.max_steps, run.train.profile_steps
+    if steps is None and run.train.max_tokens is None:
         yield Problem(
             path="train.max_steps",
             message="the run has no end",
-            hint="set train.max_steps or train.max_tokens",
+            hint="set train.max_steps=1000, say, or train.max_tokens",
         )
+    if profiled and steps is not None and run.task is Task.pretrain and profiled + 2 > steps:
+        yield Problem(
+            path="train.profile_steps",
+            message=f"would go on after the run's {steps} steps: the first two are not recorded"
+            f" (got {profiled})",
+            hint=f"set train.max_steps={profiled + 2}",
+        )
+    monitor = run.monitor
+    if monitor.wandb_project != type(monitor)().wandb_project and not monitor.wandb:
+        yield Problem(
+            path="monitor.wandb_project",
+            message=f"is read with monitor.wandb=true alone (got {monitor.wandb_project})",
+            hint="leave it out, or set monitor.wandb=true",
+        )
+
+
+def _check_questions(run: Run) -> Iterator[Problem]:
+    """What the plan is asked where there is none, or where it could not answer."""
+    asked, default = run.plan, PlanSettings()
+    if asked.fit is not None and run.task is not Task.plan:
+        yield Problem(
+            path="plan.fit",
+            message=f"is read by task=plan alone (got task={run.task.value})",
+            hint="add task=plan, or leave it out",
+        )
+    if asked.probe_steps != default.probe_steps and run.task is not Task.probe:
+        yield Problem(
+            path="plan.probe_steps",
+            message=f"is read by task=probe alone (got task={run.task.value})",
+            hint="add task=probe, or leave it out",
+        )
+    for name in ("price_per_device_hour", "watts_per_device"):
+        value = getattr(asked, name)
+        if value is not None and asked.tokens_per_s is None and run.task is not Task.probe:
+            yield Problem(
+                path=f"plan.{name}",
+                message=f"needs the hours of the run, and no speed is known (got {value})",
+                hint="add task=probe, or plan.tokens_per_s=1e6, say",
+            )

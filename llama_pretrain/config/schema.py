@@ -2,36 +2,31 @@
 
 Three readers share these classes: Hydra (types and unknown keys while composing), pydantic
 (ranges, in config/rules.py) and people (the string under a field is its documentation, and
-docs/configuration.md is made from it). OmegaConf drops the `Annotated` part.
+docs/configuration.md is made from it). OmegaConf drops the `Annotated` part. DeepSpeed's own
+sections are in config/deepspeed.py.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import Enum
-from typing import Annotated, Any, TypeVar, dataclass_transform
+from typing import Annotated
 
-from annotated_types import Ge, Gt, Interval, Len
+from annotated_types import Ge, Interval, Len
 
-T = TypeVar("T")
-
-
-@dataclass_transform(kw_only_default=True, field_specifiers=(field,))
-def schema(cls: type[T]) -> type[T]:
-    """A keyword-only dataclass that pydantic checks without accepting unknown keys."""
-    config = {"extra": "forbid", "allow_inf_nan": False}
-    cls.__pydantic_config__ = config  # type: ignore[attr-defined]  # pydantic's hook
-    return dataclass(kw_only=True)(cls)
-
-
-PositiveInt = Annotated[int, Gt(0)]
-NonNegativeInt = Annotated[int, Ge(0)]
-PositiveFloat = Annotated[float, Gt(0)]
-NonNegativeFloat = Annotated[float, Ge(0)]
-Fraction = Annotated[float, Interval(ge=0, le=1)]
+from llama_pretrain.config.deepspeed import DeepSpeed, Zero
+from llama_pretrain.config.fields import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    schema,
+)
 
 
 class Task(str, Enum):
     pretrain = "pretrain"
     plan = "plan"
+    probe = "probe"
     prepare = "prepare"
 
 
@@ -155,23 +150,37 @@ class OptimName(str, Enum):
     fused_adam = "fused_adam"
     cpu_adam = "cpu_adam"
     torch_adamw = "torch_adamw"
+    lion = "lion"
+    fused_lion = "fused_lion"
+    cpu_lion = "cpu_lion"
+    cpu_adagrad = "cpu_adagrad"
+    lamb = "lamb"
+    muon = "muon"
 
 
 @schema
 class Optim:
-    """The optimizer: AdamW (arXiv 1711.05101) in one of its implementations."""
+    """The optimizer and its numbers."""
 
     name: OptimName = OptimName.adamw
-    """`adamw` chooses: cpu_adam where optimizer state is offloaded, fused_adam on CUDA, else
-    torch_adamw. `fused_adam` and `cpu_adam` are DeepSpeed's, `torch_adamw` is torch's fused one."""
+    """`adamw` (arXiv 1711.05101) chooses: cpu_adam where optimizer state is offloaded, fused_adam
+    on CUDA, else torch_adamw. `lion` (arXiv 2302.06675) chooses cpu_lion or fused_lion. `lamb`
+    (arXiv 1904.00962) needs CUDA and stage 0. `muon` (kellerjordan.github.io/posts/muon) updates
+    the layers' matrices, AdamW the rest. All but torch_adamw and muon are DeepSpeed's kernels; the
+    cpu_ ones update state in host memory."""
     learning_rate: PositiveFloat = 3e-4
     """Peak learning rate, reached at the end of warm-up."""
     betas: Annotated[list[float], Len(2, 2)] = field(default_factory=lambda: [0.9, 0.95])
-    """Decay rates of the first and second moment."""
+    """Decay rates of the first and second moment (not Adagrad)."""
     eps: PositiveFloat = 1e-8
-    """Added to the denominator of the update."""
+    """Added to the denominator of the update (not Lion)."""
     weight_decay: NonNegativeFloat = 0.1
-    """Decoupled weight decay of linear and embedding weights; norms and biases never decay."""
+    """Decoupled weight decay (Adagrad: L2) of linear and embedding weights; norms and biases never
+    decay."""
+    muon_learning_rate: PositiveFloat = 0.02
+    """`muon`: peak learning rate of the layers' matrices; learning_rate is AdamW's."""
+    muon_momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.95
+    """`muon`: decay rate of the momentum."""
 
 
 class ScheduleName(str, Enum):
@@ -204,92 +213,14 @@ class Batch:
     """global_batch_size = micro_batch_size x gradient_accumulation_steps x ranks, exactly."""
 
     global_batch_size: PositiveInt | None = None
-    """Rows of one optimizer step, over all ranks; `null` = derived from the other two."""
+    """Rows of one optimizer step, over all ranks; `null` = derived from the others; all four
+    `null` = 16, or the next number that the ranks divide."""
+    global_batch_tokens: PositiveInt | None = None
+    """The same in tokens: a multiple of data.sequence_length."""
     micro_batch_size: PositiveInt | None = None
     """Rows of one forward pass on one rank; `null` = derived."""
     gradient_accumulation_steps: PositiveInt | None = None
     """Forward passes of one rank before an optimizer step; `null` = derived, 1 where open."""
-
-
-class OffloadDevice(str, Enum):
-    none = "none"
-    cpu = "cpu"
-    nvme = "nvme"
-
-
-@schema
-class OffloadOptimizer:
-    """Optimizer state outside the accelerator."""
-
-    device: OffloadDevice = OffloadDevice.none
-    """`none`, `cpu`, or `nvme` (stage 3 only)."""
-    nvme_path: str | None = None
-    """Folder on a local disk, for `nvme`."""
-    pin_memory: bool = False
-    """Page-locked host memory: faster copies, cannot be swapped."""
-    buffer_count: PositiveInt = 4
-    """Buffers for `nvme`; at least the optimizer's states a parameter plus one."""
-    ratio: Annotated[float, Interval(gt=0, le=1)] = 1.0
-    """Share of the parameters whose state is offloaded (stage 3)."""
-
-
-@schema
-class OffloadParam:
-    """Parameters outside the accelerator (stage 3)."""
-
-    device: OffloadDevice = OffloadDevice.none
-    """`none`, `cpu` or `nvme`."""
-    nvme_path: str | None = None
-    """Folder on a local disk, for `nvme`."""
-    pin_memory: bool = False
-    """Page-locked host memory: faster copies, cannot be swapped."""
-    buffer_count: PositiveInt = 5
-    """Buffers for `nvme`."""
-    buffer_size: PositiveInt = 100_000_000
-    """Size of a buffer in elements; at least the largest parameter's."""
-    max_in_cpu: NonNegativeInt = 1_000_000_000
-    """Elements kept in host memory with `nvme`."""
-
-
-@schema
-class Zero:
-    """DeepSpeed's zero_optimization section, under its own names. Sizes are in elements."""
-
-    stage: Annotated[int, Interval(ge=0, le=3)] = 1
-    """0: nothing is sharded; 1: optimizer state; 2: + gradients; 3: + parameters."""
-    offload_optimizer: OffloadOptimizer = field(default_factory=OffloadOptimizer)
-    """Optimizer state outside the accelerator (stages 1 to 3)."""
-    offload_param: OffloadParam = field(default_factory=OffloadParam)
-    """Parameters outside the accelerator (stage 3)."""
-    overlap_comm: bool | None = None
-    """Reduce gradients while the backward pass runs; `null` = DeepSpeed's choice for the stage."""
-    contiguous_gradients: bool = True
-    """Copy gradients into one buffer as they are made, against fragmentation."""
-    round_robin_gradients: bool = False
-    """Spread the copying of gradients to the host over ranks (stages 1 and 2 with offload)."""
-    reduce_bucket_size: PositiveInt = 500_000_000
-    """Elements reduced at a time."""
-    allgather_bucket_size: PositiveInt = 500_000_000
-    """Elements gathered at a time (stages 1 and 2)."""
-    sub_group_size: PositiveInt = 1_000_000_000
-    """Elements that the optimizer updates at a time (stage 3)."""
-    stage3_prefetch_bucket_size: NonNegativeInt = 50_000_000
-    """Elements fetched ahead of their use."""
-    stage3_param_persistence_threshold: NonNegativeInt = 100_000
-    """Parameters with fewer elements stay gathered on every rank."""
-    stage3_max_live_parameters: NonNegativeInt = 1_000_000_000
-    """Gathered elements allowed at a time."""
-    stage3_max_reuse_distance: NonNegativeInt = 1_000_000_000
-    """A parameter used again within this many elements is not released."""
-    zero_hpz_partition_size: PositiveInt | None = 1
-    """ZeRO++ (arXiv 2306.10209): ranks that share a second copy of the weights; 1 = off, `null` =
-    all ranks of a machine."""
-    zero_quantized_weights: bool = False
-    """ZeRO++: gather weights in 8 bits."""
-    zero_quantized_gradients: bool = False
-    """ZeRO++: reduce gradients in 4 bits."""
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Keys of zero_optimization that have no field here, as DeepSpeed names them."""
 
 
 class PrecisionName(str, Enum):
@@ -299,20 +230,53 @@ class PrecisionName(str, Enum):
     fp32 = "fp32"
 
 
-class GradAccumDtype(str, Enum):
+class Dtype(str, Enum):
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
 
 
+class AutocastDtype(str, Enum):
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@schema
+class TorchAutocast:
+    """torch.autocast: fp32 weights, products in 16 bits. With precision=fp32 alone."""
+
+    enabled: bool = False
+    """Whether it is on."""
+    dtype: AutocastDtype = AutocastDtype.bfloat16
+    """Type of the products."""
+    lower_precision_safe_modules: list[str] = field(default_factory=list)
+    """Classes of modules whose gradients are reduced in 16 bits too; empty = DeepSpeed's list."""
+
+
 @schema
 class Precision:
-    """Numbers of the forward and backward pass; master weights are always fp32."""
+    """Numbers of the forward and backward pass; master weights are fp32 unless told otherwise."""
 
     name: PrecisionName = PrecisionName.auto
     """`auto` = bf16 where the device computes in it natively, else fp32."""
-    grad_accum_dtype: GradAccumDtype | None = None
+    grad_accum_dtype: Dtype | None = None
     """Gradients are accumulated in this type; `null` = the precision's own."""
+    communication_data_type: Dtype | None = None
+    """Gradients are reduced in this type; `null` = the precision's own."""
+    seq_parallel_communication_data_type: Dtype | None = None
+    """Gradients are reduced in this type over sequence-parallel ranks; `null` = fp32."""
+    buffer_dtype: Dtype | None = None
+    """Buffers (rotary frequencies) are cast to this type; `null` = they stay fp32."""
+    torch_autocast: TorchAutocast = field(default_factory=TorchAutocast)
+    """torch.autocast instead of 16-bit weights."""
+    immediate_grad_update: bool = False
+    """bf16 with fp32 accumulation: add each gradient as it is made."""
+    check_grad_overflow: bool = True
+    """bf16: skip a step whose gradient isn't finite."""
+    bf16_master_weights_and_grads: bool = False
+    """bf16: keep no fp32 master weights (cpu_adam): less memory, other losses."""
+    bf16_optimizer_states: bool = False
+    """bf16: moments in bf16 too (with bf16_master_weights_and_grads)."""
     loss_scale: NonNegativeFloat = 0.0
     """fp16: a fixed loss scale; 0 = dynamic."""
     initial_scale_power: NonNegativeInt = 16
@@ -321,8 +285,14 @@ class Precision:
     """fp16: steps without overflow after which the scale doubles."""
     hysteresis: PositiveInt = 2
     """fp16: overflows before the scale halves."""
+    consecutive_hysteresis: bool = False
+    """fp16: refill hysteresis after a step without overflow."""
     min_loss_scale: PositiveInt = 1
     """fp16: the scale never falls below this."""
+    auto_cast: bool = False
+    """fp16: cast floating-point inputs too."""
+    fp16_master_weights_and_grads: bool = False
+    """fp16: keep no fp32 master weights (cpu_adam)."""
 
 
 @schema
@@ -337,8 +307,9 @@ class Train:
     """Evaluate each so many steps; `null` = only before the first and after the last step."""
     eval_rows: PositiveInt | None = 64
     """Rows of held-out text in one evaluation; `null` = all."""
-    gradient_clipping: NonNegativeFloat = 1.0
-    """Largest norm of the gradient; 0 = no clipping."""
+    gradient_clipping: NonNegativeFloat | None = None
+    """Largest norm of the gradient; 0 = no clipping; `null` = 1.0, but 0 with Muon, whose update
+    DeepSpeed would clip in the gradient's place."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     sample_prompt: str = "The"
@@ -377,8 +348,6 @@ class Monitor:
     """Weights & Biases (needs the extra `wandb`)."""
     wandb_project: str = "llama-pretrain"
     """Project of Weights & Biases; the key comes from its own login, never from here."""
-    deepspeed_tensorboard: bool = False
-    """Also switch on DeepSpeed's own TensorBoard monitor, in tensorboard/deepspeed."""
 
 
 class Device(str, Enum):
@@ -397,6 +366,9 @@ class Launch:
     """Ranks on each machine; `null` = one a GPU, or two on a CPU with two cores or more."""
     nodes: PositiveInt = 1
     """Machines. More than one can be planned, not yet launched."""
+    device_memory: str | None = None
+    """Memory of one rank's device, as in 80GiB, to plan for; `null` = the GPU's here, 80GiB where
+    GPUs are planned that aren't here, and a rank's share of the host's memory on a CPU."""
     threads_per_process: PositiveInt | None = None
     """Threads of one rank on a CPU; `null` = its share of the cores."""
     timeout_s: PositiveInt = 1800
@@ -404,37 +376,20 @@ class Launch:
 
 
 @schema
-class HybridEngine:
-    """DeepSpeed's hybrid engine: generation with fused kernels while training. Needs CUDA."""
+class PlanSettings:
+    """What task=plan and task=probe are asked beside the run itself."""
 
-    enabled: bool = False
-    """Whether it is on."""
-    max_out_tokens: PositiveInt = 512
-    """Longest prompt and continuation together, in tokens."""
-    inference_tp_size: PositiveInt = 1
-    """Ranks that share one model while generating."""
-    release_inference_cache: bool = False
-    """Free the inference memory after each generation."""
-    pin_parameters: bool = True
-    """Keep gathered parameters in place while generating."""
-    tp_gather_partition_size: PositiveInt = 8
-    """Parameters gathered at a time for tensor parallelism."""
-
-
-@schema
-class DeepSpeed:
-    """DeepSpeed's settings that belong to no other group."""
-
-    hybrid_engine: HybridEngine = field(default_factory=HybridEngine)
-    """DeepSpeed's hybrid engine."""
-    steps_per_print: PositiveInt = 100
-    """DeepSpeed logs its own line each so many steps, to the log of rank 0."""
-    wall_clock_breakdown: bool = False
-    """Log the time of forward, backward and step; costs synchronisations."""
-    prescale_gradients: bool = False
-    """Divide gradients by the number of ranks before the reduction instead of after."""
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Top-level keys of DeepSpeed that have no field here, as DeepSpeed names them."""
+    fit: str | None = None
+    """A memory, as in 80GiB: list which stages, offloads and recomputation fit a device of it, and
+    the largest micro batch of each."""
+    tokens_per_s: PositiveFloat | None = None
+    """Tokens a second over all ranks, as measured by task=probe or known: gives hours."""
+    price_per_device_hour: NonNegativeFloat | None = None
+    """Price of one device (of one machine on a CPU) for an hour, in any currency: gives a cost."""
+    watts_per_device: PositiveFloat | None = None
+    """Power of one device (of one machine on a CPU) in W: gives an energy."""
+    probe_steps: Annotated[int, Ge(3)] = 8
+    """Steps of task=probe; the first two are not counted."""
 
 
 @schema
@@ -442,7 +397,8 @@ class Run:
     """A whole run."""
 
     task: Task = Task.pretrain
-    """`pretrain` trains; `plan` stops after the plan; `prepare` stops after the data."""
+    """`pretrain` trains; `plan` stops after the plan; `probe` trains a few steps and says how long
+    the run would take; `prepare` stops after the data."""
     seed: Annotated[int, Interval(ge=0, lt=2**63)] = 1234
     """Seed of the initial weights, the order of the data and dropout."""
     resume: str | None = None
@@ -471,6 +427,8 @@ class Run:
     """Where metrics go."""
     launch: Launch = field(default_factory=Launch)
     """Processes and machines."""
+    plan: PlanSettings = field(default_factory=PlanSettings)
+    """Questions to the plan."""
     deepspeed: DeepSpeed = field(default_factory=DeepSpeed)
     """The rest of DeepSpeed."""
 

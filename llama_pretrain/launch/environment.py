@@ -32,4 +32,6 @@ def worker_environment(run: Run) -> dict[str, str]:
     if run.launch.device is Device.cpu:
         values["DS_ACCELERATOR"] = "cpu"
         values["CUDA_VISIBLE_DEVICES"] = ""
+        # DeepSpeed compiles Muon's update: half a minute at each start, and a C++ compiler
+        values["TORCHDYNAMO_DISABLE"] = "1"
     return values

@@ -14,7 +14,14 @@ from llama_pretrain.config.schema import Device, OptimName, Run
 from llama_pretrain.launch.environment import extensions_dir, worker_environment
 from llama_pretrain.runs.provenance import cpu_name
 
-BUILDERS = {OptimName.cpu_adam: "CPUAdamBuilder", OptimName.fused_adam: "FusedAdamBuilder"}
+BUILDERS = {
+    OptimName.cpu_adam: "CPUAdamBuilder",
+    OptimName.fused_adam: "FusedAdamBuilder",
+    OptimName.cpu_lion: "CPULionBuilder",
+    OptimName.fused_lion: "FusedLionBuilder",
+    OptimName.cpu_adagrad: "CPUAdagradBuilder",
+    OptimName.lamb: "FusedLambBuilder",
+}
 BUILD = """
 import sys
 from deepspeed.accelerator import get_accelerator

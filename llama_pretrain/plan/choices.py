@@ -10,18 +10,23 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from llama_pretrain.config.deepspeed import OffloadDevice, Zero
 from llama_pretrain.config.problems import Problem, UserError
+from llama_pretrain.config.rules import flatten
 from llama_pretrain.config.schema import (
+    Batch,
     Device,
     Launch,
     Model,
-    OffloadDevice,
     OptimName,
     PrecisionName,
     RopeParameters,
     RopeType,
     Run,
+    Task,
 )
+from llama_pretrain.config.snapshot import to_plain
+from llama_pretrain.plan.batch import count_replicas
 from llama_pretrain.plan.machine import Machine
 
 SHAPE = (
@@ -39,8 +44,28 @@ SHAPE = (
     "mlp_bias",
 )
 
+DEFAULT_ROWS = 16
+"""Rows of a step where nothing is said of the batch."""
+
 LLAMA_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
 """What transformers' LlamaConfig takes where config.json is silent, and our Model does not."""
+
+
+CHOSEN = {
+    "launch.device": "chosen: cuda where torch and a GPU are there, or a cluster is planned",
+    "launch.num_processes": "chosen: one a GPU, two on a CPU",
+    "launch.threads_per_process": "chosen: cores / ranks",
+    "batch.global_batch_size": "chosen: 16 rows, or the next number that the ranks divide",
+    "precision.name": "chosen: bf16 where the device computes in it natively",
+    "optim.name": "chosen: for the device and the offload",
+    "train.gradient_clipping": "chosen: 1.0, but 0 with Muon",
+    "zero.reduce_scatter": "chosen: true, but for Muon at stage 3",
+    "zero.reduce_bucket_size": "derived: hidden_size^2 at stage 3, else 5e8",
+    "zero.stage3_prefetch_bucket_size": "derived: 0.9 * hidden_size^2",
+    "zero.stage3_param_persistence_threshold": "derived: 10 * hidden_size",
+    "zero.zero_hpz_partition_size": "chosen: the ranks of a machine",
+}
+"""What decides a setting that was left open; the sizes are those of transformers' integration."""
 
 
 def resolve_choices(run: Run, machine: Machine) -> Run:
@@ -49,10 +74,9 @@ def resolve_choices(run: Run, machine: Machine) -> Run:
     Raises:
         UserError: if a pretrained model isn't there or contradicts the config.
     """
-    launch = _resolve_launch(run.launch, machine)
-    return replace(
+    run = replace(
         run,
-        launch=launch,
+        launch=_resolve_launch(run, machine),
         # Absolute, so that the snapshot means the same files wherever it is read.
         data=replace(run.data, paths=[_absolute(path) for path in run.data.paths]),
         tokenizer=replace(
@@ -60,23 +84,60 @@ def resolve_choices(run: Run, machine: Machine) -> Run:
             path=None if run.tokenizer.path is None else _absolute(run.tokenizer.path),
         ),
         model=_read_pretrained(run.model) if run.model.path is not None else run.model,
-        precision=replace(run.precision, name=_choose_precision(run, launch.device, machine)),
-        optim=replace(run.optim, name=_choose_optimizer(run, launch.device)),
-        zero=replace(
-            run.zero,
-            zero_hpz_partition_size=run.zero.zero_hpz_partition_size or launch.num_processes,
-        ),
     )
+    run = replace(
+        run,
+        precision=replace(run.precision, name=_choose_precision(run, machine)),
+        optim=replace(run.optim, name=_choose_optimizer(run)),
+    )
+    clipping = run.train.gradient_clipping
+    if clipping is None:
+        clipping = 0.0 if run.optim.name is OptimName.muon else 1.0
+    train = replace(run.train, gradient_clipping=clipping)
+    batch = run.batch
+    if batch == Batch():
+        replicas = count_replicas(run)  # as many rows each: nobody asked for a size
+        batch = replace(batch, global_batch_size=-(-DEFAULT_ROWS // replicas) * replicas)
+    return replace(run, train=train, batch=batch, zero=_resolve_zero(run))
+
+
+def describe_choices(before: Run, after: Run) -> dict[str, str]:
+    """What decided each setting that `resolve_choices` has filled in."""
+    were, are = (dict(flatten(to_plain(run))) for run in (before, after))
+    return {path: text for path, text in CHOSEN.items() if were[path] != are[path]}
+
+
+def _resolve_zero(run: Run) -> Zero:
+    zero, width = run.zero, run.model.hidden_size
+    if zero.stage == 0:
+        return zero
+    muon = run.optim.name is OptimName.muon
+    changes: dict[str, Any] = {}
+    if zero.reduce_scatter is None:
+        changes["reduce_scatter"] = not (muon and zero.stage == 3)
+    if zero.reduce_bucket_size is None:
+        changes["reduce_bucket_size"] = width**2 if zero.stage == 3 else 500_000_000
+    if zero.stage == 3:
+        if zero.stage3_prefetch_bucket_size is None:
+            changes["stage3_prefetch_bucket_size"] = 9 * width**2 // 10
+        if zero.stage3_param_persistence_threshold is None:
+            changes["stage3_param_persistence_threshold"] = 10 * width
+        if zero.zero_hpz_partition_size is None:
+            changes["zero_hpz_partition_size"] = run.launch.num_processes
+    return replace(zero, **changes)
 
 
 def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
-def _resolve_launch(launch: Launch, machine: Machine) -> Launch:
+def _resolve_launch(run: Run, machine: Machine) -> Launch:
+    launch = run.launch
     device = launch.device
     if device is Device.auto:
-        device = Device.cuda if machine.num_gpus else Device.cpu
+        # Several machines, and no GPU here: a cluster is planned from a laptop.
+        elsewhere = run.task is Task.plan and launch.nodes > 1
+        device = Device.cuda if machine.num_gpus or elsewhere else Device.cpu
     processes = launch.num_processes
     if processes is None:
         # On a CPU two ranks of half the cores beat one rank of all (docs/log.md).
@@ -87,22 +148,28 @@ def _resolve_launch(launch: Launch, machine: Machine) -> Launch:
     return replace(launch, device=device, num_processes=processes, threads_per_process=threads)
 
 
-def _choose_precision(run: Run, device: Device, machine: Machine) -> PrecisionName:
+def _choose_precision(run: Run, machine: Machine) -> PrecisionName:
     if run.precision.name is not PrecisionName.auto:
         return run.precision.name
-    if device is Device.cuda:
+    if run.precision.torch_autocast.enabled:
+        return PrecisionName.fp32
+    if run.launch.device is Device.cuda:
         native = machine.gpu_capability is None or machine.gpu_capability >= (8, 0)
     else:
         native = machine.cpu_bf16
     return PrecisionName.bf16 if native else PrecisionName.fp32
 
 
-def _choose_optimizer(run: Run, device: Device) -> OptimName:
-    if run.optim.name is not OptimName.adamw:
-        return run.optim.name
-    if run.zero.offload_optimizer.device is not OffloadDevice.none:
-        return OptimName.cpu_adam
-    return OptimName.fused_adam if device is Device.cuda else OptimName.torch_adamw
+def _choose_optimizer(run: Run) -> OptimName:
+    offloaded = run.zero.offload_optimizer.device is not OffloadDevice.none
+    on_gpu = run.launch.device is Device.cuda
+    if run.optim.name is OptimName.adamw:
+        if offloaded:
+            return OptimName.cpu_adam
+        return OptimName.fused_adam if on_gpu else OptimName.torch_adamw
+    if run.optim.name is OptimName.lion:
+        return OptimName.cpu_lion if offloaded or not on_gpu else OptimName.fused_lion
+    return run.optim.name
 
 
 def _read_pretrained(model: Model) -> Model:

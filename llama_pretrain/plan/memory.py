@@ -7,7 +7,8 @@ width, V vocabulary, L layers. Weights, gradients and optimizer follow the ZeRO 
 
 from dataclasses import asdict, dataclass
 
-from llama_pretrain.config.schema import OffloadDevice, PrecisionName, Run
+from llama_pretrain.config.deepspeed import OffloadDevice
+from llama_pretrain.config.schema import PrecisionName, Run
 from llama_pretrain.plan.batch import BatchPlan
 from llama_pretrain.plan.model_size import count_parameters, head_width
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from llama_pretrain.config.problems import Problem, UserError, refuse
 from llama_pretrain.config.schema import Run, ScheduleName
-from llama_pretrain.plan.batch import BatchPlan, solve_batch
-from llama_pretrain.plan.ds_config import check_extra
+from llama_pretrain.plan.batch import BatchPlan, count_ranks, count_replicas, solve_batch
 from llama_pretrain.plan.feasible import check_scale
 from llama_pretrain.plan.memory import MemoryPlan, estimate_memory
 from llama_pretrain.plan.model_size import (
@@ -73,10 +72,8 @@ class Plan:
 def check_plan(run: Run) -> Iterator[Problem]:
     """What keeps a run, its choices resolved, from being planned."""
     yield from check_scale(run)
-    yield from check_extra(run)
-    assert run.launch.num_processes is not None
     try:
-        solve_batch(run.batch, world_size=run.launch.num_processes * run.launch.nodes)
+        _solve(run)
     except UserError as error:
         yield from error.problems
 
@@ -87,10 +84,9 @@ def build_plan(run: Run, corpus: Corpus | None) -> Plan:
     Raises:
         UserError: if the batch doesn't divide, or DeepSpeed would ignore a key.
     """
-    assert run.launch.num_processes is not None
-    world_size = run.launch.num_processes * run.launch.nodes
+    world_size = count_ranks(run)
     refuse(check_plan(run))
-    batch = solve_batch(run.batch, world_size=world_size)
+    batch = _solve(run)
     if corpus is not None:
         run = replace(run, model=with_vocabulary(run.model, tokenizer_size=corpus.tokenizer_size))
     constant = run.schedule.name is ScheduleName.constant
@@ -108,6 +104,11 @@ def build_plan(run: Run, corpus: Corpus | None) -> Plan:
         memory=estimate_memory(run, batch, world_size=world_size),
         corpus=corpus,
     )
+
+
+def _solve(run: Run) -> BatchPlan:
+    length, replicas = run.data.sequence_length, count_replicas(run)
+    return solve_batch(run.batch, sequence_length=length, replicas=replicas)
 
 
 def _count_steps(run: Run, batch: BatchPlan, corpus: Corpus | None) -> Steps:

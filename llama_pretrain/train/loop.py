@@ -162,7 +162,11 @@ def train_step(
 def _plain_grad_norm(engine: Any) -> float | None:
     """Norm of the gradients that stage 0 has reduced, where they are the parameters' own."""
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients)) if gradients else None
+    if not gradients:
+        return None
+    scaler = engine.torch_autocast_z0_gradscaler  # autocast to float16: they are scaled until step
+    scale = 1.0 if scaler is None else scaler.get_scale()
+    return float(torch.nn.utils.get_total_norm(gradients)) / scale
 
 
 def _train_batches(training: Training, *, first_step: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -1,5 +1,6 @@
 """Parameter groups, the optimizers by name, and the learning rate of each step."""
 
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -41,23 +42,53 @@ def get_optimizer_grouped_parameters(model: nn.Module, weight_decay: float) -> l
 def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     """The optimizer that the parent chose."""
     groups = get_optimizer_grouped_parameters(model, optim.weight_decay)
-    options: dict[str, Any] = {
-        "lr": optim.learning_rate,
-        "betas": tuple(optim.betas),
-        "eps": optim.eps,
+    rate, betas, eps = optim.learning_rate, tuple(optim.betas), optim.eps
+    # DeepSpeed's import, and on a CPU compile, their kernels only when they are asked for.
+    ops = importlib.import_module("deepspeed.ops")
+    match optim.name:
+        case OptimName.torch_adamw:
+            return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, fused=True)
+        case OptimName.cpu_adam:
+            built = ops.adam.DeepSpeedCPUAdam(groups, lr=rate, betas=betas, eps=eps)
+        case OptimName.fused_adam:
+            built = ops.adam.FusedAdam(groups, lr=rate, betas=betas, eps=eps)
+        case OptimName.cpu_lion:
+            built = ops.lion.DeepSpeedCPULion(groups, lr=rate, betas=betas)
+        case OptimName.fused_lion:
+            built = ops.lion.FusedLion(groups, lr=rate, betas=betas)
+        case OptimName.cpu_adagrad:
+            built = ops.adagrad.DeepSpeedCPUAdagrad(groups, lr=rate, eps=eps)
+        case OptimName.lamb:
+            built = ops.lamb.FusedLamb(groups, lr=rate, betas=betas, eps=eps)
+        case OptimName.muon:
+            built = _build_muon(model, groups, optim)
+        case _:
+            raise ValueError(f"the parent left {optim.name} open")
+    return built  # type: ignore[no-any-return]  # DeepSpeed has no types
+
+
+def _build_muon(model: nn.Module, groups: list[dict[str, Any]], optim: Optim) -> Any:
+    """Muon for the matrices of linear layers but the head, AdamW for everything else."""
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    head = model.get_output_embeddings().weight  # type: ignore[operator]  # transformers' model
+    matrices = {
+        module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and module.weight is not head
     }
-    if optim.name is OptimName.torch_adamw:
-        return torch.optim.AdamW(groups, fused=True, **options)
-    # DeepSpeed's two import, and on a CPU compile, their kernels only when they are asked for.
-    if optim.name is OptimName.cpu_adam:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)  # type: ignore[no-any-return]
-    if optim.name is OptimName.fused_adam:
-        from deepspeed.ops.adam import FusedAdam
-
-        return FusedAdam(groups, adam_w_mode=True, **options)  # type: ignore[no-any-return]
-    raise ValueError(f"the parent left {optim.name} open")
+    for parameter in model.parameters():  # ZeRO reads this mark too
+        parameter.use_muon = parameter in matrices  # type: ignore[attr-defined]
+    halves: list[dict[str, Any]] = []
+    for group in groups:
+        for use_muon in (False, True):  # AdamW's first: its rate is the one that metrics show
+            members = [p for p in group["params"] if p.use_muon is use_muon]
+            own = {"lr": optim.learning_rate, "betas": tuple(optim.betas), "eps": optim.eps}
+            if use_muon:
+                own = {"lr": optim.muon_learning_rate, "momentum": optim.muon_momentum}
+            if members:
+                halves.append({**group, "params": members, "use_muon": use_muon, **own})
+    return MuonWithAuxAdam(halves)
 
 
 def learning_rate_factor(schedule: Schedule, steps: Steps) -> Callable[[int], float]:

@@ -45,7 +45,8 @@ def redirect_output(log: Path) -> None:
 
 def train_rank(run_dir: RunDir, checkpoint: Path | None) -> None:
     """Train as the run directory says, from the start or from a checkpoint; export; sample."""
-    import torch  # after the output is redirected: libraries talk while they are imported
+    import deepspeed  # after the output is redirected: libraries talk while they are imported
+    import torch
     import torch.distributed as dist
 
     from llama_pretrain.config.snapshot import load_snapshot
@@ -75,6 +76,8 @@ def train_rank(run_dir: RunDir, checkpoint: Path | None) -> None:
     writer = MetricsWriter(run_dir, run.monitor, active=rank.is_first)
     training = prepare_training(run, plan, run_dir, rank, engine)
     train(training, writer, first_step=first_step)
+    if run.deepspeed.comms_logger.enabled:
+        deepspeed.comm.log_summary()  # every rank calls it; rank 0 prints
     if run.checkpoint.export:
         save_hf_format(
             engine.module,
@@ -98,13 +101,18 @@ def train_rank(run_dir: RunDir, checkpoint: Path | None) -> None:
 def build_engine(run: Any, plan: Any, ds_config: dict[str, Any], rank: Any) -> Any:
     """Model, optimizer and schedule in a DeepSpeed engine, its weights as they were drawn."""
     import deepspeed
+    from deepspeed.utils.logging import set_log_level_from_string
     from torch.optim.lr_scheduler import LambdaLR
     from transformers import AutoTokenizer
 
     from llama_pretrain.train.engine import undo_initial_step
     from llama_pretrain.train.model import build_llama_config, build_model, restore_rotary
     from llama_pretrain.train.optimizer import build_optimizer, learning_rate_factor
+    from llama_pretrain.train.recompute import recompute_activations
 
+    if "log_level" not in ds_config:
+        # DeepSpeed hides what steps_per_print, dump_state and comms_logger ask it to say.
+        set_log_level_from_string("info")
     tokenizer = AutoTokenizer.from_pretrained(plan.corpus.tokenizer_dir)
     config = build_llama_config(
         run.model,
@@ -118,9 +126,7 @@ def build_engine(run: Any, plan: Any, ds_config: dict[str, Any], rank: Any) -> A
     weights = None if run.model.path is None else Path(run.model.path)
     model = build_model(config, seed=run.seed, weights=weights, ds_config=ds_config)
     if run.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(  # type: ignore[no-untyped-call]  # transformers
-            {"use_reentrant": False}
-        )
+        recompute_activations(model, ds_config)
     optimizer = build_optimizer(model, run.optim)
     factor = learning_rate_factor(run.schedule, plan.steps)
     engine, *_ = deepspeed.initialize(
@@ -131,7 +137,8 @@ def build_engine(run: Any, plan: Any, ds_config: dict[str, Any], rank: Any) -> A
         dist_init_required=False,
     )
     undo_initial_step(engine)
-    restore_rotary(engine.module, config, rank.device)
+    if run.precision.buffer_dtype is None:  # else they are asked for in another type
+        restore_rotary(engine.module, config, rank.device)
     engine.train()
     return engine
 
