@@ -6,12 +6,20 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from llama_pretrain.config.compose import read_config, register, rewrite_argv
+from llama_pretrain.config.compose import (
+    SNAPSHOT_NAME,
+    read_config,
+    register,
+    rewrite_argv,
+    trace_settings,
+)
 from llama_pretrain.config.help import render_help
 
 
@@ -34,16 +42,25 @@ def main() -> int:
         return 0
     failures: list[Exception] = []
     composed: list[DictConfig] = []
+    points: list[Any] = []
 
     @hydra.main(config_path="conf", config_name="config", version_base="1.3")
     def run(config: DictConfig) -> float | None:
         composed.append(config)
         from llama_pretrain.runs.rundir import RunDir
-        from llama_pretrain.tasks import run_task
+        from llama_pretrain.tasks import plan_point, run_task
 
-        folder = Path(HydraConfig.get().runtime.output_dir)
+        own = HydraConfig.get()
+        folder = Path(own.runtime.output_dir)
+        words = list(own.overrides.task)
         try:
-            return run_task(read_config(config), run_dir=RunDir(folder), argv=argv)
+            read = read_config(config)
+            if own.mode is RunMode.MULTIRUN and config.task == "plan":  # one table at the end
+                points.append(plan_point(read, words))
+                return None
+            is_snapshot = own.job.config_name == SNAPSHOT_NAME
+            origins = trace_settings(words, {} if is_snapshot else own.runtime.choices)
+            return run_task(read, run_dir=RunDir(folder), argv=argv, origins=origins)
         except endings.EXPECTED as error:  # a sweep goes on with its next point
             endings.tell(error)
             failures.append(error)
@@ -59,6 +76,10 @@ def main() -> int:
         try:
             sys.argv[1:] = rewrite_argv(argv, scratch=Path(scratch))
             run()
+            if points:
+                from llama_pretrain.console import show_points
+
+                return show_points(points)
         except BaseException as error:
             return endings.end(error, sys.argv[1:], composing=not composed)
     return 1 if failures else 0

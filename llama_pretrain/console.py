@@ -1,10 +1,11 @@
 """What a person sees: the config, the plan, one progress bar or plain lines, and the result."""
 
+import json
 import shlex
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -16,10 +17,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.tree import Tree
 
+from llama_pretrain.config.deepspeed import DeepSpeed
 from llama_pretrain.config.problems import Problem
+from llama_pretrain.config.rules import flatten
 from llama_pretrain.config.schema import Run
 from llama_pretrain.config.snapshot import to_plain
-from llama_pretrain.plan.plan import Plan
+from llama_pretrain.plan.cost import CostPlan
+from llama_pretrain.plan.fit import Fit
+from llama_pretrain.plan.plan import Plan, Point, Steps
 from llama_pretrain.runs.rundir import RunDir
 
 LINE_EVERY_S = 5.0
@@ -53,7 +58,11 @@ def show_failure(message: str) -> None:
 def show_config(run: Run) -> None:
     """The composed config as a tree."""
     tree = Tree("[bold]config[/]", guide_style="dim")
-    _grow(tree, to_plain(run))
+    values, defaults = to_plain(run), to_plain(DeepSpeed())
+    # Twelve sections of DeepSpeed that are rarely touched: only what differs.
+    changed = {key: value for key, value in values["deepspeed"].items() if value != defaults[key]}
+    values["deepspeed"] = changed or "all at their defaults"
+    _grow(tree, values)
     out.print(tree)
 
 
@@ -94,20 +103,120 @@ def show_plan(run: Run, plan: Plan, run_dir: RunDir | None) -> None:
     table.add_row(
         "learning rate", f"{rates}, {run.schedule.name.value} to {plan.final_learning_rate:g}"
     )
-    table.add_row("compute", f"{plan.flops_per_token * steps.tokens:.2e} FLOP")
-    parts = ", ".join(
-        f"{name} {_size(value)}"
-        for name, value in to_plain(memory).items()
-        if name != "host" and value
+    compute = f"{plan.flops_per_token * steps.tokens:.2e} FLOP ({plan.flops_per_token:.3g} a token)"
+    table.add_row("compute", compute)
+    parts = ", ".join(f"{name} {_size(value)}" for name, value in memory.parts.items() if value)
+    verdict = "fits" if plan.fits else "[bold red]does not fit[/]"
+    table.add_row(
+        "memory a rank",
+        f"{_size(memory.total)} at its peak ({memory.phase}), {verdict} in"
+        f" {_size(plan.device_memory)}: {parts}",
     )
-    host = f" + {_size(memory.host)} offloaded" if memory.host else ""
-    table.add_row("memory a rank", f"{_size(memory.total)}{host} estimated: {parts}")
+    for name, size_beside in (("host", memory.host), ("disk", memory.disk)):
+        if size_beside:
+            table.add_row(f"on the {name}", f"{_size(size_beside)} a rank")
+    table.add_row("a rank keeps", f"{plan.parameters_per_rank:,} parameters")
+    if plan.world_size > 1:
+        traffic = plan.traffic
+        between = traffic.between_machines
+        away = f", {_size(between)} of it between machines" if between else ""
+        table.add_row(
+            "traffic",
+            f"a rank sends {_size(traffic.total)} a step{away}: {_size(traffic.gather)} of"
+            f" parameters, {_size(traffic.reduce)} of gradients ({traffic.volume:.3g}P)",
+        )
+    if plan.cost is not None:
+        table.add_row("cost", _cost_text(plan.cost))
     if plan.corpus is not None:
         rows = f"{plan.corpus.train_rows:,} rows of {run.data.sequence_length} tokens"
         table.add_row("data", f"{run.data.name.value}: {rows}, {steps.eval_rows} for evaluation")
     if run_dir is not None:
         table.add_row("run directory", str(run_dir.path))
         table.add_row("again", shlex.join(["python", "run.py", f"reproduce={run_dir.path}"]))
+    out.print(table)
+
+
+def _cost_text(cost: CostPlan) -> str:
+    text = f"{cost.hours:,.3g} hours at {cost.tokens_per_s:,.0f} tokens/s,"
+    text += f" {cost.device_hours:,.3g} device-hours"
+    if cost.kilowatt_hours is not None:
+        text += f", {cost.kilowatt_hours:,.3g} kWh"
+    return text if cost.price is None else f"{text}, {cost.price:,.2f} in money"
+
+
+def show_cost(cost: CostPlan, *, steps: Steps, measured_over: int) -> None:
+    """What a probe found."""
+    table = _two_columns("probe")
+    length = f"{steps.total:,} steps of {steps.tokens_per_step:,} tokens"
+    table.add_row("the whole run", f"{length}: {_cost_text(cost)}")
+    table.add_row("measured over", f"{measured_over} steps, without evaluation and checkpoints")
+    table.add_row("to plan with it", f"task=plan plan.tokens_per_s={cost.tokens_per_s:.0f}")
+    out.print(table)
+
+
+def show_fits(fits: Sequence[Fit], *, limit: str) -> None:
+    """What fits a memory, best first, and what doesn't."""
+    table = Table(title=f"what fits in {limit}", title_justify="left", box=None, pad_edge=False)
+    table.add_column("largest micro batch", justify="right")
+    table.add_column("memory", justify="right")
+    table.add_column("sends a step", justify="right")
+    table.add_column("host", justify="right")
+    table.add_column("add", style="cyan", overflow="fold")
+    for fit in fits:
+        rows = "none" if fit.micro_batch_size is None else str(fit.micro_batch_size)
+        host = _size(fit.memory.host) if fit.memory.host else "-"
+        table.add_row(
+            rows,
+            _size(fit.memory.total),
+            _size(fit.traffic),
+            host,
+            " ".join(fit.overrides),
+            style="dim" if fit.micro_batch_size is None else None,
+        )
+    out.print(table)
+
+
+def show_points(points: Sequence[Point]) -> int:
+    """The plans of a sweep in one table. Returns the exit code: 1 if a point was refused."""
+    table = Table(title="plans", title_justify="left", box=None, pad_edge=False)
+    table.add_column("point", style="cyan", overflow="fold")
+    for name in ("micro x accumulated x ranks", "weights", "gradients", "optimizer"):
+        table.add_column(name, justify="right")
+    for name in ("activations", "rest", "a rank", "sends a step", "fits"):
+        table.add_column(name, justify="right")
+    shared = set.intersection(*(set(point.words) for point in points))
+    for point in points:
+        label = " ".join(word for word in point.words if word not in shared) or "all alike"
+        if point.plan is None:
+            table.add_row(label, f"[red]{escape(point.problem)}[/]")
+            continue
+        plan, memory = point.plan, point.plan.memory
+        batch = plan.batch
+        shown = (
+            memory.weights,
+            memory.gradients,
+            memory.master_weights + memory.optimizer,
+            memory.activations + memory.logits,
+        )
+        table.add_row(
+            label,
+            f"{batch.micro_batch_size} x {batch.gradient_accumulation_steps} x {plan.world_size}",
+            *(_size(size) for size in (*shown, memory.total - sum(shown), memory.total)),
+            _size(plan.traffic.total),
+            "yes" if plan.fits else "[bold red]no[/]",
+        )
+    out.print(table)
+    return 1 if any(point.plan is None for point in points) else 0
+
+
+def show_sources(config: Mapping[str, Any], sources: Mapping[str, str]) -> None:
+    """Where the values of the DeepSpeed JSON are from that aren't defaults."""
+    table = Table(title="DeepSpeed's values", title_justify="left", box=None, pad_edge=False)
+    for name in ("key", "value", "from"):
+        table.add_column(name, overflow="fold")
+    for path, value in flatten(config):
+        if sources[path] != "default":
+            table.add_row(path, escape(json.dumps(value)), escape(sources[path]))
     out.print(table)
 
 
@@ -186,8 +295,6 @@ def follow_metrics(run_dir: RunDir, plan: Plan, *, first_step: int) -> Iterator[
 
 def _new_rows(path: Path, start: int, done: threading.Event) -> Iterator[dict[str, Any]]:
     """Rows as they are written; `{}` a few times a second when there is none; ends after `done`."""
-    import json
-
     position, rest = start, b""
     while True:
         last_look = done.is_set()

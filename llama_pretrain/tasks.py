@@ -2,22 +2,25 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from llama_pretrain import console
 from llama_pretrain.config.compose import PROJECT_ROOT
 from llama_pretrain.config.deepspeed import OffloadDevice
+from llama_pretrain.config.fields import parse_size
 from llama_pretrain.config.problems import Problem, UserError, refuse
 from llama_pretrain.config.rules import check_run
 from llama_pretrain.config.schema import Run, Task
 from llama_pretrain.config.snapshot import load_snapshot, render_snapshot
-from llama_pretrain.plan.choices import resolve_choices
-from llama_pretrain.plan.ds_config import get_train_ds_config
+from llama_pretrain.plan.choices import describe_choices, resolve_choices
+from llama_pretrain.plan.cost import estimate_cost
+from llama_pretrain.plan.ds_config import get_train_ds_config, trace_ds_config
 from llama_pretrain.plan.feasible import check_machine
+from llama_pretrain.plan.fit import list_fits
 from llama_pretrain.plan.machine import Machine, detect_machine
-from llama_pretrain.plan.plan import Plan, build_plan, check_plan, render_plan
+from llama_pretrain.plan.plan import Plan, Point, build_plan, check_fits, check_plan, render_plan
 from llama_pretrain.runs.checkpoints import forget_after, newest_complete, read_manifest
 from llama_pretrain.runs.provenance import collect_provenance, render_provenance
 from llama_pretrain.runs.report import render_report
@@ -32,26 +35,29 @@ from llama_pretrain.runs.rundir import (
 )
 
 
-def run_task(run: Run, *, run_dir: RunDir, argv: Sequence[str]) -> float | None:
+def run_task(
+    run: Run, *, run_dir: RunDir, argv: Sequence[str], origins: Mapping[str, str]
+) -> float | None:
     """Do what `task` says. Returns the last evaluation loss, which Hydra calls the objective.
+
+    Args:
+        origins: where each setting is from (config/compose.py).
 
     Raises:
         UserError: for everything that can be known before a rank starts.
         RankError: if a rank failed.
     """
     machine = detect_machine()
+    before = run
     run, problems = check_everything(run, machine)
     refuse(problems)
+    origins = {**origins, **describe_choices(before, run)}
     if run.task is Task.plan:
-        plan = build_plan(run, None)
-        console.show_config(run)
-        console.show_plan(run, plan, None)
-        for problem in check_machine(run, machine):
-            console.say(f"not on this machine: {problem}")
-        console.say(json.dumps(get_train_ds_config(run, plan.batch, run_dir=None), indent=2))
+        show_plan(run, machine, origins)
         return None
     from llama_pretrain.data.prepare import prepare_corpus  # tokenizers: not for task=plan
 
+    refuse(check_fits(run, build_plan(run, None)))
     try:
         corpus = prepare_corpus(run, report=console.say)
     except OSError as error:  # a file that may not be read, a cache that may not be written
@@ -61,7 +67,64 @@ def run_task(run: Run, *, run_dir: RunDir, argv: Sequence[str]) -> float | None:
     if run.task is Task.prepare:
         console.say(f"prepared {corpus.train_rows:,} rows in {corpus.tokens_dir}")
         return None
+    config = get_train_ds_config(run, plan.batch, run_dir=run_dir.path)
+    plan = replace(plan, deepspeed_sources=trace_ds_config(config, origins))
+    if run.task is Task.probe:
+        return probe(run, plan, run_dir=run_dir, argv=argv, machine=machine)
     return pretrain(run, plan, run_dir=run_dir, argv=argv, machine=machine)
+
+
+def plan_point(run: Run, words: Sequence[str]) -> Point:
+    """One point of a sweep with task=plan, without a line of output."""
+    run, problems = check_everything(run, detect_machine())
+    if problems:
+        return Point(words=words, problem="; ".join(str(problem) for problem in problems))
+    return Point(words=words, plan=build_plan(run, None))
+
+
+def show_plan(run: Run, machine: Machine, origins: Mapping[str, str]) -> None:
+    """All that is known of a run, and nothing started."""
+    plan = build_plan(run, None)
+    config = get_train_ds_config(run, plan.batch, run_dir=None)
+    plan = replace(plan, deepspeed_sources=trace_ds_config(config, origins))
+    console.show_config(run)
+    console.show_plan(run, plan, None)
+    if run.plan.fit is not None:
+        fits = list_fits(run, plan.batch, limit=parse_size(run.plan.fit))
+        console.show_fits(fits, limit=run.plan.fit)
+    for problem in check_machine(run, machine):
+        console.say(f"not on this machine: {problem}")
+    console.show_sources(config, plan.deepspeed_sources)
+    console.say(json.dumps(config, indent=2))
+
+
+def probe(
+    run: Run, plan: Plan, *, run_dir: RunDir, argv: Sequence[str], machine: Machine
+) -> float | None:
+    """Train a few steps of the real thing, and say what the whole run would take."""
+    steps = run.plan.probe_steps
+    short = replace(
+        run,
+        train=replace(run.train, max_steps=steps, eval_every_steps=None, eval_rows=1),
+        checkpoint=replace(run.checkpoint, every_steps=None, at_end=False, export=False),
+    )
+    result = pretrain(
+        short,
+        replace(plan, steps=replace(plan.steps, total=steps, eval_rows=1)),
+        run_dir=run_dir,
+        argv=argv,
+        machine=machine,
+    )
+    rows = read_metrics(run_dir.metrics)
+    seconds = [plan.steps.tokens_per_step / row["tokens_per_s"] for row in rows if "loss" in row]
+    counted = sorted(seconds[2:])  # the first two warm up
+    speed = plan.steps.tokens_per_step / counted[len(counted) // 2]
+    console.show_cost(
+        estimate_cost(run, tokens=plan.steps.tokens, tokens_per_s=speed),
+        steps=plan.steps,
+        measured_over=len(counted),
+    )
+    return result
 
 
 def check_everything(run: Run, machine: Machine) -> tuple[Run, list[Problem]]:

@@ -501,7 +501,7 @@ OFFLOADED = FUSED | {"zero_optimization": {"stage": 2, "offload_optimizer": {"de
 RATE = "optim.learning_rate=0.0003"
 LAMB = (
     'optimizer.type = "Lamb": lamb scales each weight by its norm, and ZeRO gives it flat shards'
-    " (got stage 1); add zero=stage0, or another optimizer"
+    " (got stage 1); set zero.stage=0, or choose another optimizer"
 )
 MUON = (
     "gradient_clipping (absent: 1.0): with optim=muon DeepSpeed clips the orthogonalised update,"

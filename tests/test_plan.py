@@ -6,7 +6,6 @@ from llama_pretrain.config.problems import UserError
 from llama_pretrain.config.schema import Batch, Model
 from llama_pretrain.plan.batch import BatchPlan, solve_batch
 from llama_pretrain.plan.choices import resolve_choices
-from llama_pretrain.plan.memory import estimate_memory
 from llama_pretrain.plan.model_size import count_parameters, flops_per_token, with_vocabulary
 from llama_pretrain.plan.plan import build_plan, load_plan, render_plan
 from tests.conftest import compose_run
@@ -158,26 +157,6 @@ def test_batch_that_does_not_divide(
     with pytest.raises(UserError) as error:
         solve_batch(batch, sequence_length=64, replicas=world_size)
     assert text in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("stage", "per_parameter"),
-    [(0, 16.0), (1, 4 + 12 / 8), (2, 2 + 14 / 8), (3, 16 / 8)],
-)
-def test_memory_of_the_zero_paper(stage: int, per_parameter: float) -> None:
-    """ZeRO (arXiv 1910.02054, figure 1): 16 bytes a parameter, then 1/N terms."""
-    run = compose_run([f"zero=stage{stage}", "model=llama2_7b", "precision=bf16"])
-    run = resolve_choices(run, CLUSTER)
-    memory = estimate_memory(run, build_plan(run, None).batch, world_size=8)
-    states = memory.weights + memory.gradients + memory.optimizer
-    assert states / PUBLISHED["llama2_7b"] == pytest.approx(per_parameter, rel=1e-6)
-
-
-def test_offload_moves_memory_to_the_host() -> None:
-    run = resolve_choices(compose_run(["zero=stage3_offload", "model=llama2_7b"]), CLUSTER)
-    memory = estimate_memory(run, build_plan(run, None).batch, world_size=8)
-    assert memory.weights == memory.optimizer == 0
-    assert memory.host == pytest.approx(PUBLISHED["llama2_7b"] * 16 / 8, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 import math
 import os
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from llama_pretrain.config.schema import Model, Optim, OptimName, Run, Schedule,
 from llama_pretrain.plan.choices import resolve_choices
 from llama_pretrain.plan.ds_config import get_train_ds_config
 from llama_pretrain.plan.machine import detect_machine
+from llama_pretrain.plan.model_size import count_parameters
 from llama_pretrain.plan.plan import Steps, build_plan
 from llama_pretrain.train.loss import token_losses
 from llama_pretrain.train.model import (
@@ -23,12 +26,13 @@ from llama_pretrain.train.model import (
     restore_rotary,
 )
 from llama_pretrain.train.optimizer import (
+    audit_groups,
     build_optimizer,
     get_optimizer_grouped_parameters,
     learning_rate_factor,
 )
 from llama_pretrain.train.recompute import recompute_activations
-from tests.conftest import compose_run
+from tests.conftest import OPERATORS, compose_run
 
 SHAPE = Model(
     vocab_size=64,
@@ -74,6 +78,47 @@ def test_frozen_and_tied_parameters() -> None:
     model["embed"].weight.requires_grad = False
     decayed, plain = get_optimizer_grouped_parameters(model, 0.1)
     assert decayed["params"] == plain["params"] == []
+
+
+def test_a_parameter_in_no_group_is_named() -> None:
+    model = plain_model()
+    model.model.layers[1].mlp.scale = nn.Parameter(torch.ones(3))
+    model.gate = nn.Conv1d(2, 2, 1)
+    text = (
+        "trainable parameters: model.layers.1.mlp.scale (of LlamaMLP), gate.weight (of Conv1d),"
+        " gate.bias (of Conv1d) in no optimizer group"
+    )
+    with pytest.raises(ValueError, match=re.escape(text)):
+        get_optimizer_grouped_parameters(model, 0.1)
+    for parameter in (model.model.layers[1].mlp.scale, *model.gate.parameters()):
+        parameter.requires_grad = False
+    assert len(get_optimizer_grouped_parameters(model, 0.1)) == 2
+
+
+def test_a_parameter_in_two_groups_is_named() -> None:
+    model = plain_model()
+    model.model.norm.weight = model.model.layers[0].self_attn.q_proj.weight
+    text = (
+        "trainable parameters: model.layers.0.self_attn.q_proj.weight = model.norm.weight"
+        " in two optimizer groups"
+    )
+    with pytest.raises(ValueError, match=re.escape(text)):
+        get_optimizer_grouped_parameters(model, 0.1)
+
+
+# By hand, for SHAPE: embedding and head 2 * 64 * 32, in each of two layers 4 * 32 * 32 for
+# attention and 3 * 32 * 48 for the feed-forward; four biases of 32 and two norms of 32 a layer, and
+# the last norm. Tensors: 2 + 2 * 7 with, 2 * (4 + 2) + 1 without.
+COUNTED = "weight decay: 21,504 parameters in 16 tensors with, 416 in 13 without, as planned"
+
+
+def test_audit_of_groups() -> None:
+    groups = get_optimizer_grouped_parameters(plain_model(), 0.1)
+    assert audit_groups(groups, planned=count_parameters(SHAPE)) == COUNTED
+    planned = count_parameters(replace(SHAPE, attention_bias=False))
+    text = "of the model's parameters 21,504 decay and 416 don't; the plan has 21,504 and 160"
+    with pytest.raises(ValueError, match=text):
+        audit_groups(groups, planned=planned)
 
 
 def steps(total: int, warmup: int, decay: int) -> Steps:
@@ -149,7 +194,7 @@ def process_group() -> Iterator[None]:
 
     values = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     before = dict(os.environ)
-    os.environ.update(values | {"MASTER_PORT": "0", "DS_ACCELERATOR": "cpu"})
+    os.environ.update(values | OPERATORS | {"MASTER_PORT": "0", "DS_ACCELERATOR": "cpu"})
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     store = dist.HashStore()  # type: ignore[attr-defined]  # torch does not list it
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -160,28 +205,43 @@ def process_group() -> Iterator[None]:
     os.environ.update(before)
 
 
-def engine_of(stage: int, *, bf16: bool) -> tuple[Any, Any]:
+def engine_of(stage: int, *, bf16: bool, name: str = "torch_adamw") -> tuple[Any, Any]:
     import deepspeed
 
     ds_config: dict[str, Any] = {
         "train_batch_size": 1,
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, "reduce_scatter": name != "muon"},
     }
     if bf16:
         ds_config["bf16"] = {"enabled": True}
     model = build_model(CONFIG, seed=1, weights=None, ds_config=ds_config)
-    optimizer = build_optimizer(model, Optim(name=OptimName.torch_adamw, learning_rate=0.1))
+    optim = Optim(name=OptimName(name), learning_rate=0.1)
+    optimizer = build_optimizer(model, get_optimizer_grouped_parameters(model, 0.1), optim)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
     )
     return engine, optimizer
 
 
+COMPILED = ("cpu_adam", "fused_adam", "cpu_lion", "cpu_adagrad")
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        *(("torch_adamw", stage) for stage in (0, 1, 2, 3)),
+        *(("muon", stage) for stage in (1, 2, 3)),
+        *(
+            pytest.param(name, stage, marks=pytest.mark.slow)
+            for name in COMPILED
+            for stage in (0, 1, 2, 3)
+        ),
+    ],
+)
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.usefixtures("process_group")
-def test_initialisation_changes_no_weight_and_no_state(stage: int, bf16: bool) -> None:
+def test_initialisation_changes_no_weight_and_no_state(name: str, stage: int, bf16: bool) -> None:
     """The fp32 weights after deepspeed.initialize are the drawn ones, rounded where bf16."""
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -190,7 +250,7 @@ def test_initialisation_changes_no_weight_and_no_state(stage: int, bf16: bool) -
     drawn = {name: p.detach().clone() for name, p in plain_model().named_parameters()}
     if bf16:
         drawn = {name: p.bfloat16().float() for name, p in drawn.items()}
-    engine, optimizer = engine_of(stage, bf16=bf16)
+    engine, optimizer = engine_of(stage, bf16=bf16, name=name)
     undo_initial_step(engine)
     moments = [
         value
@@ -200,10 +260,13 @@ def test_initialisation_changes_no_weight_and_no_state(stage: int, bf16: bool) -
     ]
     assert all(not moment.any() for moment in moments)
     if stage == 0 and bf16:
-        # safe_get_full_fp32_param has no way into this wrapper: compare the masters themselves.
+        # safe_get_full_fp32_param has no way into these wrappers: compare the masters themselves.
         wrapper = engine.optimizer
-        masters = [master for group in wrapper.fp32_groups for master in group]
-        halves = [half for group in wrapper.fp16_groups for half in group]
+        if hasattr(wrapper, "fp32_groups"):
+            masters = [master for group in wrapper.fp32_groups for master in group]
+            halves = [half for group in wrapper.fp16_groups for half in group]
+        else:
+            masters, halves = wrapper.fp32_groups_flat, wrapper.fp16_groups_flat
         assert len(optimizer.state) == 0
         for master, half in zip(masters, halves, strict=True):
             assert torch.equal(master, half.float())
@@ -214,6 +277,14 @@ def test_initialisation_changes_no_weight_and_no_state(stage: int, bf16: bool) -
         found = {n: safe_get_full_fp32_param(p) for n, p in engine.module.named_parameters()}
     for name, value in drawn.items():
         assert torch.equal(found[name].reshape(value.shape), value), name
+
+
+@pytest.mark.usefixtures("process_group")
+def test_audit_counts_what_is_sharded() -> None:
+    model = plain_model(ds_config={"train_batch_size": 1, "zero_optimization": {"stage": 3}})
+    assert all(parameter.numel() == 0 for parameter in model.parameters())
+    groups = get_optimizer_grouped_parameters(model, 0.1)
+    assert audit_groups(groups, planned=count_parameters(SHAPE)) == COUNTED
 
 
 @pytest.mark.usefixtures("process_group")
@@ -259,9 +330,10 @@ SHARD_ALL = [
 
 
 def random_batches(number: int = 6) -> list[dict[str, torch.Tensor]]:
+    """Rows of all 64 tokens, so that each row of the embedding has a gradient at every step."""
     generator = torch.Generator().manual_seed(5)
-    rows = [torch.randint(64, (ROWS, 33), generator=generator) for _ in range(number)]
-    return [{"input_ids": row[:, :-1], "shift_labels": row[:, 1:].contiguous()} for row in rows]
+    tokens = [torch.randperm(64, generator=generator).view(ROWS, 32) for _ in range(number)]
+    return [{"input_ids": rows, "shift_labels": rows.flip(1)} for rows in tokens]
 
 
 def losses_of_engine(*overrides: str, stage: int = 1) -> list[float]:
@@ -278,9 +350,10 @@ def losses_of_engine(*overrides: str, stage: int = 1) -> list[float]:
     model = build_model(CONFIG, seed=1, weights=None, ds_config=ds_config)
     if run.train.gradient_checkpointing:
         recompute_activations(model, ds_config)
+    groups = get_optimizer_grouped_parameters(model, run.optim.weight_decay)
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=build_optimizer(model, run.optim),
+        optimizer=build_optimizer(model, groups, run.optim),
         config=ds_config,
         dist_init_required=False,
     )
@@ -375,6 +448,18 @@ def test_lion_is_that_of_the_paper(stage: int, offload: str) -> None:
     model = plain_model()
     lion = PlainLion(two_groups(model), {"lr": 1e-3, "betas": (0.95, 0.98)})
     assert found == pytest.approx(losses_of_plain(lion, model=model), abs=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("process_group")
+def test_lion_of_deepspeed_moves_what_has_no_gradient() -> None:
+    """Where the paper's sign is 0, its kernels take it for 1: tokens never seen drift."""
+    from deepspeed.ops.lion import DeepSpeedCPULion
+
+    weight = nn.Parameter(torch.zeros(4))
+    weight.grad = torch.tensor([1.0, -1.0, 0.0, 0.0])
+    DeepSpeedCPULion([weight], lr=0.5, betas=(0.95, 0.98)).step()
+    assert weight.tolist() == [-0.5, 0.5, -0.5, -0.5]
 
 
 @pytest.mark.slow

@@ -3,18 +3,19 @@
 import difflib
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
+import yaml
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llama_pretrain.config import schema
 from llama_pretrain.config.problems import Problem, UserError
-from llama_pretrain.config.rules import parse_values, schema_paths, unknown_key
+from llama_pretrain.config.rules import flatten, parse_values, schema_paths, unknown_key
 from llama_pretrain.config.schema import Run
 from llama_pretrain.config.snapshot import load_snapshot, render_snapshot
 
@@ -22,6 +23,8 @@ PROJECT_ROOT = Path(__file__).resolve().parents[2]
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 """What Hydra raises for a user's mistake: `zero=null` is a ValueError to it."""
 SNAPSHOT_NAME = "snapshot"
+OVERLAYS = ("experiment", "sweep", "debug")
+"""Groups whose options name settings of the others; applied last."""
 HYDRA_SETTINGS = (
     "hydra/job_logging=none",
     "hydra/hydra_logging=none",
@@ -102,6 +105,37 @@ def read_config(config: DictConfig) -> Run:
         raise UserError([Problem(path=path, message=str(error).split("\n")[0])]) from error
     assert isinstance(values, dict)
     return parse_values({str(key): value for key, value in values.items()})
+
+
+def trace_settings(overrides: Sequence[str], choices: Mapping[str, Any]) -> dict[str, str]:
+    """Where each setting is from that isn't left at the schema's default.
+
+    Args:
+        overrides: words of the command line.
+        choices: the option of each group, as Hydra has them; none for a snapshot.
+
+    Returns:
+        `zero/stage3.yaml`, `experiment/llama2_7b.yaml`, `config.yaml`, `snapshot.yaml` or
+        `command line`, by dotted path; a path may stand for all settings below it.
+    """
+    origins: dict[str, str] = {}
+    if not choices:
+        origins = {path: f"{SNAPSHOT_NAME}.yaml" for path, _ in schema_paths()}
+    overlays = [group for group in OVERLAYS if choices.get(group)]
+    groups = [group for group in choices if group not in OVERLAYS and "/" not in group]
+    for group in (*groups, "", *overlays):
+        name = f"{group}/{choices[group]}" if group else "config"
+        for root in (PROJECT_ROOT / "conf", PROJECT_ROOT / "sweeps"):
+            file = root / f"{name}.yaml"
+            if file.is_file():
+                values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+                prefix = f"{group}." if group in groups else ""
+                origins |= {path: f"{name}.yaml" for path, _ in flatten(values, prefix)}
+    for word in overrides:
+        key = word.lstrip("+~").partition("=")[0]
+        if key not in choices:
+            origins[key] = "command line"
+    return origins
 
 
 def explain(argv: Sequence[str], error: BaseException) -> tuple[list[Problem], Run | None]:

@@ -288,11 +288,11 @@ class FlopsProfiler:
     """DeepSpeed's profile of one step by module, in the log of rank 0."""
 
     enabled: bool = False
-    """Whether it is on."""
+    """Whether it is on; turns wall_clock_breakdown on as well."""
     recompute_fwd_factor: Annotated[float, Ge(0)] = 0.0
     """Forward passes that recomputation adds, 1.0 with full checkpointing."""
-    profile_step: PositiveInt = 5
-    """The step that is profiled."""
+    profile_step: NonNegativeInt = 5
+    """Steps that are done before the one that is profiled."""
     module_depth: Annotated[int, Ge(-1)] = -1
     """Depth of the table; -1 = all."""
     top_modules: PositiveInt = 1

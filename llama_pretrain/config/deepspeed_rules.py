@@ -518,11 +518,12 @@ def _check_sections(run: Run) -> Iterator[Problem]:
             hint="set zero.stage=0, or leave it out",
         )
     profiler, steps = deepspeed.flops_profiler, run.train.max_steps
-    if profiler.enabled and steps is not None and profiler.profile_step > steps:
+    if profiler.enabled and steps is not None and profiler.profile_step >= steps:
         yield Problem(
             path="deepspeed.flops_profiler.profile_step",
-            message=f"is never reached: the run has {steps} steps (got {profiler.profile_step})",
-            hint=f"set it to {steps} at most",
+            message=f"no step comes after so many: the run has {steps}"
+            f" (got {profiler.profile_step})",
+            hint=f"set it to {steps - 1} at most",
         )
     moved = [
         name

@@ -371,6 +371,10 @@ class Launch:
     GPUs are planned that aren't here, and a rank's share of the host's memory on a CPU."""
     threads_per_process: PositiveInt | None = None
     """Threads of one rank on a CPU; `null` = its share of the cores."""
+    malloc_mmap_threshold: PositiveInt | None = None
+    """On a CPU: blocks of this many bytes or more go back to the system when they are freed
+    (glibc's MALLOC_MMAP_THRESHOLD_). With 262144 a rank's memory is what the plan says to a few
+    percent, and a step takes up to a quarter longer; `null` = glibc's own choice."""
     timeout_s: PositiveInt = 1800
     """A collective that takes longer than this ends the run, in seconds."""
 

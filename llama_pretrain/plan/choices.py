@@ -47,6 +47,9 @@ SHAPE = (
 DEFAULT_ROWS = 16
 """Rows of a step where nothing is said of the batch."""
 
+GPU_BYTES = 80 << 30
+"""Memory of a GPU that isn't here, where nothing is said of it."""
+
 LLAMA_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
 """What transformers' LlamaConfig takes where config.json is silent, and our Model does not."""
 
@@ -55,6 +58,7 @@ CHOSEN = {
     "launch.device": "chosen: cuda where torch and a GPU are there, or a cluster is planned",
     "launch.num_processes": "chosen: one a GPU, two on a CPU",
     "launch.threads_per_process": "chosen: cores / ranks",
+    "launch.device_memory": "chosen: the GPU's, or a rank's share of the host's",
     "batch.global_batch_size": "chosen: 16 rows, or the next number that the ranks divide",
     "precision.name": "chosen: bf16 where the device computes in it natively",
     "optim.name": "chosen: for the device and the offload",
@@ -104,7 +108,10 @@ def resolve_choices(run: Run, machine: Machine) -> Run:
 def describe_choices(before: Run, after: Run) -> dict[str, str]:
     """What decided each setting that `resolve_choices` has filled in."""
     were, are = (dict(flatten(to_plain(run))) for run in (before, after))
-    return {path: text for path, text in CHOSEN.items() if were[path] != are[path]}
+    described = {path: text for path, text in CHOSEN.items() if were[path] != are[path]}
+    sizes = ("global_batch_size", "micro_batch_size", "gradient_accumulation_steps")
+    triangle = "derived: global = micro x accumulation x ranks"
+    return {f"batch.{n}": triangle for n in sizes if are[f"batch.{n}"] is None} | described
 
 
 def _resolve_zero(run: Run) -> Zero:
@@ -145,7 +152,19 @@ def _resolve_launch(run: Run, machine: Machine) -> Launch:
     threads = launch.threads_per_process
     if threads is None:
         threads = max(1, machine.cores // processes)
-    return replace(launch, device=device, num_processes=processes, threads_per_process=threads)
+    memory = launch.device_memory
+    if memory is None:
+        there = machine.memory_bytes // processes
+        if device is Device.cuda:
+            there = machine.gpu_memory_bytes or GPU_BYTES
+        memory = f"{there / (1 << 30):.1f}GiB"
+    return replace(
+        launch,
+        device=device,
+        num_processes=processes,
+        threads_per_process=threads,
+        device_memory=memory,
+    )
 
 
 def _choose_precision(run: Run, machine: Machine) -> PrecisionName:

@@ -92,8 +92,11 @@ def trace_ds_config(config: Mapping[str, Any], origins: Mapping[str, str]) -> di
 
 
 def _origin(setting: str, origins: Mapping[str, str]) -> str:
-    if setting in origins:
-        return origins[setting]
+    above = setting
+    while above:  # a mapping given whole stands for all that is in it
+        if above in origins:
+            return origins[above]
+        above = above.rpartition(".")[0]
     # A key of `extra` stands in its section under its own name.
     group, _, key = setting.partition(".")
     extra = f"{group}.extra.{key}"

@@ -1,99 +1,331 @@
 """Peak memory of a rank, by part: an estimate from the config alone.
 
-Letters: P parameters, W ranks, B rows of a micro batch, T tokens, D model width, F feed-forward
-width, V vocabulary, L layers. Weights, gradients and optimizer follow the ZeRO paper (arXiv
-1910.02054, section 3); activations count the tensors that autograd keeps for LLaMA's layer.
+Letters: P parameters, E those of the largest matrix, W ranks, B rows of a micro batch, T tokens,
+D model width, F feed-forward width, V vocabulary, L layers. What is sharded follows the ZeRO paper
+(arXiv 1910.02054, section 3); buffers and copies follow DeepSpeed 0.19's source, activations the
+tensors that autograd keeps for transformers' LLaMA layer. docs/plan.md works one example through;
+benchmarks/memory.py measures real runs beside it.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from dataclasses import replace as changed
+from typing import Any
 
 from llama_pretrain.config.deepspeed import OffloadDevice
-from llama_pretrain.config.schema import PrecisionName, Run
+from llama_pretrain.config.schema import Device, OptimName, Run
 from llama_pretrain.plan.batch import BatchPlan
-from llama_pretrain.plan.model_size import count_parameters, head_width
+from llama_pretrain.plan.model_size import ModelSize, count_parameters, head_width
+
+NUM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+MOMENTS = {
+    OptimName.lion: 1,
+    OptimName.fused_lion: 1,
+    OptimName.cpu_lion: 1,
+    OptimName.cpu_adagrad: 1,
+}
+"""fp32 numbers that an optimizer keeps for a parameter, where they are not Adam's two."""
+
+FRAMEWORK_BYTES = {Device.cpu: 360 << 20, Device.cuda: 1 << 30}
+"""What libraries take before there is a model: on a CPU the resident memory after imports (torch
+2.13, transformers 5, DeepSpeed 0.19, Python 3.11); on a GPU the CUDA context and the workspaces of
+cuBLAS and NCCL, an assumption until someone measures it."""
+
+RUNTIME_BYTES = {Device.cpu: 56 << 20, Device.cuda: 0}
+"""What a run adds on a CPU beside tensors: threads, generated kernels, gloo, the tokenizer."""
+
+ALLOCATOR_SHARE = {Device.cpu: 0.25, Device.cuda: 0.05}
+"""What the allocator holds beside live tensors, as a share of them. On a CPU glibc keeps freed
+blocks of up to 32 MiB: 15 to 40% were measured (docs/plan.md), and next to nothing with
+launch.malloc_mmap_threshold. On a GPU it is torch's caching allocator: an assumption until someone
+measures it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Bytes of one rank's device, by part; `host` lies in the machine's memory."""
+    """Bytes of one rank at its peak, by part."""
 
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int
-    buffers: int
-    host: int
+    phase: str
+    """Where the peak is: `forward`, `backward` (its start, with all activations), `reduce` (its
+    end, with all gradients) or `step`."""
+    weights: int = 0
+    """Parameters in the precision of the forward pass."""
+    master_weights: int = 0
+    """fp32 weights that the optimizer updates, where they are a copy of their own."""
+    gradients: int = 0
+    optimizer: int = 0
+    """Moments."""
+    activations: int = 0
+    """What the backward pass needs of the decoder layers."""
+    logits: int = 0
+    """Logits, their log-softmax and its gradient."""
+    gathered: int = 0
+    """Parameters that stage 3 has gathered."""
+    buffers: int = 0
+    """Buckets of the reduction and copies that the step makes."""
+    allocator: int = 0
+    """What the allocator loses between live tensors."""
+    framework: int = 0
+    """Libraries."""
+    host: int = 0
+    """Of the machine's memory beside the GPU: what is offloaded there, or the fp32 model while it
+    is built. On a CPU all memory is the host's, and what is offloaded stands in its own part."""
+    disk: int = 0
+    """Offloaded to `nvme`."""
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What makes up the total, by name."""
+        beside = ("phase", "host", "disk")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in beside}
 
     @property
     def total(self) -> int:
-        """All of it but what is offloaded."""
-        return int(sum(asdict(self).values())) - self.host
+        """The peak of the rank's device."""
+        return sum(self.parts.values())
 
 
 def estimate_memory(run: Run, batch: BatchPlan, *, world_size: int) -> MemoryPlan:
-    """Estimate the peak of one rank.
+    """The peak of one rank: the largest of the phases of a step. Choices are resolved."""
+    states = states_memory(run, world_size=world_size)
+    phases = list(list_phases(run, batch, states, world_size=world_size))
+    device = run.launch.device
+    if device is Device.cuda:
+        phases = [_offload(run, phase, states) for phase in phases]
+    peak = max(phases, key=lambda phase: phase.total)
+    returned = device is Device.cpu and run.launch.malloc_mmap_threshold is not None
+    share = 0.0 if returned else ALLOCATOR_SHARE[device]
+    return changed(peak, allocator=int((peak.total - peak.framework) * share))
 
-    The allocator's overhead and the libraries themselves are not in it.
-    """
-    zero, size = run.zero, count_parameters(run.model)
-    width = 4 if run.precision.name is PrecisionName.fp32 else 2
-    params = size.total
-    weights = params * width
-    gradients = params * width
-    # fp32 master weights (a copy of their own only beside 16-bit ones, or as ZeRO's flat
-    # partition) and two moments.
-    optimizer = params * 8 if zero.stage == 0 and width == 4 else params * 12
-    if zero.stage >= 1:
-        optimizer //= world_size
-    if zero.stage >= 2:
-        gradients //= world_size
-    if zero.stage >= 3:
-        weights //= world_size
-    host = 0
-    if zero.offload_optimizer.device is not OffloadDevice.none:
-        host, optimizer = host + optimizer + gradients, 0
-    if zero.offload_param.device is not OffloadDevice.none:
-        host, weights = host + weights, 0
+
+def states_memory(run: Run, *, world_size: int) -> MemoryPlan:
+    """What lies in memory between two steps, on the device and beside it."""
+    zero, optim, precision = run.zero, run.optim.name, run.precision
+    size, stage, width = count_parameters(run.model), zero.stage, _width(run)
+    low = precision.bf16_master_weights_and_grads or precision.fp16_master_weights_and_grads
+    master_width = 2 if low else 4
+    moments = size.total * MOMENTS.get(optim, 2)
+    if optim is OptimName.muon:  # momentum alone for the matrices of the layers
+        moments -= size.decayed - size.embedding - size.head
+    # At stage 0 in fp32 the optimizer updates the weights themselves.
+    has_master = stage > 0 or width < 4
+    gradients = size.total * _accumulation_width(run) if stage == 3 else 0
+    buffers = 0
+    if _offloads(run):  # DeepSpeed's CPU optimizers read fp32 gradients of their own
+        gradients += size.total * master_width
+        if stage < 3:  # the updated partition, and a gradient on its way to the host
+            buffers = _shard(size.total * width, world_size) + 2 * _largest(size) * width
     return MemoryPlan(
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
-        activations=_activation_bytes(run, batch, width=width),
-        logits=_logits_bytes(run, batch, width=width),
-        buffers=_buffer_bytes(run, width=width, world_size=world_size),
-        host=host,
+        phase="between steps",
+        weights=_shard(size.total * width, world_size if stage == 3 else 1),
+        master_weights=_shard(size.total * master_width, world_size if stage else 1) * has_master,
+        gradients=_shard(gradients, world_size),
+        optimizer=_shard(
+            moments * (2 if precision.bf16_optimizer_states else 4), world_size if stage else 1
+        ),
+        buffers=buffers,
+        framework=FRAMEWORK_BYTES[run.launch.device] + RUNTIME_BYTES[run.launch.device],
     )
 
 
-def _activation_bytes(run: Run, batch: BatchPlan, *, width: int) -> int:
-    """What the backward pass needs of the decoder layers."""
-    model = run.model
+def _offload(run: Run, phase: MemoryPlan, states: MemoryPlan) -> MemoryPlan:
+    """A phase on a GPU, with what is offloaded in the host's part or on the disk."""
+    zero, size = run.zero, count_parameters(run.model)
+    beside = {OffloadDevice.cpu: 0, OffloadDevice.nvme: 0}
+    left: dict[str, Any] = {}
+    if _offloads(run):
+        moved = {
+            part: int(getattr(states, part) * zero.offload_optimizer.ratio)
+            for part in ("master_weights", "optimizer")
+        }
+        low = _accumulation_width(run) * zero.stage // 3  # what stage 3 keeps on the device
+        moved["gradients"] = states.gradients * 4 // (4 + low)
+        if zero.stage < 3:
+            moved["buffers"] = states.buffers - _largest(size) * _width(run)
+        left |= {part: getattr(phase, part) - moved[part] for part in moved}
+        beside[zero.offload_optimizer.device] += sum(moved.values())
+    if zero.offload_param.device is not OffloadDevice.none:
+        left["weights"] = 0
+        beside[zero.offload_param.device] += states.weights
+    # Below stage 3 each rank first builds the whole model in fp32, on the host.
+    built = size.total * 4 if zero.stage < 3 else 0
+    host = max(beside[OffloadDevice.cpu], built)
+    return changed(phase, host=host, disk=beside[OffloadDevice.nvme], **left)
+
+
+def _offloads(run: Run) -> bool:
+    return run.zero.offload_optimizer.device is not OffloadDevice.none
+
+
+def _largest(size: ModelSize) -> int:
+    """Elements of the largest matrix."""
+    return max(size.embedding, size.head)
+
+
+def list_phases(
+    run: Run, batch: BatchPlan, states: MemoryPlan, *, world_size: int
+) -> Iterator[MemoryPlan]:
+    """What is there in each phase of a step, wherever it lies."""
+    size = count_parameters(run.model)
+    activations, layer = _activation_bytes(run, batch)
+    logits = _logits_bytes(run, batch)
+    gathered = _gathered_bytes(run, size, world_size=world_size)
+    largest = _largest(size) * _width(run)
+    held = _held_gradients(run, batch, size, world_size=world_size)
+    ready = states.gradients + held
+    forward = changed(
+        states,
+        phase="forward",
+        activations=activations,
+        logits=logits * 2 // 3,
+        gathered=gathered,
+        gradients=ready,
+        # The head is gathered through a buffer of its size, before there are logits.
+        buffers=states.buffers + (max(0, largest - logits * 2 // 3) if gathered else 0),
+    )
+    yield forward
+    ring = states.buffers
+    if run.launch.device is Device.cuda:  # torch.empty is all there at once on a GPU
+        ring += _bucket_bytes(run, size)
+    # Its start: the gradient of the logits is there, that of the weights not yet.
+    yield changed(forward, phase="backward", logits=logits, buffers=ring)
+    # Behind the head: with recomputation one layer is whole again.
+    yield changed(
+        forward, phase="backward", activations=activations + layer, logits=0, buffers=ring
+    )
+    gradients, copies = _reduced_bytes(run, batch, size, world_size=world_size)
+    yield changed(
+        states,
+        phase="reduce",
+        gathered=gathered,
+        gradients=states.gradients + gradients,
+        buffers=states.buffers + copies,
+    )
+    gradients, copies = _step_bytes(run, size, world_size=world_size)
+    yield changed(
+        states,
+        phase="step",
+        gradients=states.gradients + gradients,
+        buffers=states.buffers + copies,
+    )
+
+
+def _width(run: Run) -> int:
+    return NUM_BYTES[run.precision.name.value]
+
+
+def _accumulation_width(run: Run) -> int:
+    chosen = run.precision.grad_accum_dtype
+    return _width(run) if chosen is None else NUM_BYTES[chosen.value]
+
+
+def _shard(size: int, ranks: int) -> int:
+    return -(-size // ranks)
+
+
+def _activation_bytes(run: Run, batch: BatchPlan) -> tuple[int, int]:
+    """What the forward pass keeps, and what recomputing one layer adds to it.
+
+    A norm keeps its fp32 input, the normalised input and its output; attention keeps q, k, v and
+    its output; SwiGLU keeps gate, its activation, up and the product. Counted with autograd's
+    saved-tensor hooks on transformers' LlamaForCausalLM (tests/test_memory.py).
+    """
+    model, width = run.model, _width(run)
+    autocast = run.precision.torch_autocast.enabled
+    if autocast:  # products keep 16-bit copies of what they multiply
+        width = 2
     tokens = batch.micro_batch_size * run.data.sequence_length
+    tokens //= run.deepspeed.sequence_parallel_size
     heads = model.num_attention_heads
     groups = heads if model.num_key_value_heads is None else model.num_key_value_heads
     queries, keys = heads * head_width(model), groups * head_width(model)
-    # A norm keeps its fp32 input and its normalised output, twice; attention keeps q, k (before
-    # and after rotation), v and its output; SwiGLU keeps gate, its activation, up and product.
-    elements = 2 * model.hidden_size + 3 * queries + 3 * keys + 4 * model.intermediate_size
-    layer = tokens * (elements * width + 2 * model.hidden_size * (4 + width))
+    norm = tokens * model.hidden_size * (4 + 2 * width)
+    products = 2 * queries + 2 * keys + 4 * model.intermediate_size
+    layer = 2 * norm + tokens * width * products // run.deepspeed.tensor_parallel.autotp_size
     if not run.train.gradient_checkpointing:
-        return model.num_hidden_layers * layer
-    return model.num_hidden_layers * tokens * model.hidden_size * width + layer
+        return model.num_hidden_layers * layer + norm, 0
+    kept = model.num_hidden_layers * tokens * model.hidden_size * width
+    # The gradients of two of SwiGLU's tensors are there beside the layer.
+    gradients = 2 * tokens * width * model.intermediate_size
+    return kept + norm, layer + gradients - norm
 
 
-def _logits_bytes(run: Run, batch: BatchPlan, *, width: int) -> int:
-    """Logits, their fp32 copy, its log-softmax and gradient, each (B * T, V)."""
+def _logits_bytes(run: Run, batch: BatchPlan) -> int:
+    """The log-softmax, its gradient and that of the logits, each (B * T, V) float32."""
     rows = batch.micro_batch_size * run.data.sequence_length
-    return rows * run.model.vocab_size * (2 * width + 3 * 4)
+    return rows // run.deepspeed.sequence_parallel_size * run.model.vocab_size * 3 * 4
 
 
-def _buffer_bytes(run: Run, *, width: int, world_size: int) -> int:
-    """Communication buckets, as far as they can be filled."""
-    zero, size = run.zero, count_parameters(run.model)
-    if world_size == 1 or zero.stage == 0:
+def _gathered_bytes(run: Run, size: ModelSize, *, world_size: int) -> int:
+    """Parameters that stage 3 holds whole: as many as it may, and at least a layer and a matrix."""
+    zero = run.zero
+    fetched = world_size > 1 or (
+        run.launch.device is Device.cuda and zero.offload_param.device is not OffloadDevice.none
+    )
+    if zero.stage < 3 or not fetched:
         return 0
-    if zero.stage < 3:
-        return min(size.total, max(zero.reduce_bucket_size, zero.allgather_bucket_size)) * width
-    live = min(size.total, zero.stage3_prefetch_bucket_size + size.embedding)
-    return (live + min(size.total, zero.reduce_bucket_size)) * width
+    assert zero.stage3_prefetch_bucket_size is not None
+    least = size.layers // run.model.num_hidden_layers + _largest(size)
+    most = max(zero.stage3_max_live_parameters, least) + zero.stage3_prefetch_bucket_size
+    return min(size.total, most) * _width(run)
+
+
+def _bucket_bytes(run: Run, size: ModelSize) -> int:
+    """The reduction's buffers. A GPU holds all of a buffer; a CPU what is written to it."""
+    zero = run.zero
+    assert zero.reduce_bucket_size is not None or zero.stage == 0
+    bucket = 500_000_000 if zero.reduce_bucket_size is None else zero.reduce_bucket_size
+    if run.launch.device is Device.cpu or zero.stage == 0:
+        bucket = min(size.total, bucket)
+    overlaps = zero.stage == 3 if zero.overlap_comm is None else zero.overlap_comm
+    doubled = overlaps and zero.stage in (1, 2)
+    return bucket * _width(run) * (2 if doubled else 1)
+
+
+def _held_gradients(run: Run, batch: BatchPlan, size: ModelSize, *, world_size: int) -> int:
+    """Gradients of earlier micro batches of the step, beside what `states_memory` counts."""
+    zero = run.zero
+    if batch.gradient_accumulation_steps == 1 or zero.stage == 3:
+        return 0
+    if zero.stage == 2:
+        if _offloads(run):
+            return 0
+        return _shard(size.total * _accumulation_width(run), world_size)
+    return size.total * _accumulation_width(run)
+
+
+def _reduced_bytes(
+    run: Run, batch: BatchPlan, size: ModelSize, *, world_size: int
+) -> tuple[int, int]:
+    """Gradients and copies of them at the end of the backward pass."""
+    zero, width = run.zero, _width(run)
+    whole, bucket = size.total * width, _bucket_bytes(run, size)
+    if zero.stage == 0:
+        return whole, bucket
+    largest = _largest(size) * width
+    if zero.stage == 3:  # the largest gradient, and an fp32 copy of it that is reduced
+        return largest, bucket + _largest(size) * 4
+    held = _held_gradients(run, batch, size, world_size=world_size)
+    elements = 500_000_000 if zero.reduce_bucket_size is None else zero.reduce_bucket_size
+    if size.total <= elements:  # nothing is reduced, and nothing freed, before the end
+        live = whole if zero.stage == 1 else held + whole
+    else:
+        part = _shard(size.total * _accumulation_width(run), world_size)
+        live = max(held, part) + max(largest, elements * width)
+    return live, bucket
+
+
+def _step_bytes(run: Run, size: ModelSize, *, world_size: int) -> tuple[int, int]:
+    """Gradients that the optimizer reads, and the copies that DeepSpeed makes of them."""
+    zero, total = run.zero, size.total
+    accumulated = _accumulation_width(run)
+    if zero.stage == 0:
+        return total * _width(run), total * 4 if _width(run) < 4 else 0
+    flat = total * (accumulated + (4 if accumulated < 4 else 0))
+    if _offloads(run):
+        return 0, 0
+    if zero.stage == 3:
+        part = min(-(-total // world_size), zero.sub_group_size)
+        return 0, part * flat // total
+    return _shard(total * accumulated, world_size), _shard(flat, world_size)

@@ -1,13 +1,15 @@
 """The plan: everything that follows from a resolved run, and plan.json."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from llama_pretrain.config.fields import parse_size
 from llama_pretrain.config.problems import Problem, UserError, refuse
-from llama_pretrain.config.schema import Run, ScheduleName
+from llama_pretrain.config.schema import Run, ScheduleName, Task
 from llama_pretrain.plan.batch import BatchPlan, count_ranks, count_replicas, solve_batch
+from llama_pretrain.plan.cost import CostPlan, estimate_cost
 from llama_pretrain.plan.feasible import check_scale
 from llama_pretrain.plan.memory import MemoryPlan, estimate_memory
 from llama_pretrain.plan.model_size import (
@@ -16,6 +18,7 @@ from llama_pretrain.plan.model_size import (
     flops_per_token,
     with_vocabulary,
 )
+from llama_pretrain.plan.traffic import TrafficPlan, count_traffic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,17 +68,62 @@ class Plan:
     peak_learning_rate: float
     final_learning_rate: float
     memory: MemoryPlan
+    device_memory: int
+    """Bytes of one rank's device, or its share of the host's memory on a CPU."""
+    parameters_per_rank: int
+    """Parameters that a rank keeps between steps."""
+    traffic: TrafficPlan
+    cost: CostPlan | None
+    """`None` where no throughput is given."""
     corpus: Corpus | None
     """`None` where the data is not prepared yet (`task=plan`)."""
+    deepspeed_sources: dict[str, str] = field(default_factory=dict)
+    """Where each value of ds_config.json is from: a YAML, the command line, or how it follows."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the estimated peak is within the device's memory."""
+        return self.memory.total <= self.device_memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One point of a sweep with task=plan: its plan, or why there is none."""
+
+    words: Sequence[str]
+    """Its overrides."""
+    plan: Plan | None = None
+    problem: str = ""
 
 
 def check_plan(run: Run) -> Iterator[Problem]:
     """What keeps a run, its choices resolved, from being planned."""
     yield from check_scale(run)
+    for path, size in (
+        ("plan.fit", run.plan.fit),
+        ("launch.device_memory", run.launch.device_memory),
+    ):
+        try:
+            parse_size(size or "1GiB")
+        except ValueError:
+            message = f"should be a size with its unit (got {size})"
+            yield Problem(path=path, message=message, hint="write it as 80GiB, 24GB or 500MiB")
     try:
         _solve(run)
     except UserError as error:
         yield from error.problems
+
+
+def check_fits(run: Run, plan: Plan) -> Iterator[Problem]:
+    """A run that is to start and whose estimate is above its device's memory."""
+    if run.task is not Task.plan and not plan.fits:
+        need, have = (size / (1 << 30) for size in (plan.memory.total, plan.device_memory))
+        yield Problem(
+            path="launch.device_memory",
+            message=f"a rank needs about {need:.1f} GiB, and its device has {have:.1f} GiB",
+            hint=f"task=plan plan.fit={have:.1f}GiB lists what fits; to start all the same, set it"
+            f" to {need + 0.1:.1f}GiB",
+        )
 
 
 def build_plan(run: Run, corpus: Corpus | None) -> Plan:
@@ -89,19 +137,27 @@ def build_plan(run: Run, corpus: Corpus | None) -> Plan:
     batch = _solve(run)
     if corpus is not None:
         run = replace(run, model=with_vocabulary(run.model, tokenizer_size=corpus.tokenizer_size))
+    assert run.launch.device_memory is not None
+    size, steps = count_parameters(run.model), _count_steps(run, batch, corpus)
+    speed = run.plan.tokens_per_s
+    cost = None if speed is None else estimate_cost(run, tokens=steps.tokens, tokens_per_s=speed)
     constant = run.schedule.name is ScheduleName.constant
     peak = run.optim.learning_rate
     return Plan(
         device=run.launch.device.value,
         world_size=world_size,
         batch=batch,
-        steps=_count_steps(run, batch, corpus),
-        parameters=count_parameters(run.model),
+        steps=steps,
+        parameters=size,
         flops_per_token=flops_per_token(run.model, sequence_length=run.data.sequence_length),
         vocab_size=run.model.vocab_size,
         peak_learning_rate=peak,
         final_learning_rate=peak if constant else peak * run.schedule.min_learning_rate_ratio,
         memory=estimate_memory(run, batch, world_size=world_size),
+        device_memory=parse_size(run.launch.device_memory),
+        parameters_per_rank=-(-size.total // world_size) if run.zero.stage == 3 else size.total,
+        traffic=count_traffic(run, batch, world_size=world_size),
+        cost=cost,
         corpus=corpus,
     )
 

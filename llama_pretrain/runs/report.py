@@ -75,7 +75,11 @@ def _points(rows: Sequence[Row], key: str, *, unit: float = 1) -> list[Point]:
 def _estimate(plan: Row) -> int | None:
     """Bytes that the plan expects on a rank's device; `host` lies elsewhere."""
     parts = plan.get("memory")
-    return None if parts is None else sum(int(parts[name]) for name in parts if name != "host")
+    return (
+        None
+        if parts is None
+        else sum(size for name, size in parts.items() if name not in ("phase", "host", "disk"))
+    )
 
 
 def _size(num_bytes: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from llama_pretrain.config.schema import Run
+from llama_pretrain.config.schema import OptimName, Run
 from llama_pretrain.data.dataset import (
     EvalSampler,
     PretrainDataset,
@@ -43,9 +43,13 @@ class Training:
     heldout_set: PretrainDataset
     peak_flops: float | None
     """Of this rank's device, for MFU."""
+    imports_bytes: int
+    """Memory of this rank before it had a model: what the plan calls framework."""
 
 
-def prepare_training(run: Run, plan: Plan, run_dir: RunDir, rank: Rank, engine: Any) -> Training:
+def prepare_training(
+    run: Run, plan: Plan, run_dir: RunDir, rank: Rank, engine: Any, *, imports_bytes: int
+) -> Training:
     """Open the data and find the device's peak."""
     assert plan.corpus is not None
     tokens_dir, length = Path(plan.corpus.tokens_dir), run.data.sequence_length
@@ -65,6 +69,7 @@ def prepare_training(run: Run, plan: Plan, run_dir: RunDir, rank: Rank, engine: 
         peak_flops=peak * 1e12
         if peak is not None
         else peak_flops(rank.device, DTYPES[run.precision.name.value]),
+        imports_bytes=imports_bytes,
     )
 
 
@@ -108,6 +113,7 @@ def train(training: Training, writer: MetricsWriter, *, first_step: int) -> None
             if run.checkpoint.at_end if last else (every is not None and step % every == 0):
                 _save(training, writer, step=step, sample_hash=sample_hash)
     rate = sorted(rates)[len(rates) // 2] if rates else 0.0
+    peak_bytes = peak_memory_bytes(rank.device)
     summary = {
         "step": plan.steps.total,
         "tokens": plan.steps.tokens,
@@ -116,18 +122,20 @@ def train(training: Training, writer: MetricsWriter, *, first_step: int) -> None
         "train_loss_steps": len(losses[-20:]),
         "median_tokens_per_s": rate,
         "median_mfu": _mfu(training, rate),
-        "peak_memory_bytes": largest_over_ranks(peak_memory_bytes(rank.device), rank),
+        "peak_memory_bytes": largest_over_ranks(peak_bytes, rank),
+        "peak_above_imports_bytes": largest_over_ranks(peak_bytes - training.imports_bytes, rank),
+        "planned_memory_bytes": plan.memory.total,
     }
     writer.write(summary)
 
 
 def train_step(
     training: Training, batches: Iterator[dict[str, torch.Tensor]], *, step: int
-) -> tuple[float, float, str]:
+) -> tuple[float, float | None, str]:
     """One optimizer step.
 
-    Returns the loss averaged over the global batch, the norm of its gradient before clipping, and
-    a hash of the samples in it.
+    Returns the loss averaged over the global batch, the norm of its gradient before clipping
+    (`None` with Muon), and a hash of the samples in it.
     """
     engine, rank, batch_plan = training.engine, training.rank, training.plan.batch
     loss_sum = torch.zeros((), dtype=torch.float64, device=rank.device)
@@ -156,7 +164,9 @@ def train_step(
     norm = engine.get_global_grad_norm()
     if norm is None:  # DeepSpeed keeps none at stage 0 in fp32
         norm = own_norm
-    return mean, float(norm), f"{int(hashed):016x}"
+    if training.run.optim.name is OptimName.muon:  # the gradient holds its update by then
+        norm = None
+    return mean, None if norm is None else float(norm), f"{int(hashed):016x}"
 
 
 def _plain_grad_norm(engine: Any) -> float | None:

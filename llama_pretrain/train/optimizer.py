@@ -1,20 +1,25 @@
-"""Parameter groups, the optimizers by name, and the learning rate of each step."""
+"""Parameter groups and their audit, the optimizers by name, and each step's learning rate."""
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llama_pretrain.config.schema import Optim, OptimName, Schedule, ScheduleName
+from llama_pretrain.plan.model_size import ModelSize
 from llama_pretrain.plan.plan import Steps
 
+Groups = list[dict[str, Any]]
+
 DECAYED_MODULES = (nn.Linear, nn.Embedding)
+PLAIN_MODULES = (LlamaRMSNorm, nn.RMSNorm, nn.LayerNorm)
 
 
-def get_optimizer_grouped_parameters(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def get_optimizer_grouped_parameters(model: nn.Module, weight_decay: float) -> Groups:
     """Two groups: weights of linear and embedding layers decay; norms and biases never do.
 
     The kind of module decides, not its name: lists of names have missed LLaMA's norms before
@@ -23,25 +28,57 @@ def get_optimizer_grouped_parameters(model: nn.Module, weight_decay: float) -> l
     Raises:
         ValueError: if a trainable parameter is in no group or in two.
     """
-    decayed: dict[nn.Parameter, None] = {}
-    plain: dict[nn.Parameter, None] = {}
-    for module in model.modules():
+    decayed: dict[nn.Parameter, str] = {}
+    plain: dict[nn.Parameter, str] = {}
+    homeless: list[str] = []
+    for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad:
-                decays = isinstance(module, DECAYED_MODULES) and name == "weight"
-                (decayed if decays else plain)[parameter] = None
-    trainable = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    if decayed.keys() & plain.keys() or decayed.keys() | plain.keys() != trainable:
-        raise ValueError("a trainable parameter is in no optimizer group or in two")
+            if not parameter.requires_grad:
+                continue
+            full_name = f"{path}.{name}".removeprefix(".")
+            if isinstance(module, DECAYED_MODULES) and name == "weight":
+                decayed[parameter] = full_name
+            elif isinstance(module, DECAYED_MODULES + PLAIN_MODULES):
+                plain[parameter] = full_name
+            else:
+                homeless.append(f"{full_name} (of {type(module).__name__})")
+    double = [f"{decayed[p]} = {plain[p]}" for p in decayed if p in plain]
+    mistakes = [f"{', '.join(homeless)} in no optimizer group"] if homeless else []
+    mistakes += [f"{', '.join(double)} in two optimizer groups"] if double else []
+    if mistakes:
+        raise ValueError(f"trainable parameters: {'; '.join(mistakes)}")
     return [
         {"params": list(decayed), "weight_decay": weight_decay},
         {"params": list(plain), "weight_decay": 0.0},
     ]
 
 
-def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
+def audit_groups(groups: Groups, *, planned: ModelSize) -> str:
+    """What decays in the real model and what doesn't, in a line.
+
+    Raises:
+        ValueError: if the plan, from the shapes in the config, counted otherwise.
+    """
+    decayed, plain = (group["params"] for group in groups)
+    counted = _count_elements(decayed), _count_elements(plain)
+    if counted != (planned.decayed, planned.not_decayed):
+        raise ValueError(
+            f"of the model's parameters {counted[0]:,} decay and {counted[1]:,} don't; the plan"
+            f" has {planned.decayed:,} and {planned.not_decayed:,}"
+        )
+    return (
+        f"weight decay: {counted[0]:,} parameters in {len(decayed)} tensors with,"
+        f" {counted[1]:,} in {len(plain)} without, as planned"
+    )
+
+
+def _count_elements(parameters: Iterable[nn.Parameter]) -> int:
+    # A parameter that zero.Init has sharded holds nothing, and knows what it would hold.
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+
+
+def build_optimizer(model: nn.Module, groups: Groups, optim: Optim) -> torch.optim.Optimizer:
     """The optimizer that the parent chose."""
-    groups = get_optimizer_grouped_parameters(model, optim.weight_decay)
     rate, betas, eps = optim.learning_rate, tuple(optim.betas), optim.eps
     # DeepSpeed's import, and on a CPU compile, their kernels only when they are asked for.
     ops = importlib.import_module("deepspeed.ops")
@@ -67,7 +104,7 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     return built  # type: ignore[no-any-return]  # DeepSpeed has no types
 
 
-def _build_muon(model: nn.Module, groups: list[dict[str, Any]], optim: Optim) -> Any:
+def _build_muon(model: nn.Module, groups: Groups, optim: Optim) -> Any:
     """Muon for the matrices of linear layers but the head, AdamW for everything else."""
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
@@ -79,7 +116,7 @@ def _build_muon(model: nn.Module, groups: list[dict[str, Any]], optim: Optim) ->
     }
     for parameter in model.parameters():  # ZeRO reads this mark too
         parameter.use_muon = parameter in matrices  # type: ignore[attr-defined]
-    halves: list[dict[str, Any]] = []
+    halves: Groups = []
     for group in groups:
         for use_muon in (False, True):  # AdamW's first: its rate is the one that metrics show
             members = [p for p in group["params"] if p.use_muon is use_muon]

@@ -24,4 +24,6 @@ def recompute_activations(model: LlamaForCausalLM, ds_config: dict[str, Any]) ->
         num_checkpoints=section.get("number_checkpoints", model.config.num_hidden_layers),
     )
     # transformers has no public way to another function than torch's.
-    model._set_gradient_checkpointing(gradient_checkpointing_func=deepspeed.checkpointing.checkpoint)
+    model._set_gradient_checkpointing(
+        gradient_checkpointing_func=deepspeed.checkpointing.checkpoint
+    )

@@ -56,7 +56,7 @@ def train_rank(run_dir: RunDir, checkpoint: Path | None) -> None:
     from llama_pretrain.train.checkpoint import load_checkpoint
     from llama_pretrain.train.distributed import init_distributed, print_rank_0
     from llama_pretrain.train.loop import prepare_training, train
-    from llama_pretrain.train.metrics import MetricsWriter
+    from llama_pretrain.train.metrics import MetricsWriter, resident_memory_bytes
 
     run, plan = load_snapshot(run_dir.snapshot), load_plan(run_dir.plan)
     ds_config = json.loads(run_dir.ds_config.read_text(encoding="utf-8"))
@@ -68,13 +68,14 @@ def train_rank(run_dir: RunDir, checkpoint: Path | None) -> None:
         threads=run.launch.threads_per_process,
     )
     dist.barrier()  # a rank that can't be reached shows here, not in the middle of building
+    imports_bytes = resident_memory_bytes(rank.device)
     engine = build_engine(run, plan, ds_config, rank)
     first_step = 0 if checkpoint is None else load_checkpoint(engine, checkpoint, rank)
     if checkpoint is None:
         torch.manual_seed(run.seed + rank.index)  # dropout: from here on, each rank its own
     print_rank_0(f"training from step {first_step} to {plan.steps.total}", rank)
     writer = MetricsWriter(run_dir, run.monitor, active=rank.is_first)
-    training = prepare_training(run, plan, run_dir, rank, engine)
+    training = prepare_training(run, plan, run_dir, rank, engine, imports_bytes=imports_bytes)
     train(training, writer, first_step=first_step)
     if run.deepspeed.comms_logger.enabled:
         deepspeed.comm.log_summary()  # every rank calls it; rank 0 prints
@@ -105,9 +106,15 @@ def build_engine(run: Any, plan: Any, ds_config: dict[str, Any], rank: Any) -> A
     from torch.optim.lr_scheduler import LambdaLR
     from transformers import AutoTokenizer
 
+    from llama_pretrain.train.distributed import print_rank_0
     from llama_pretrain.train.engine import undo_initial_step
     from llama_pretrain.train.model import build_llama_config, build_model, restore_rotary
-    from llama_pretrain.train.optimizer import build_optimizer, learning_rate_factor
+    from llama_pretrain.train.optimizer import (
+        audit_groups,
+        build_optimizer,
+        get_optimizer_grouped_parameters,
+        learning_rate_factor,
+    )
     from llama_pretrain.train.recompute import recompute_activations
 
     if "log_level" not in ds_config:
@@ -127,7 +134,9 @@ def build_engine(run: Any, plan: Any, ds_config: dict[str, Any], rank: Any) -> A
     model = build_model(config, seed=run.seed, weights=weights, ds_config=ds_config)
     if run.train.gradient_checkpointing:
         recompute_activations(model, ds_config)
-    optimizer = build_optimizer(model, run.optim)
+    groups = get_optimizer_grouped_parameters(model, run.optim.weight_decay)
+    print_rank_0(audit_groups(groups, planned=plan.parameters), rank)
+    optimizer = build_optimizer(model, groups, run.optim)
     factor = learning_rate_factor(run.schedule, plan.steps)
     engine, *_ = deepspeed.initialize(
         model=model,

@@ -127,13 +127,13 @@ CASES = [
     ),
     pytest.param(
         ["zero=stage2", "zero.offload_param.device=cpu"],
-        "zero.offload_param.device: cpu needs zero.stage=3 (got stage 2); add zero=stage3_offload",
+        "zero.offload_param.device: cpu needs zero.stage=3 (got stage 2); set zero.stage=3",
         id="param-offload-needs-stage-3",
     ),
     pytest.param(
         ["+deepspeed.extra.gradient_cliping=1"],
         "deepspeed.extra.gradient_cliping: DeepSpeed 0.19.8 doesn't know this key and would drop it"
-        " in silence; it knows disable_allgather, log_level",
+        " in silence; did you mean train.gradient_clipping?",
         id="unknown-deepspeed-key",
     ),
     pytest.param(

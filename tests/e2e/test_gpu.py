@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.conftest import Runner
-from tests.e2e.test_parity import LONG, SHARD_ALL
+from tests.e2e.test_parity import LONG, at_stage
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,12 +25,12 @@ pytestmark = [
 def test_losses_on_a_gpu_are_those_of_the_cpu(
     runner: Runner, stage: int, precision: str, optim: str, tolerance: float
 ) -> None:
-    same = (*LONG, *SHARD_ALL, "launch.num_processes=1", "batch.micro_batch_size=4")
+    same = (*LONG, "launch.num_processes=1", "batch.micro_batch_size=4")
     on_cpu = runner(*same, "launch.device=cpu", "precision=fp32", "optim=torch_adamw")
     on_gpu = runner(
         *same,
         "launch.device=cuda",
-        f"zero=stage{stage}",
+        *at_stage(stage),
         f"precision={precision}",
         f"optim={optim}",
         timeout_s=900,

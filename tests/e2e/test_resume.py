@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Command, Runner
-from tests.e2e.test_parity import SHARD_ALL
+from tests.e2e.test_parity import at_stage
 
 POINTS = [
     pytest.param(2, "bf16", ()),
@@ -33,14 +33,13 @@ def test_resume_equals_the_uninterrupted_run(
     runner: Runner, stage: int, precision: str, more: tuple[str, ...]
 ) -> None:
     settings = (
-        f"zero=stage{stage}",
+        *at_stage(stage),
         f"precision={precision}",
         "launch.num_processes=2",
         "batch.micro_batch_size=1",
         "optim.learning_rate=3e-3",
         "train.max_steps=6",
         "train.eval_every_steps=2",
-        *SHARD_ALL,
         *more,
     )
     whole = runner(*settings)

@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ import yaml
 
 from llama_pretrain.runs.rundir import RunDir
 from tests.conftest import ROOT, SMALL, Command, Runner
+from tests.e2e.test_parity import SHARD_ALL, at_stage
 from tests.test_conf import options
 
 
@@ -56,6 +59,46 @@ def test_run_directory_is_complete(full: Command) -> None:
     assert status["objective"] == full.rows("eval_loss")[-1]["eval_loss"]
     provenance = json.loads(full.run_dir.provenance.read_text())
     assert provenance["packages"]["deepspeed"]
+
+
+def test_groups_are_audited(full: Command) -> None:
+    """The worker's count of the real model, here once more from what was exported."""
+    from safetensors.torch import load_file
+
+    weights = load_file(full.run_dir.export / "model.safetensors")
+    plain = [value for name, value in weights.items() if "norm" in name]
+    decayed = [value for name, value in weights.items() if "norm" not in name]
+    line = (
+        f"weight decay: {sum(value.numel() for value in decayed):,} parameters in"
+        f" {len(decayed)} tensors with, {sum(value.numel() for value in plain):,} in"
+        f" {len(plain)} without, as planned"
+    )
+    assert line in full.run_dir.rank_log(0).read_text().splitlines()
+
+
+def test_a_rank_refuses_a_plan_of_another_model(full: Command, tmp_path: Path) -> None:
+    shutil.copytree(full.run_dir.path, tmp_path / "run")
+    run_dir = RunDir(tmp_path / "run")
+    plan = json.loads(run_dir.plan.read_text())
+    plan["parameters"]["not_decayed"] += 64
+    run_dir.plan.write_text(json.dumps(plan))
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        alone["MASTER_PORT"] = str(free.getsockname()[1])
+    done = subprocess.run(
+        [sys.executable, "-m", "llama_pretrain.train.worker", str(run_dir.path)],
+        cwd=ROOT,
+        env=os.environ | alone | {"DS_ACCELERATOR": "cpu"},
+        timeout=120,
+    )
+    assert done.returncode != 0
+    size = plan["parameters"]
+    assert (
+        f"ValueError: of the model's parameters {size['decayed']:,} decay and"
+        f" {size['not_decayed'] - 64:,} don't; the plan has {size['decayed']:,} and"
+        f" {size['not_decayed']:,}" in run_dir.rank_log(0).read_text()
+    )
 
 
 def test_metrics_have_a_line_a_step_and_an_evaluation(full: Command) -> None:
@@ -170,6 +213,8 @@ COVER = [
     ),
     pytest.param(["debug=profile", "data=stdlib", "tokenizer.vocab_size=512"], id="profile"),
     pytest.param(["zero=stage0", "precision=bf16", "model.tie_word_embeddings=true"], id="tied"),
+    pytest.param(["zero=stage0", "precision=bf16_autocast"], id="autocast"),
+    pytest.param(["zero=stage1", "optim=muon", "precision=fp32", "monitor=csv"], id="muon"),
 ]
 
 
@@ -205,6 +250,77 @@ def test_compiled_optimizers_train(runner: Runner, overrides: list[str]) -> None
         plain = runner("optim=torch_adamw", "zero=stage1", *same)
         done = runner(*overrides, *same, timeout_s=900)
         assert done.losses == pytest.approx(plain.losses, abs=tolerance)
+
+
+OFFLOADED = [("zero=stage2_offload",), ("zero=stage3_offload", *SHARD_ALL)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("optim", "others"),
+    [
+        pytest.param("muon", [at_stage(2), at_stage(3)], id="muon"),
+        pytest.param("cpu_lion", [at_stage(0), *OFFLOADED], id="lion"),
+        pytest.param("cpu_adagrad", [at_stage(0), *OFFLOADED], id="adagrad"),
+    ],
+)
+def test_an_optimizer_is_the_same_at_every_stage(
+    runner: Runner, optim: str, others: list[tuple[str, ...]]
+) -> None:
+    same = (f"optim={optim}", "precision=fp32", "launch.num_processes=2")
+    first = runner(*same, *at_stage(1), timeout_s=900)
+    assert len(first.losses) == 3
+    for zero in others:
+        assert runner(*same, *zero).losses == pytest.approx(first.losses, abs=1e-6), zero
+
+
+def test_deepspeed_says_what_it_is_asked_to_say(runner: Runner) -> None:
+    """Its logs, profile and monitors are where the settings say, and change no loss."""
+    same = ("precision=fp32", "zero=stage1", "launch.num_processes=2")
+    plain = runner(*same)
+    done = runner(
+        *same,
+        "deepspeed.steps_per_print=2",
+        "deepspeed.wall_clock_breakdown=true",
+        "deepspeed.memory_breakdown=true",
+        "deepspeed.dump_state=true",
+        "deepspeed.comms_logger.enabled=true",
+        "deepspeed.comms_logger.verbose=true",
+        "deepspeed.flops_profiler.enabled=true",
+        "deepspeed.flops_profiler.profile_step=1",
+        "deepspeed.csv_monitor.enabled=true",
+        "deepspeed.tensorboard.enabled=true",
+        "deepspeed.tensorboard.job_name=theirs",
+    )
+    assert done.losses == plain.losses
+    log = done.run_dir.rank_log(0).read_text()
+    for text in (
+        "step=2, skipped=0, lr=[",
+        "time (ms) | fwd_microstep: ",
+        "Engine before backward",
+        "DeepSpeedEngine:\n",
+        "comm op: all_reduce | time (ms): ",
+        "Comm. Op            Message Size        Count ",
+        "DeepSpeed Flops Profiler -----",
+        "Profile Summary at step 2:",
+    ):
+        assert text in log, text
+    assert "step=1, skipped=0, lr=[" not in log
+    rates = (done.run_dir.path / "csv/deepspeed/Train_Samples_lr.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in rates] == ["step", "4", "8", "12"]
+    assert list(done.run_dir.tensorboard.glob("theirs/events.*"))
+
+
+def test_deepspeed_recomputes_activations(runner: Runner) -> None:
+    same = ("precision=fp32", *at_stage(3), "launch.num_processes=2")
+    plain = runner(*same, "train.gradient_checkpointing=true")
+    section = "deepspeed.activation_checkpointing"
+    more = (f"{section}.profile=true", f"{section}.synchronize_checkpoint_boundary=true")
+    done = runner(*same, "train.gradient_checkpointing=true", *more)
+    assert done.losses == plain.losses
+    times = "[Rank 0] time (ms) | backward: "
+    assert done.run_dir.rank_log(0).read_text().count(times) == 3 * 2 * 2  # steps, micros, layers
+    assert times not in plain.run_dir.rank_log(0).read_text()
 
 
 @pytest.mark.slow
@@ -275,8 +391,6 @@ def test_goes_on_from_an_export_with_a_larger_tokenizer(
     runner: Runner, full: Command, tmp_path: Path
 ) -> None:
     """model=pretrained: the same loss as the export had; a tokenizer that grew makes rows of 8."""
-    import shutil
-
     tokenizer = tmp_path / "tokenizer"
     shutil.copytree(full.run_dir.export, tokenizer)
     settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
@@ -496,5 +610,5 @@ def test_plan_task_prints_the_deepspeed_json(runner: Runner) -> None:
     done = runner.bare("task=plan", "model=llama2_7b", "zero=stage3", "precision=bf16")
     config = json.loads(done.output[done.output.index("\n{") :])
     assert config["zero_optimization"]["stage"] == 3
-    assert config["bf16"] == {"enabled": True}
+    assert config["bf16"]["enabled"] is True
     assert not list(runner.folder.rglob("snapshot.yaml"))

@@ -1,0 +1,37 @@
+"""Hours, energy and money of a run, from a throughput that was measured or given."""
+
+from dataclasses import dataclass
+
+from llama_pretrain.config.schema import Device, Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostPlan:
+    """What the steps of a run come to; evaluations and checkpoints are not in it."""
+
+    tokens_per_s: float
+    """Over all ranks."""
+    hours: float
+    device_hours: float
+    """Hours times GPUs, or times machines on a CPU."""
+    kilowatt_hours: float | None
+    """`None` where no power is given."""
+    price: float | None
+    """In the currency of plan.price_per_device_hour; `None` where none is given."""
+
+
+def estimate_cost(run: Run, *, tokens: int, tokens_per_s: float) -> CostPlan:
+    """Cost of `tokens` at a throughput; launch.num_processes is resolved."""
+    launch, asked = run.launch, run.plan
+    assert launch.num_processes is not None
+    devices = launch.nodes * (launch.num_processes if launch.device is Device.cuda else 1)
+    hours = tokens / tokens_per_s / 3600
+    device_hours = hours * devices
+    watts, price = asked.watts_per_device, asked.price_per_device_hour
+    return CostPlan(
+        tokens_per_s=tokens_per_s,
+        hours=hours,
+        device_hours=device_hours,
+        kilowatt_hours=None if watts is None else device_hours * watts / 1000,
+        price=None if price is None else device_hours * price,
+    )

@@ -1,0 +1,79 @@
+"""What ranks say to each other in an optimizer step, in bytes, by arithmetic.
+
+Letters: P parameters, W ranks, A micro batches of a step. A ring moves (W - 1) / W of a buffer in
+and out of each rank for an all-gather or a reduce-scatter, and twice that for an all-reduce (ZeRO
+paper, arXiv 1910.02054, section 7: 2P for stages 0 to 2, 3P for stage 3). Ranks of tensor and
+sequence parallelism also exchange activations, which is not counted.
+"""
+
+from dataclasses import dataclass
+
+from llama_pretrain.config.schema import Dtype, Run
+from llama_pretrain.plan.batch import BatchPlan
+from llama_pretrain.plan.model_size import count_parameters
+
+NUM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrafficPlan:
+    """Bytes that one rank sends in an optimizer step; it receives as many."""
+
+    gather: int
+    """Parameters, gathered before they are used (stage 3) or after they are updated."""
+    reduce: int
+    """Gradients."""
+    between_machines: int
+    """The part of both that leaves the machine, where each rank has a link of its own."""
+    volume: float
+    """Both in parameters a micro batch, as the paper counts: 2 for stages 0 to 2, 3 for stage 3."""
+
+    @property
+    def total(self) -> int:
+        return self.gather + self.reduce
+
+
+def count_traffic(run: Run, batch: BatchPlan, *, world_size: int) -> TrafficPlan:
+    """Count the collectives of a step, as DeepSpeed makes them.
+
+    Stage 1 reduces once a step, stage 2 with each micro batch (its gradients are sharded as they
+    are made), stage 3 gathers each layer for the forward and again for the backward pass. ZeRO++
+    (arXiv 2306.10209, table 1) gathers weights in 8 bits, takes the backward gather from a copy
+    inside the machine, and reduces gradients in 4 bits.
+    """
+    zero, size = run.zero, count_parameters(run.model).total
+    share = (world_size - 1) / world_size
+    width = NUM_BYTES[run.precision.name.value]
+    reduced = run.precision.communication_data_type or Dtype(run.precision.name.value)
+    reduce_width: float = NUM_BYTES[reduced.value]
+    micro = batch.gradient_accumulation_steps
+    if zero.stage < 3:
+        reductions = micro if zero.stage == 2 else 1
+        # Stage 0 reduces to all ranks at once, which is a reduce-scatter and a gather of gradients.
+        gather_width = reduce_width if zero.stage == 0 else width
+        gather = share * size * gather_width
+        reduce = share * size * reduce_width * reductions
+        return _plan(run, gather, reduce, local_gather=0.0, volume=2.0)
+    gather_width = 1 if zero.zero_quantized_weights else width
+    if zero.zero_quantized_gradients:
+        reduce_width = 0.5
+    group = zero.zero_hpz_partition_size or 1
+    one = share * size * gather_width * micro
+    # The secondary copy is kept in the precision of the weights, by the ranks of one group.
+    second = (group - 1) / group * size * width * micro if group > 1 else one
+    reduce = share * size * reduce_width * micro
+    inside = second if group > 1 else 0.0
+    volume = (gather_width + (0 if group > 1 else gather_width) + reduce_width) / width
+    return _plan(run, one + second, reduce, local_gather=inside, volume=volume)
+
+
+def _plan(
+    run: Run, gather: float, reduce: float, *, local_gather: float, volume: float
+) -> TrafficPlan:
+    assert run.launch.num_processes is not None
+    between = 0.0
+    if run.launch.nodes > 1:
+        between = gather - local_gather + reduce
+    return TrafficPlan(
+        gather=round(gather), reduce=round(reduce), between_machines=round(between), volume=volume
+    )
