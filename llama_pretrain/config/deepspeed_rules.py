@@ -89,7 +89,7 @@ COMPILE_SWITCHES = {
 }
 """Settings of DeepCompile that another of its settings makes it read."""
 
-EXTRA_KEYS = ("disable_allgather", "log_level")
+EXTRA_KEYS = ("log_level",)
 """Top-level keys of DeepSpeed that `deepspeed.extra` may carry: known to it and not ours."""
 
 ZERO_EXTRA_KEYS = (
@@ -122,6 +122,7 @@ REFUSED_KEYS = {
     "autotuning": "it would change the batch; plan.fit=80GiB task=plan lists what fits",
     "curriculum_learning": "the order of the data is ours",
     "data_efficiency": "the order of the data is ours",
+    "disable_allgather": "nothing in DeepSpeed 0.19.8 reads it",
     "dataloader_drop_last": "batches are ours, and none is dropped",
     "expert_parallel": "a LLaMA has no experts",
     "use_data_before_expert_parallel_": "a LLaMA has no experts",

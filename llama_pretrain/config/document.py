@@ -66,6 +66,8 @@ writes the decision into `snapshot.yaml`:
 `task=plan` plans several machines, else `cpu` |
 | `launch.num_processes` | `null` | the number of GPUs; on a CPU 2, or 1 if there is a single core |
 | `launch.threads_per_process` | `null` | the cores divided by the processes, at least 1 |
+| `launch.device_memory` | `null` | the GPU's memory (80 GiB where none is here); on a CPU a \
+rank's share of the host's |
 | `batch` | all four `null` | 16 rows a step, or the next number that the ranks divide |
 | `precision.name` | `auto` | `bf16` where it is native, else `fp32`; `fp32` with `torch_autocast` |
 | `optim.name` | `adamw` | `cpu_adam` where optimizer state is offloaded, `fused_adam` on CUDA, \

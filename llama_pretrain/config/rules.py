@@ -13,7 +13,6 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from llama_pretrain.config.deepspeed_rules import OWNED_KEYS, check_deepspeed
-from llama_pretrain.config.fields import parse_size
 from llama_pretrain.config.problems import Problem, UserError, refuse
 from llama_pretrain.config.schema import (
     Data,
@@ -341,15 +340,6 @@ def _check_train(run: Run) -> Iterator[Problem]:
 def _check_questions(run: Run) -> Iterator[Problem]:
     """What the plan is asked where there is none, or where it could not answer."""
     asked, default = run.plan, PlanSettings()
-    for path, text in (
-        ("launch.device_memory", run.launch.device_memory),
-        ("plan.fit", asked.fit),
-    ):
-        try:
-            parse_size("1GiB" if text is None else text)
-        except ValueError:
-            message = f"is no size of memory (got {text})"
-            yield Problem(path=path, message=message, hint="write 80GiB, say")
     if asked.fit is not None and run.task is not Task.plan:
         yield Problem(
             path="plan.fit",

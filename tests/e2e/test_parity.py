@@ -165,3 +165,17 @@ def test_bf16_losses_agree_between_stages_and_ranks(
     difference = np.abs(np.subtract(done.losses, bf16_baseline.losses)).max()
     print(f"stage {stage}, {ranks} ranks, bf16: largest difference {difference:.2e}")
     assert difference <= 2e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro", [2, 4])
+def test_micro_batch_size_changes_nothing(
+    shared_runner: Runner, fp32_baseline: Command, micro: int
+) -> None:
+    """At a fixed global batch of 4 rows: 4 x 1, 2 x 2 and 1 x 4 are the same mathematics."""
+    words = (*LONG, *at_stage(1), "precision=fp32", "launch.num_processes=1")
+    done = shared_runner(*words, f"batch.micro_batch_size={micro}")
+    difference = np.abs(np.subtract(done.losses, fp32_baseline.losses)).max()
+    print(f"micro batch {micro}: largest difference {difference:.2e}")
+    assert len(done.losses) == STEPS
+    assert difference <= 1e-6
