@@ -106,7 +106,7 @@ def main() -> int:
     parser.add_argument("--match", default="", help="only runs whose name has this text")
     parser.add_argument("--json", type=Path, help="write the table here as well")
     arguments = parser.parse_args()
-    rows = []
+    rows, good = [], 0
     print(f"{'run':<52} {'predicted':>10} {'measured':>10} {'error':>7}  peak in")
     for name, overrides in list_runs():
         if arguments.match not in name:
@@ -115,11 +115,11 @@ def main() -> int:
         error = predicted / measured - 1
         row = {"run": name, "predicted": predicted, "measured": measured, "phase": phase}
         rows.append({**row, "error": error, "overrides": overrides})
+        good += abs(error) <= TOLERANCE
         sizes = f"{predicted / MIB:>6,.0f} MiB {measured / MIB:>6,.0f} MiB"
         print(f"{name:<52} {sizes} {error:>+7.1%}  {phase}", flush=True)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
-    good = sum(abs(row["error"]) <= TOLERANCE for row in rows)
     print(f"{good} of {len(rows)} runs within {TOLERANCE:.0%}")
     return 0 if good == len(rows) else 1
 

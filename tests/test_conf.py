@@ -214,7 +214,7 @@ EVERYTHING = {
         *within("+zero.extra", "load_from_fp32_weights=false", "leaf_module={names:[gate]}"),
         *within("+zero.extra", "pipeline_loading_checkpoint=true"),
         *within("+zero.extra", "override_module_apply=false"),
-        *within("+deepspeed.extra", "disable_allgather=true", "log_level=info"),
+        "+deepspeed.extra.log_level=info",
     ],
     "nvme and aio": [
         "zero=stage3",

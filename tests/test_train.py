@@ -401,7 +401,7 @@ class PlainLion(torch.optim.Optimizer):
     """Lion as in arXiv 2302.06675, algorithm 2."""
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure here
         for group in self.param_groups:
             first, second = group["betas"]
             for parameter in group["params"]:

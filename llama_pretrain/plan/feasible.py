@@ -164,6 +164,14 @@ def _cuda_features(run: Run) -> Iterator[tuple[str, str, str]]:
             "SuperOffload is for superchips with a GPU",
             "add zero=stage3_offload",
         )
+    leaves = {
+        "zero.stage3_module_granularity_threshold": zero.stage3_module_granularity_threshold > 0,
+        "zero.extra.leaf_module": "leaf_module" in zero.extra,
+    }
+    for path, wanted in leaves.items():
+        if wanted:  # a step fails: "unknown parameter type"
+            needs = "DeepSpeed frees the gradients of modules that are fetched as one through CUDA"
+            yield path, needs, "leave it out"
     if deepspeed.hybrid_engine.enabled:
         yield (
             "deepspeed.hybrid_engine.enabled",

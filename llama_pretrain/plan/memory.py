@@ -32,7 +32,7 @@ FRAMEWORK_BYTES = {Device.cpu: 360 << 20, Device.cuda: 1 << 30}
 2.13, transformers 5, DeepSpeed 0.19, Python 3.11); on a GPU the CUDA context and the workspaces of
 cuBLAS and NCCL, an assumption until someone measures it."""
 
-RUNTIME_BYTES = {Device.cpu: 56 << 20, Device.cuda: 0}
+RUNTIME_BYTES = {Device.cpu: 32 << 20, Device.cuda: 0}
 """What a run adds on a CPU beside tensors: threads, generated kernels, gloo, the tokenizer."""
 
 ALLOCATOR_SHARE = {Device.cpu: 0.25, Device.cuda: 0.05}
@@ -66,6 +66,8 @@ class MemoryPlan:
     """Buckets of the reduction and copies that the step makes."""
     allocator: int = 0
     """What the allocator loses between live tensors."""
+    runtime: int = 0
+    """What a running step takes beside tensors."""
     framework: int = 0
     """Libraries."""
     host: int = 0
@@ -125,7 +127,8 @@ def states_memory(run: Run, *, world_size: int) -> MemoryPlan:
             moments * (2 if precision.bf16_optimizer_states else 4), world_size if stage else 1
         ),
         buffers=buffers,
-        framework=FRAMEWORK_BYTES[run.launch.device] + RUNTIME_BYTES[run.launch.device],
+        runtime=RUNTIME_BYTES[run.launch.device],
+        framework=FRAMEWORK_BYTES[run.launch.device],
     )
 
 
@@ -258,7 +261,10 @@ def _logits_bytes(run: Run, batch: BatchPlan) -> int:
 
 
 def _gathered_bytes(run: Run, size: ModelSize, *, world_size: int) -> int:
-    """Parameters that stage 3 holds whole: as many as it may, and at least a layer and a matrix."""
+    """Parameters that stage 3 holds whole: as many as it may, and at least a layer and a matrix.
+
+    The input embedding is let go of while the head is in use, and the other way round.
+    """
     zero = run.zero
     fetched = world_size > 1 or (
         run.launch.device is Device.cuda and zero.offload_param.device is not OffloadDevice.none
@@ -268,7 +274,8 @@ def _gathered_bytes(run: Run, size: ModelSize, *, world_size: int) -> int:
     assert zero.stage3_prefetch_bucket_size is not None
     least = size.layers // run.model.num_hidden_layers + _largest(size)
     most = max(zero.stage3_max_live_parameters, least) + zero.stage3_prefetch_bucket_size
-    return min(size.total, most) * _width(run)
+    idle = min(size.embedding, size.head)
+    return min(size.total - idle, most) * _width(run)
 
 
 def _bucket_bytes(run: Run, size: ModelSize) -> int:

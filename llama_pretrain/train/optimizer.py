@@ -79,7 +79,8 @@ def _count_elements(parameters: Iterable[nn.Parameter]) -> int:
 
 def build_optimizer(model: nn.Module, groups: Groups, optim: Optim) -> torch.optim.Optimizer:
     """The optimizer that the parent chose."""
-    rate, betas, eps = optim.learning_rate, tuple(optim.betas), optim.eps
+    rate, eps = optim.learning_rate, optim.eps
+    betas = optim.betas[0], optim.betas[1]
     # DeepSpeed's import, and on a CPU compile, their kernels only when they are asked for.
     ops = importlib.import_module("deepspeed.ops")
     match optim.name:
