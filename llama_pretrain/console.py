@@ -156,11 +156,14 @@ def show_cost(cost: CostPlan, *, steps: Steps, measured_over: int) -> None:
 
 def show_fits(fits: Sequence[Fit], *, limit: str) -> None:
     """What fits a memory, best first, and what doesn't."""
-    table = Table(title=f"what fits in {limit}", title_justify="left", box=None, pad_edge=False)
-    table.add_column("largest micro batch", justify="right")
-    table.add_column("memory", justify="right")
-    table.add_column("sends a step", justify="right")
-    table.add_column("host", justify="right")
+    table = Table(
+        title=f"what fits in {limit}, with the largest micro batch of each",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    for name in ("micro batch", "memory", "sends a step", "on the host"):
+        table.add_column(name, justify="right")
     table.add_column("add", style="cyan", overflow="fold")
     for fit in fits:
         rows = "none" if fit.micro_batch_size is None else str(fit.micro_batch_size)

@@ -123,7 +123,7 @@ def ways_out(words: list[str], problem: Problem) -> list[list[str]]:
     ways = []
     for way in re.split(r",? or |; ", hint):
         meant = re.search(r"(?:did you mean|set|use) ([\w.]+)(?: instead|\?|, say|$)", way)
-        value = re.search(r"(?:set it to|write) ([\w.]+)(?:,|:|$| at most)", way)
+        value = re.search(r"(?:set it to|write it as|write) ([\w.]+)(?:,|:|$| at most)", way)
         settings = {
             key: setting
             for key, setting in SETTING.findall(way)

@@ -23,6 +23,8 @@ PROJECT_ROOT = Path(__file__).resolve().parents[2]
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 """What Hydra raises for a user's mistake: `zero=null` is a ValueError to it."""
 SNAPSHOT_NAME = "snapshot"
+YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""libyaml's where PyYAML has it: some ten times as fast."""
 OVERLAYS = ("experiment", "sweep", "debug")
 """Groups whose options name settings of the others; applied last."""
 HYDRA_SETTINGS = (
@@ -128,7 +130,7 @@ def trace_settings(overrides: Sequence[str], choices: Mapping[str, Any]) -> dict
         for root in (PROJECT_ROOT / "conf", PROJECT_ROOT / "sweeps"):
             file = root / f"{name}.yaml"
             if file.is_file():
-                values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+                values = yaml.load(file.read_text(encoding="utf-8"), Loader=YAML_LOADER) or {}
                 prefix = f"{group}." if group in groups else ""
                 origins |= {path: f"{name}.yaml" for path, _ in flatten(values, prefix)}
     for word in overrides:

@@ -33,7 +33,7 @@ def worker_environment(run: Run) -> dict[str, str]:
         values["DS_ACCELERATOR"] = "cpu"
         values["CUDA_VISIBLE_DEVICES"] = ""
         # DeepSpeed compiles Muon's update: half a minute at each start, and a C++ compiler
-        values["TORCH_COMPILE_DISABLE"] = "1"
+        values["TORCHDYNAMO_DISABLE"] = "1"
     if run.launch.malloc_mmap_threshold is not None:
         values["MALLOC_MMAP_THRESHOLD_"] = str(run.launch.malloc_mmap_threshold)
     return values

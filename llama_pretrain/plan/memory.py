@@ -35,9 +35,9 @@ cuBLAS and NCCL, an assumption until someone measures it."""
 RUNTIME_BYTES = {Device.cpu: 32 << 20, Device.cuda: 0}
 """What a run adds on a CPU beside tensors: threads, generated kernels, gloo, the tokenizer."""
 
-ALLOCATOR_SHARE = {Device.cpu: 0.25, Device.cuda: 0.05}
+ALLOCATOR_SHARE = {Device.cpu: 0.4, Device.cuda: 0.05}
 """What the allocator holds beside live tensors, as a share of them. On a CPU glibc keeps freed
-blocks of up to 32 MiB: 15 to 40% were measured (docs/plan.md), and next to nothing with
+blocks of up to 32 MiB: 17 to 65% were measured (docs/plan.md), and next to nothing with
 launch.malloc_mmap_threshold. On a GPU it is torch's caching allocator: an assumption until someone
 measures it."""
 

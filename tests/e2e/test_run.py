@@ -125,8 +125,9 @@ def test_output_says_what_is_needed_and_nothing_else(full: Command) -> None:
         "tensorboard --logdir",
     ):
         assert text in full.output
+    said = full.output.replace("log_trace_cache_warnings", "")  # a setting of the tree
     for noise in ("Warning", "warning", "[INFO]", "W1", "rank0]", "Traceback", "DeepSpeed info"):
-        assert noise not in full.output
+        assert noise not in said
 
 
 def test_snapshot_is_resolved(full: Command) -> None:
@@ -214,7 +215,6 @@ COVER = [
     pytest.param(["debug=profile", "data=stdlib", "tokenizer.vocab_size=512"], id="profile"),
     pytest.param(["zero=stage0", "precision=bf16", "model.tie_word_embeddings=true"], id="tied"),
     pytest.param(["zero=stage0", "precision=bf16_autocast"], id="autocast"),
-    pytest.param(["zero=stage1", "optim=muon", "precision=fp32", "monitor=csv"], id="muon"),
 ]
 
 
@@ -250,6 +250,16 @@ def test_compiled_optimizers_train(runner: Runner, overrides: list[str]) -> None
         plain = runner("optim=torch_adamw", "zero=stage1", *same)
         done = runner(*overrides, *same, timeout_s=900)
         assert done.losses == pytest.approx(plain.losses, abs=tolerance)
+
+
+def test_muon_trains_without_a_compiler(runner: Runner, tmp_path: Path) -> None:
+    variables = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    done = runner("optim=muon", "launch.num_processes=2", "monitor=csv", variables=variables)
+    steps = done.rows("loss")
+    assert len(steps) == 3
+    # The rate is AdamW's; the norm that DeepSpeed keeps is the update's.
+    assert [row["learning_rate"] for row in steps] == pytest.approx([1e-3, 5.5e-4, 1e-4])
+    assert [row["grad_norm"] for row in steps] == [None, None, None]
 
 
 OFFLOADED = [("zero=stage2_offload",), ("zero=stage3_offload", *SHARD_ALL)]
@@ -319,7 +329,7 @@ def test_deepspeed_recomputes_activations(runner: Runner) -> None:
     done = runner(*same, "train.gradient_checkpointing=true", *more)
     assert done.losses == plain.losses
     times = "[Rank 0] time (ms) | backward: "
-    assert done.run_dir.rank_log(0).read_text().count(times) == 3 * 2 * 2  # steps, micros, layers
+    assert done.run_dir.rank_log(0).read_text().count(times) == 3 * 2  # steps, layers
     assert times not in plain.run_dir.rank_log(0).read_text()
 
 
