@@ -562,23 +562,21 @@ def children_of(pid: int) -> list[int]:
 LIGHT = [
     pytest.param(["--help"], 1.0, id="help"),
     pytest.param(["--cfg", "job"], 1.0, id="cfg-job"),
-    pytest.param(["task=plan", "model=llama3_70b", "zero=stage3"], 1.5, id="plan"),
+    pytest.param(["task=plan", "model=llama3_70b", "zero=stage3"], 1.2, id="plan"),
 ]
 
 
 @pytest.mark.parametrize(("words", "limit_s"), LIGHT)
 def test_quick_answers_import_no_torch(tmp_path: Path, words: list[str], limit_s: float) -> None:
+    command = [str(ROOT / "run.py"), *words]
     times = []
     for _ in range(5):
         started = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-X", "importtime", str(ROOT / "run.py"), *words],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-        )
+        quick = subprocess.run([sys.executable, *command], capture_output=True, cwd=tmp_path)
         times.append(time.perf_counter() - started)
-        assert done.returncode == 0
+        assert quick.returncode == 0
+    traced = [sys.executable, "-X", "importtime", *command]
+    done = subprocess.run(traced, capture_output=True, text=True, cwd=tmp_path)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert not imported & {"torch", "transformers", "deepspeed", "datasets", "tokenizers"}
     assert "omegaconf" in imported
