@@ -252,6 +252,14 @@ def test_compiled_optimizers_train(runner: Runner, overrides: list[str]) -> None
         assert done.losses == pytest.approx(plain.losses, abs=tolerance)
 
 
+def test_the_norm_is_that_of_the_gradient_without_its_scale(runner: Runner) -> None:
+    same = ("zero=stage0", "launch.num_processes=1")
+    plain = runner(*same, "precision=fp32")
+    done = runner(*same, "precision=bf16_autocast", "precision.torch_autocast.dtype=float16")
+    norms = [row["grad_norm"] for row in plain.rows("loss")]
+    assert [row["grad_norm"] for row in done.rows("loss")] == pytest.approx(norms, rel=1e-3)
+
+
 def test_muon_trains_without_a_compiler(runner: Runner, tmp_path: Path) -> None:
     variables = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
     done = runner("optim=muon", "launch.num_processes=2", "monitor=csv", variables=variables)
