@@ -9,6 +9,7 @@ import pytest
 from tests.conftest import Command, Runner
 from tests.e2e.test_parity import at_stage
 
+IN_HOST_MEMORY = "zero.offload_optimizer.device=cpu"
 POINTS = [
     pytest.param(2, "bf16", ()),
     pytest.param(0, "fp32", (), marks=pytest.mark.slow),
@@ -19,6 +20,11 @@ POINTS = [
     pytest.param(2, "fp32", (), marks=pytest.mark.slow),
     pytest.param(3, "fp32", (), marks=pytest.mark.slow),
     pytest.param(3, "bf16", ("model.attention_dropout=0.1",), marks=pytest.mark.slow),
+    pytest.param(1, "fp32", ("optim=muon",), marks=pytest.mark.slow),
+    pytest.param(3, "fp32", ("optim=muon",), marks=pytest.mark.slow),
+    pytest.param(2, "fp32", ("optim=lion", IN_HOST_MEMORY), marks=pytest.mark.slow),
+    pytest.param(3, "fp32", ("optim=cpu_adagrad", IN_HOST_MEMORY), marks=pytest.mark.slow),
+    pytest.param(1, "bf16_autocast", (), marks=pytest.mark.slow),
 ]
 
 
