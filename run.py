@@ -1,6 +1,7 @@
 """python run.py: compose a run, plan it, write it down, train it. `--help` shows how."""
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -99,6 +100,7 @@ def plan_at_once(argv: list[str]) -> bool:
     theirs = ("-", "hydra", "sweep=", "resume=", "reproduce=", "+", "~")
     if any(word.startswith(theirs) for word in argv):
         return False
+    gc.disable()  # a process of a second that makes many objects and drops few
     from llama_pretrain.config.problems import UserError
     from llama_pretrain.runs.rundir import RunDir
     from llama_pretrain.tasks import run_task
@@ -119,6 +121,7 @@ def plan_at_once(argv: list[str]) -> bool:
         return False
     finally:
         GlobalHydra.instance().clear()
+        gc.enable()
     return True
 
 
