@@ -5,16 +5,17 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from rich.tree import Tree
 
 from llama_pretrain.config.deepspeed import DeepSpeed
@@ -26,6 +27,9 @@ from llama_pretrain.plan.cost import CostPlan
 from llama_pretrain.plan.fit import Fit
 from llama_pretrain.plan.plan import Plan, Point, Steps
 from llama_pretrain.runs.rundir import RunDir
+
+if TYPE_CHECKING:
+    from llama_pretrain.data.inspect import Inspection, SourceFacts
 
 LINE_EVERY_S = 5.0
 GIB = 1 << 30
@@ -97,7 +101,9 @@ def show_plan(run: Run, plan: Plan, run_dir: RunDir | None) -> None:
     decay = f"{size.decayed:,} with weight decay, {size.not_decayed:,} without"
     table.add_row("parameters", f"{size.total:,}: {decay}")
     per_step = f"{steps.total:,} of {steps.tokens_per_step:,} tokens = {steps.tokens:,} tokens"
-    epochs = "" if steps.epochs is None else f", {steps.epochs:.2f} epochs"
+    epochs = ""
+    if steps.epochs is not None and len(steps.epochs) == 1:
+        epochs = f", {next(iter(steps.epochs.values())):.2f} epochs"
     table.add_row("steps", per_step + epochs)
     rates = f"{plan.peak_learning_rate:g} after {steps.warmup} steps of warm-up"
     table.add_row(
@@ -130,10 +136,145 @@ def show_plan(run: Run, plan: Plan, run_dir: RunDir | None) -> None:
     if plan.corpus is not None:
         rows = f"{plan.corpus.train_rows:,} rows of {run.data.sequence_length} tokens"
         table.add_row("data", f"{run.data.name.value}: {rows}, {steps.eval_rows} for evaluation")
+        _add_sources(table, plan)
+    _add_stages(table, run, plan)
     if run_dir is not None:
         table.add_row("run directory", str(run_dir.path))
         table.add_row("again", shlex.join(["python", "run.py", f"reproduce={run_dir.path}"]))
     out.print(table)
+
+
+def _add_sources(table: Table, plan: Plan) -> None:
+    """A line for each source of a mixture."""
+    assert plan.corpus is not None
+    if len(plan.corpus.sources) == 1 or plan.steps.epochs is None:
+        return
+    first = plan.sampling.stages[0]
+    for source, quota in zip(plan.corpus.sources, first.quotas, strict=True):
+        text = f"{plan.steps.epochs[source.name]:.2f} epochs of {source.train_rows:,} rows"
+        table.add_row(f"  {source.name}", f"{text}, {quota / plan.sampling.block:.1%} at first")
+
+
+def _add_stages(table: Table, run: Run, plan: Plan) -> None:
+    """A line for each stage of the data, where there are several or rows are cut."""
+    sampling, length = plan.sampling, run.data.sequence_length
+    if len(sampling.stages) == 1 and sampling.stages[0].sequence_length == length:
+        return
+    for stage in sampling.stages:
+        step = stage.first_sample // plan.batch.global_batch_size + 1
+        text = f"rows of {stage.sequence_length} tokens"
+        if len(sampling.names) > 1:
+            shares = zip(sampling.names, stage.quotas, strict=True)
+            text += ", " + ", ".join(f"{name} {q / sampling.block:.1%}" for name, q in shares)
+        table.add_row(f"from step {step:,}", text)
+
+
+def show_corpus(run: Run, plan: Plan) -> None:
+    """What was prepared, a line a source."""
+    assert plan.corpus is not None
+    assert plan.steps.epochs is not None
+    table = Table(title="prepared", title_justify="left", box=None, pad_edge=False)
+    table.add_column("source", style="cyan")
+    for name in ("training tokens", "rows", "held-out rows", "epochs"):
+        table.add_column(name, justify="right")
+    table.add_column("folder", overflow="fold")
+    for source in plan.corpus.sources:
+        table.add_row(
+            source.name,
+            f"{source.train_tokens:,}",
+            f"{source.train_rows:,} x {run.data.sequence_length}",
+            f"{source.heldout_rows:,}",
+            f"{plan.steps.epochs[source.name]:.2f}",
+            source.tokens_dir,
+        )
+    out.print(table)
+
+
+def show_inspection(inspection: "Inspection", page: Path) -> None:
+    """Sources, lengths of documents, and the first rows of a run."""
+    from llama_pretrain.data.inspect import SOURCE_HEAD, source_rows  # torch: not for a plan
+
+    table = Table(title="sources", title_justify="left", box=None, pad_edge=False)
+    for number, name in enumerate(SOURCE_HEAD):
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
+    for line in source_rows(inspection):
+        table.add_row(*(escape(cell) for cell in line))
+    out.print(table)
+    for source in inspection.sources:
+        out.print(_length_bars(source))
+    for row in inspection.rows:
+        text = Text(overflow="fold")
+        for token in row.tokens:
+            style = "" if token.has_target else "dim strike"
+            if token.ends_document:
+                text.append(f" {token.text}|", style="bold red")
+            elif token.has_target or out.is_terminal:
+                text.append(token.text, style=style)
+            else:
+                text.append(f"[{token.text}]")
+        facts = f"{row.documents} documents, {row.targets:,} targets"
+        out.rule(f"row {row.number} of {row.source}: {facts}", style="dim")
+        out.print(text)
+    say(f"the same as a page: {page}")
+
+
+def _length_bars(source: "SourceFacts") -> Table:
+    """Documents by length: a bar a power of 2."""
+    table = Table(title=f"{source.name}: lengths", title_justify="left", box=None, pad_edge=False)
+    table.add_column("tokens, up to", justify="right")
+    table.add_column("documents", justify="right")
+    table.add_column()
+    most = max((count for _, count in source.lengths), default=1)
+    for length, count in source.lengths:
+        table.add_row(f"{length:,}", f"{count:,}", "#" * -(-40 * count // most))
+    return table
+
+
+class DataReport:
+    """What preparing tells: a bar on a terminal, else a line every few seconds."""
+
+    def say(self, line: str) -> None:
+        say(line)
+
+    @contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Callable[[int, int], None]]:
+        began = time.monotonic()
+        if out.is_terminal:
+            columns = (
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.percentage:>3.0f}%" if total else ""),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(compact=True),
+            )
+            with Progress(*columns, console=out, expand=True, transient=True) as bar:
+                task = bar.add_task(what, total=total or None, text="")
+
+                def draw(done: int, text: int) -> None:
+                    speed = _megabytes_a_second(text or done, began)
+                    bar.update(task, completed=done, text=speed)
+
+                yield draw
+            return
+        said = began
+
+        def write(done: int, text: int) -> None:
+            nonlocal said
+            now = time.monotonic()
+            if now - said >= LINE_EVERY_S:
+                said = now
+                line = f"{what}: {_megabytes_a_second(text or done, began)}"
+                if total:
+                    left = timedelta(seconds=round((now - began) * (total - done) / max(1, done)))
+                    line += f", {done / total:.0%}, eta {left}"
+                say(line)
+
+        yield write
+
+
+def _megabytes_a_second(num_bytes: int, began: float) -> str:
+    seconds = max(1e-3, time.monotonic() - began)
+    return f"{num_bytes / 1e6:.1f} MB at {num_bytes / 1e6 / seconds:.1f} MB/s"
 
 
 def _cost_text(cost: CostPlan) -> str:
@@ -371,4 +512,6 @@ def _follow_with_lines(
 
 def _eval_text(row: dict[str, Any]) -> str:
     loss = f"eval loss {row['eval_loss']:.4f} perplexity {row['perplexity']:.2f}"
-    return f"step {row['step']}: {loss} bits/byte {row['bits_per_byte']:.3f}"
+    text = f"step {row['step']}: {loss} bits/byte {row['bits_per_byte']:.3f}"
+    apart = [f"{key[10:]} {row[key]:.4f}" for key in row if key.startswith("eval_loss/")]
+    return f"{text} ({', '.join(apart)})" if apart else text

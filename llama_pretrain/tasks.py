@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from llama_pretrain.config.deepspeed import OffloadDevice
 from llama_pretrain.config.fields import parse_size
 from llama_pretrain.config.problems import Problem, UserError, refuse
 from llama_pretrain.config.rules import check_run
-from llama_pretrain.config.schema import Run, Task
+from llama_pretrain.config.schema import Resume, Run, Task
 from llama_pretrain.config.snapshot import load_snapshot, render_snapshot
 from llama_pretrain.plan.choices import describe_choices, resolve_choices
 from llama_pretrain.plan.cost import estimate_cost
@@ -20,7 +21,16 @@ from llama_pretrain.plan.ds_config import get_train_ds_config, trace_ds_config
 from llama_pretrain.plan.feasible import check_machine
 from llama_pretrain.plan.fit import list_fits
 from llama_pretrain.plan.machine import Machine, detect_machine
-from llama_pretrain.plan.plan import Plan, Point, build_plan, check_fits, check_plan, render_plan
+from llama_pretrain.plan.plan import (
+    Corpus,
+    Plan,
+    Point,
+    build_plan,
+    check_corpus,
+    check_fits,
+    check_plan,
+    render_plan,
+)
 from llama_pretrain.runs.checkpoints import forget_after, newest_complete, read_manifest
 from llama_pretrain.runs.provenance import collect_provenance, render_provenance
 from llama_pretrain.runs.report import render_report
@@ -55,23 +65,37 @@ def run_task(
     if run.task is Task.plan:
         show_plan(run, machine, origins)
         return None
-    from llama_pretrain.data.prepare import prepare_corpus  # tokenizers: not for task=plan
-
     refuse(check_fits(run, build_plan(run, None)))
     try:
-        corpus = prepare_corpus(run, report=console.say)
+        corpus = prepare_data(run, run_dir)
     except OSError as error:  # a file that may not be read, a cache that may not be written
         message = f"{error.strerror}: {error.filename}"
         raise UserError([Problem(path="data", message=message)]) from error
     plan = build_plan(run, corpus)
-    if run.task is Task.prepare:
-        console.say(f"prepared {corpus.train_rows:,} rows in {corpus.tokens_dir}")
+    refuse(check_corpus(run, plan))
+    if run.task in (Task.prepare, Task.inspect):
+        console.show_corpus(run, plan)
         return None
     config = get_train_ds_config(run, plan.batch, run_dir=run_dir.path)
     plan = replace(plan, deepspeed_sources=trace_ds_config(config, origins))
     if run.task is Task.probe:
         return probe(run, plan, run_dir=run_dir, argv=argv, machine=machine)
     return pretrain(run, plan, run_dir=run_dir, argv=argv, machine=machine)
+
+
+def prepare_data(run: Run, run_dir: RunDir) -> Corpus:
+    """The run's tokens, made or found; with task=inspect shown as well."""
+    from llama_pretrain.data.prepare import describe_corpus, prepare_sources  # tokenizers
+
+    tokenizer, prepared = prepare_sources(run, report=console.DataReport())
+    corpus = describe_corpus(run, tokenizer, prepared)
+    if run.task is Task.inspect:
+        from llama_pretrain.data.inspect import inspect_data, render_page_of
+
+        inspection = inspect_data(run, tokenizer, prepared)
+        write_text(run_dir.inspection, render_page_of(run, inspection))
+        console.show_inspection(inspection, run_dir.inspection)
+    return corpus
 
 
 def plan_point(run: Run, words: Sequence[str]) -> Point:
@@ -158,11 +182,11 @@ def _pretrain(
     from llama_pretrain.launch.operators import build_operators
 
     checkpoint, first_step = None, 0
-    if run.resume is None:
+    if run.resume.run_dir is None:
         check_unused(run_dir)
     else:
         checkpoint, first_step = find_checkpoint(run, plan, run_dir)
-    run = replace(run, resume=None)
+    run = replace(run, resume=Resume())
     console.show_config(run)
     console.show_plan(run, plan, run_dir)
     write_run_dir(run, plan, run_dir, argv=argv, machine=machine)
@@ -220,6 +244,7 @@ def find_checkpoint(run: Run, plan: Plan, run_dir: RunDir) -> tuple[Path, int]:
         for path, was, wanted in _fixed_for_resume(before, run)
         if was != wanted
     ]
+    free = run.resume.allow_data_change
     devices = (run.zero.offload_optimizer.device, run.zero.offload_param.device)
     if OffloadDevice.nvme in devices:
         message = "DeepSpeed 0.19 goes on with other losses where state lies on nvme"
@@ -244,10 +269,13 @@ def find_checkpoint(run: Run, plan: Plan, run_dir: RunDir) -> tuple[Path, int]:
         size = manifest.consumed_samples // manifest.step
         message = f"the run has had {size} rows a step (got {plan.batch.global_batch_size})"
         problems.append(Problem(path="batch.global_batch_size", message=message))
-    if manifest.data_hash != plan.corpus.data_hash:
-        message = f"the corpus has changed: {plan.corpus.data_hash[:16]} now,"
-        message += f" {manifest.data_hash[:16]} in {folder.name}"
-        problems.append(Problem(path="data", message=message))
+    for field, was, now in _data_changes(manifest.data, plan.corpus.fingerprint):
+        told = f"was {was} when {folder.name} was trained (got {now})"
+        if free:
+            console.say(f"the data is another: {field} {told}")
+            continue
+        hint = "start a new run, or go on all the same: resume.allow_data_change=true"
+        problems.append(Problem(path=field, message=told, hint=hint))
     if manifest.step >= plan.steps.total:
         message = f"the run has done its {plan.steps.total} steps"
         problems.append(
@@ -261,11 +289,22 @@ def find_checkpoint(run: Run, plan: Plan, run_dir: RunDir) -> tuple[Path, int]:
 
 def _fixed_for_resume(before: Run, run: Run) -> Iterator[tuple[str, object, object]]:
     """What a resumed run must have as it was: with another, it would be another run."""
-    for name in ("model", "tokenizer", "optim", "seed", "precision"):
+    for name in ("model", "optim", "seed", "precision"):
         yield name, getattr(before, name), getattr(run, name)
-    was, wanted = (replace(r.data, cache_dir="", num_workers=0) for r in (before, run))
-    yield "data", was, wanted
     yield "zero.stage", before.zero.stage, run.zero.stage
+    if before.data.sequence_length != run.data.sequence_length:  # positions are counted in rows
+        yield "data.sequence_length", before.data.sequence_length, run.data.sequence_length
+
+
+def _data_changes(
+    before: Mapping[str, str], now: Mapping[str, str]
+) -> Iterator[tuple[str, str, str]]:
+    """What differs between two fingerprints of data: setting, then and now."""
+    for field in dict.fromkeys([*before, *now]):
+        was, wanted = (side.get(field, "nothing") for side in (before, now))
+        if was != wanted and field != "data.sequence_length":
+            hashes = len(was) == len(wanted) == 64
+            yield field, was[:16] if hashes else was, wanted[:16] if hashes else wanted
 
 
 def write_run_dir(
@@ -278,5 +317,7 @@ def write_run_dir(
     write_text(run_dir.ds_config, json.dumps(config, indent=2) + "\n")
     write_text(run_dir.plan, render_plan(plan))
     write_text(run_dir.snapshot, render_snapshot(run))
+    assert plan.corpus is not None
+    shutil.copytree(plan.corpus.tokenizer_dir, run_dir.tokenizer, dirs_exist_ok=True)
     for folder in (run_dir.ranks, run_dir.checkpoints):
         os.makedirs(folder, exist_ok=True)

@@ -4,13 +4,16 @@ import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from llama_pretrain.data.packed import TokenWriter
 from llama_pretrain.runs.rundir import RunDir, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,6 +66,27 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def corpus() -> Path:
     """A folder with some forty English-and-Python texts that every Python has."""
     return Path(sysconfig.get_path("stdlib")) / "email"
+
+
+class Quiet:
+    """A report of preparing that keeps its lines to itself."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    @contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Callable[[int, int], None]]:
+        yield lambda done, text: None
+
+
+def write_tokens(prefix: Path, documents: Sequence[Sequence[int]], *, dtype: str) -> None:
+    """PREFIX.bin and PREFIX.idx by our own writer."""
+    with TokenWriter(prefix, dtype=dtype) as writer:
+        for document in documents:
+            writer.add(np.asarray(document, dtype=dtype).tobytes())
 
 
 class Runner:

@@ -71,8 +71,8 @@ def rewrite_argv(argv: Sequence[str], *, scratch: Path) -> list[str]:
         if word.lstrip("+").startswith(f"{key}=")
     }
     given = {key: value for key, value in named.items() if value not in ("", "null")}
-    if not given:
-        return list(argv)
+    if not given:  # resume=null
+        return [word for word in argv if word.lstrip("+").partition("=")[0] not in named]
     if len(given) == 2:
         message = "cannot be given together"
         raise UserError([Problem(path="resume, reproduce", message=message)])
@@ -86,7 +86,7 @@ def rewrite_argv(argv: Sequence[str], *, scratch: Path) -> list[str]:
     (scratch / f"{SNAPSHOT_NAME}.yaml").write_text(render_snapshot(snapshot), encoding="utf-8")
     settings = list(HYDRA_SETTINGS)
     if "resume" in given:
-        settings += [f"hydra.run.dir='{folder}'", f"resume='{folder}'"]
+        settings += [f"hydra.run.dir='{folder}'", f"resume.run_dir='{folder}'"]
     words = ["--config-dir", str(scratch), "--config-name", SNAPSHOT_NAME]
     for word in argv:  # in its place: Hydra wants all overrides in one row, behind its flags
         chosen = word.lstrip("+").startswith(("reproduce=", "resume="))

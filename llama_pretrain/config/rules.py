@@ -12,11 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from llama_pretrain.config.data_rules import check_data, check_tokenizer
 from llama_pretrain.config.deepspeed_rules import OWNED_KEYS, check_deepspeed
 from llama_pretrain.config.problems import Problem, UserError, refuse
 from llama_pretrain.config.schema import (
-    Data,
-    DataName,
     Model,
     PlanSettings,
     RopeType,
@@ -24,8 +23,6 @@ from llama_pretrain.config.schema import (
     Schedule,
     ScheduleName,
     Task,
-    Tokenizer,
-    TokenizerName,
 )
 
 OTHER_NAMES = {
@@ -135,8 +132,9 @@ def check_run(run: Run) -> Iterator[Problem]:
     """Every rule across fields."""
     for rule in (
         _check_model,
-        _check_data,
-        _check_tokenizer,
+        check_data,
+        check_tokenizer,
+        _check_resume,
         _check_schedule,
         _check_train,
         _check_questions,
@@ -231,61 +229,6 @@ def _name_near(number: int, wanted: int) -> str:
     return ", ".join(str(divisor) for divisor in divisors_near(number, wanted))
 
 
-def _check_data(run: Run) -> Iterator[Problem]:
-    data = run.data
-    if data.name is DataName.text and not data.paths and run.task is not Task.plan:
-        yield Problem(
-            path="data.paths",
-            message="data=text needs files",
-            hint="add data.paths=[corpus/*.txt]",
-        )
-    if data.name is not DataName.text and data.paths:
-        yield Problem(
-            path="data.paths",
-            message=f"is not read with data={data.name.value} (got {data.paths})",
-            hint="add data=text",
-        )
-    plain = all(path.endswith(".txt") for path in data.paths)
-    if data.text_field != Data().text_field and (data.name is not DataName.text or plain):
-        why = "and none are read" if data.name is not DataName.text else "and data.paths names none"
-        yield Problem(
-            path="data.text_field",
-            message=f"is for .jsonl and .parquet, {why} (got {data.text_field})",
-            hint="leave it out",
-        )
-
-
-def _check_tokenizer(run: Run) -> Iterator[Problem]:
-    tokenizer, model = run.tokenizer, run.model
-    pretrained = tokenizer.name is TokenizerName.pretrained
-    if pretrained and tokenizer.path is None and run.task is not Task.plan:
-        yield Problem(
-            path="tokenizer.path",
-            message="tokenizer=pretrained needs a directory",
-            hint="add tokenizer.path=DIR",
-        )
-    if tokenizer.name is TokenizerName.train and tokenizer.path is not None:
-        yield Problem(
-            path="tokenizer.path",
-            message=f"is not read with tokenizer=train (got {tokenizer.path})",
-            hint="add tokenizer=pretrained",
-        )
-    if pretrained and tokenizer.vocab_size not in (Tokenizer().vocab_size, model.vocab_size):
-        yield Problem(
-            path="tokenizer.vocab_size",
-            message=f"is not read with tokenizer=pretrained (got {tokenizer.vocab_size})",
-            hint=f"set it to {model.vocab_size}, or add tokenizer=train",
-        )
-    too_large = tokenizer.vocab_size > model.vocab_size and not model.resize_embeddings
-    if tokenizer.name is TokenizerName.train and model.path is None and too_large:
-        yield Problem(
-            path="tokenizer.vocab_size",
-            message=f"is larger than model.vocab_size={model.vocab_size}"
-            f" (got {tokenizer.vocab_size})",
-            hint=f"set model.vocab_size={tokenizer.vocab_size}, or model.resize_embeddings=true",
-        )
-
-
 def _check_schedule(run: Run) -> Iterator[Problem]:
     schedule = run.schedule
     least = schedule.min_learning_rate_ratio
@@ -334,6 +277,15 @@ def _check_train(run: Run) -> Iterator[Problem]:
             path="monitor.wandb_project",
             message=f"is read with monitor.wandb=true alone (got {monitor.wandb_project})",
             hint="leave it out, or set monitor.wandb=true",
+        )
+
+
+def _check_resume(run: Run) -> Iterator[Problem]:
+    if run.resume.allow_data_change and run.resume.run_dir is None:
+        yield Problem(
+            path="resume.allow_data_change",
+            message="is read with resume=DIR alone (got true)",
+            hint="add resume=DIR, or leave it out",
         )
 
 

@@ -2,8 +2,8 @@
 
 Three readers share these classes: Hydra (types and unknown keys while composing), pydantic
 (ranges, in config/rules.py) and people (the string under a field is its documentation, and
-docs/configuration.md is made from it). OmegaConf drops the `Annotated` part. DeepSpeed's own
-sections are in config/deepspeed.py.
+docs/configuration.md is made from it). OmegaConf drops the `Annotated` part. The data's sections
+are in config/data.py, DeepSpeed's own in config/deepspeed.py.
 """
 
 from dataclasses import field
@@ -12,6 +12,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Interval, Len
 
+from llama_pretrain.config.data import Data, Tokenizer
 from llama_pretrain.config.deepspeed import DeepSpeed, Zero
 from llama_pretrain.config.fields import (
     Fraction,
@@ -28,6 +29,7 @@ class Task(str, Enum):
     plan = "plan"
     probe = "probe"
     prepare = "prepare"
+    inspect = "inspect"
 
 
 class RopeType(str, Enum):
@@ -97,52 +99,6 @@ class Model:
     """Whether a tokenizer larger than vocab_size grows the embeddings; `false` refuses it."""
     pad_embeddings_to_multiple_of: PositiveInt = 8
     """Embeddings that grow are rounded up to a multiple of this many rows."""
-
-
-class DataName(str, Enum):
-    stdlib = "stdlib"
-    docstrings = "docstrings"
-    text = "text"
-
-
-@schema
-class Data:
-    """The corpus and how it becomes rows."""
-
-    name: DataName = DataName.stdlib
-    """`stdlib`: the Python standard library's sources where they are installed; `docstrings`:
-    English prose from the docstrings of installed packages; `text`: your own files in `paths`."""
-    paths: list[str] = field(default_factory=list)
-    """Files and globs of .txt (one file = one document), .jsonl and .parquet; `**` recurses."""
-    text_field: str = "text"
-    """Field of a .jsonl record, or column of a .parquet file, that holds the text."""
-    sequence_length: Annotated[int, Ge(2)] = 512
-    """Tokens of a row."""
-    heldout_fraction: Annotated[float, Interval(gt=0, lt=1)] = 0.02
-    """Share of documents held out for evaluation, chosen by a hash of each document's text."""
-    limit_train_rows: PositiveInt | None = None
-    """Use only the first rows of the training split; `null` = all."""
-    cache_dir: str = "~/.cache/llama_pretrain"
-    """Where tokenizers and tokens are kept, each under the hash of what it was made from."""
-    num_workers: NonNegativeInt = 0
-    """Loader processes a rank; 0 is the fastest here (docs/log.md)."""
-
-
-class TokenizerName(str, Enum):
-    train = "train"
-    pretrained = "pretrained"
-
-
-@schema
-class Tokenizer:
-    """How text becomes token ids."""
-
-    name: TokenizerName = TokenizerName.train
-    """`train`: a byte-level BPE learnt from the training documents; `pretrained`: from `path`."""
-    vocab_size: Annotated[int, Ge(260)] = 32_000
-    """`train`: largest number of tokens, the 256 bytes and the special ones included."""
-    path: str | None = None
-    """`pretrained`: directory with tokenizer.json, as `save_pretrained` writes it."""
 
 
 class OptimName(str, Enum):
@@ -397,16 +353,26 @@ class PlanSettings:
 
 
 @schema
+class Resume:
+    """Going on with a run: `resume=DIR` on the command line."""
+
+    run_dir: str | None = None
+    """What `resume=DIR` sets: go on from the newest complete checkpoint of DIR, in DIR."""
+    allow_data_change: bool = False
+    """Go on although the data is not what the checkpoint was trained on."""
+
+
+@schema
 class Run:
     """A whole run."""
 
     task: Task = Task.pretrain
     """`pretrain` trains; `plan` stops after the plan; `probe` trains a few steps and says how long
-    the run would take; `prepare` stops after the data."""
+    the run would take; `prepare` stops after the data; `inspect` shows the data."""
     seed: Annotated[int, Interval(ge=0, lt=2**63)] = 1234
     """Seed of the initial weights, the order of the data and dropout."""
-    resume: str | None = None
-    """A run directory: go on from its newest complete checkpoint, in that directory."""
+    resume: Resume = field(default_factory=Resume)
+    """Going on with a run."""
     model: Model = field(default_factory=Model)
     """The architecture."""
     data: Data = field(default_factory=Data)

@@ -3,60 +3,122 @@
 Letters: B rows of a micro batch, T tokens of a row.
 """
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import default_data_collator
 
-from llama_pretrain.data.order import rank_positions, rows_at
-from llama_pretrain.data.packed import TokenReader
+from llama_pretrain.data.meta import read_meta
+from llama_pretrain.data.order import SampleOrder, rank_samples
+from llama_pretrain.data.packed import TokenRows, open_rows
+from llama_pretrain.plan.plan import Corpus
 
 IGNORED = -100
 """The label that cross entropy leaves out."""
 
 
 class PretrainDataset(Dataset[dict[str, Any]]):
-    """Rows of the packed stream.
+    """Rows of all sources, those of the first source first.
 
     An item has `input_ids` (T,) int64, `shift_labels` (T,) int64 (the token after each input, so
-    that all T positions are trained) and `sample_id`, the row's number. Item -1 is a row without
-    labels, for a rank that has nothing to evaluate while the others have.
+    that all T positions are trained), `sample_id`, the row's number, and with a document mask
+    `position_ids` (T,) int64, which begin anew with each document. Item -1 is a row without labels,
+    for a rank that has nothing to evaluate while the others have.
     """
 
-    def __init__(self, reader: TokenReader, *, sequence_length: int, limit_rows: int | None):
-        self._reader = reader
-        self._sequence_length = sequence_length
-        rows = reader.num_rows(sequence_length)
-        self._num_rows = rows if limit_rows is None else min(rows, limit_rows)
+    def __init__(
+        self,
+        sources: Sequence[TokenRows],
+        *,
+        limits: Sequence[int | None],
+        eos_id: int,
+        document_mask: bool,
+        padded: bool,
+    ):
+        self._sources = list(sources)
+        self._eos_id, self._document_mask, self._padded = eos_id, document_mask, padded
+        self.num_rows = [
+            len(rows) if limit is None else min(len(rows), limit)
+            for rows, limit in zip(sources, limits, strict=True)
+        ]
+        """Of each source."""
+        self.ends = list(accumulate(self.num_rows))
 
     def __len__(self) -> int:
-        return self._num_rows
+        return self.ends[-1]
+
+    @property
+    def masked(self) -> bool:
+        """Whether rows may have fewer than T targets."""
+        return self._document_mask or self._padded
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self._reader.row(max(index, 0), self._sequence_length)
-        labels = row[1:] if index >= 0 else np.full(self._sequence_length, IGNORED)
-        return {"input_ids": row[:-1], "shift_labels": labels, "sample_id": index}
+        source = bisect_right(self.ends, max(index, 0))
+        first = self.ends[source - 1] if source else 0
+        row = self._sources[source].row(max(index, 0) - first)
+        inputs, labels = row[:-1], row[1:]
+        item = {"input_ids": inputs, "shift_labels": labels, "sample_id": index}
+        if index < 0:
+            item["shift_labels"] = np.full_like(labels, IGNORED)
+        elif self.masked:
+            item["shift_labels"] = self._mask(inputs, labels)
+        if self._document_mask:
+            item["position_ids"] = document_positions(inputs, eos_id=self._eos_id)
+        return item
+
+    def _mask(self, inputs: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Leave out first tokens of documents, or only the ends that fill up a row."""
+        hidden = inputs == self._eos_id
+        if not self._document_mask:
+            hidden &= labels == self._eos_id  # no document is empty
+        return np.where(hidden, IGNORED, labels)
+
+
+def document_positions(inputs: NDArray[np.int64], *, eos_id: int) -> NDArray[np.int64]:
+    """Each token's place in its document, counted from the row's beginning for the first: (T,)."""
+    places = np.arange(len(inputs))
+    starts = np.zeros_like(places)
+    starts[1:][inputs[:-1] == eos_id] = places[1:][inputs[:-1] == eos_id]
+    return places - np.maximum.accumulate(starts)
 
 
 def create_pretrain_dataset(
-    tokens_dir: Path, split: str, *, sequence_length: int, limit_rows: int | None = None
+    corpus: Corpus,
+    split: str,
+    *,
+    sequence_length: int,
+    limits: Sequence[int | None],
+    document_mask: bool = False,
 ) -> PretrainDataset:
-    """Open `train` or `heldout` of prepared tokens."""
-    reader = TokenReader(tokens_dir / split)
-    return PretrainDataset(reader, sequence_length=sequence_length, limit_rows=limit_rows)
+    """Open `train` or `heldout` of a run's sources, at most so many rows of each."""
+    sources, padded = [], False
+    for source in corpus.sources:
+        folder = Path(source.tokens_dir)
+        meta = read_meta(folder, path="data")
+        sources.append(open_rows(folder, meta, split, sequence_length=sequence_length))
+        padded = padded or meta.row_tokens is not None
+    return PretrainDataset(
+        sources,
+        limits=limits,
+        eos_id=corpus.eos_id,
+        document_mask=document_mask,
+        padded=padded,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSampler(Sampler[int]):
-    """Row numbers of one rank from a step on, shuffled by formula."""
+    """Sample ids of one rank from a step on, shuffled and mixed by formula."""
 
-    num_rows: int
-    seed: int
+    order: SampleOrder
     first_step: int
     num_steps: int
     global_batch_size: int
@@ -64,14 +126,15 @@ class TrainSampler(Sampler[int]):
     world_size: int
 
     def __iter__(self) -> Iterator[int]:
-        for positions in rank_positions(
+        for ids in rank_samples(
+            self.order,
             first_step=self.first_step,
             num_steps=self.num_steps,
             global_batch_size=self.global_batch_size,
             rank=self.rank,
             world_size=self.world_size,
         ):
-            yield from rows_at(positions, num_rows=self.num_rows, seed=self.seed).tolist()
+            yield from ids.tolist()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,19 +1,106 @@
 """The order of the data is a formula: the row at each global position, for any number of ranks.
 
 A keyed Feistel network permutes [0, 4^k); cycle walking (Black and Rogaway 2002) restricts it to
-the rows there are. Nothing is stored, so a position is all that a checkpoint keeps.
+the rows there are. Nothing is stored, so a position is all that a checkpoint keeps. In a mixture,
+a keyed permutation of each block of positions deals them out among the sources, and each source is
+read in an order of its own.
 """
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llama_pretrain.plan.sampling import SamplingPlan, StagePlan
+
 NUM_ROUNDS = 6
+
+_Deal = tuple[NDArray[np.int64], NDArray[np.uint64]]
+
+
+class SampleOrder:
+    """Sample ids by global position. The ids of a source follow those of the sources before it."""
+
+    def __init__(self, sampling: SamplingPlan, *, num_rows: Sequence[int], seed: int):
+        self.num_rows = list(num_rows)
+        self._sampling = sampling
+        self._first_ids = np.cumsum([0, *num_rows[:-1]], dtype=np.uint64)
+        alone = len(num_rows) == 1
+        # A source keeps its order when others join it.
+        self._seeds = [seed if alone else _seed_of(name, seed) for name in sampling.names]
+        self._seed = seed
+        self._dealt: tuple[int, int, _Deal] | None = None  # of the block that was asked for last
+        self._used_before = self._count_stages()
+
+    def ids(self, first: int, count: int) -> NDArray[np.uint64]:
+        """Sample ids at positions first, first + 1, ...: (count,)."""
+        if len(self.num_rows) == 1:
+            positions = np.arange(first, first + count, dtype=np.uint64)
+            return rows_at(positions, num_rows=self.num_rows[0], seed=self._seeds[0])
+        result = np.empty(count, dtype=np.uint64)
+        done = 0
+        while done < count:
+            stage = self._sampling.stage_at(first + done)
+            number = self._sampling.stages.index(stage)
+            block, place = divmod(first + done - stage.first_sample, self._sampling.block)
+            taken = min(self._sampling.block - place, count - done)
+            if number + 1 < len(self._sampling.stages):
+                end = self._sampling.stages[number + 1].first_sample
+                taken = min(taken, end - first - done)
+            sources, turns = self._deal(stage, number, block)
+            chosen = slice(place, place + taken)
+            part = result[done : done + taken]
+            for index in range(len(self.num_rows)):
+                mine = sources[chosen] == index
+                before = self._used_before[number][index] + block * stage.quotas[index]
+                positions = np.uint64(before) + turns[chosen][mine]
+                if len(positions):
+                    rows = rows_at(
+                        positions, num_rows=self.num_rows[index], seed=self._seeds[index]
+                    )
+                    part[mine] = self._first_ids[index] + rows
+            done += taken
+        return result
+
+    def _deal(self, stage: StagePlan, number: int, block: int) -> _Deal:
+        """The source of each place of a block, and the how-manieth of that source it is."""
+        if self._dealt is not None and self._dealt[:2] == (number, block):
+            return self._dealt[2]
+        size = self._sampling.block
+        key = _mix(np.asarray([self._seed], np.uint64))
+        key = _mix(_mix(key ^ np.uint64(number + 1)) ^ np.uint64(block))
+        places = _permute(np.arange(size, dtype=np.uint64), num_rows=size, key=key[0])
+        sources = np.searchsorted(np.cumsum(stage.quotas), places, side="right")
+        turns = np.empty(size, dtype=np.uint64)
+        for index in range(len(stage.quotas)):
+            mine = sources == index
+            turns[mine] = np.arange(mine.sum(), dtype=np.uint64)
+        self._dealt = number, block, (sources, turns)
+        return sources, turns
+
+    def _count_stages(self) -> list[list[int]]:
+        """Rows of each source that the stages before each stage have read."""
+        stages = self._sampling.stages
+        used = [[0] * len(self.num_rows)]
+        if len(self.num_rows) == 1:
+            return used * len(stages)
+        for number, (stage, after) in enumerate(pairwise(stages)):
+            blocks, rest = divmod(after.first_sample - stage.first_sample, self._sampling.block)
+            sources, _ = self._deal(stage, number, blocks)
+            begun = np.bincount(sources[:rest], minlength=len(self.num_rows))
+            used.append(
+                [
+                    before + blocks * quota + int(more)
+                    for before, quota, more in zip(used[-1], stage.quotas, begun, strict=True)
+                ]
+            )
+        return used
 
 
 def rows_at(positions: NDArray[np.uint64], *, num_rows: int, seed: int) -> NDArray[np.uint64]:
-    """The row at each global position: each epoch is a permutation of its own."""
+    """The row at each position of one source: each epoch is a permutation of its own."""
     epochs, places = np.divmod(positions, np.uint64(num_rows))
     rows = np.empty_like(places)
     for epoch in np.unique(epochs):
@@ -24,18 +111,32 @@ def rows_at(positions: NDArray[np.uint64], *, num_rows: int, seed: int) -> NDArr
     return rows
 
 
-def rank_positions(
-    *, first_step: int, num_steps: int, global_batch_size: int, rank: int, world_size: int
+def rank_samples(
+    order: SampleOrder,
+    *,
+    first_step: int,
+    num_steps: int,
+    global_batch_size: int,
+    rank: int,
+    world_size: int,
 ) -> Iterator[NDArray[np.uint64]]:
-    """Positions of one rank for each step: r, r + W, r + 2W, ... of the step's global batch."""
-    for step in range(first_step, num_steps):
-        start = step * global_batch_size
-        yield np.arange(start + rank, start + global_batch_size, world_size, dtype=np.uint64)
+    """Sample ids of one rank for each step: r, r + W, r + 2W, ... of the step's global batch."""
+    at_once = max(1, 4096 // global_batch_size)  # numpy's overhead is that of a call
+    for step in range(first_step, num_steps, at_once):
+        steps = min(at_once, num_steps - step)
+        ids = order.ids(step * global_batch_size, steps * global_batch_size)
+        for batch in ids.reshape(steps, global_batch_size):
+            yield batch[rank::world_size]
 
 
-def hash_samples(rows: NDArray[np.int64]) -> int:
-    """A sum of 32-bit hashes of row ids: the same whatever their order or their rank."""
-    return int((_mix(rows.astype(np.uint64)) >> np.uint64(32)).sum())
+def hash_samples(ids: NDArray[np.int64]) -> int:
+    """A sum of 32-bit hashes of sample ids: the same whatever their order or their rank."""
+    return int((_mix(ids.astype(np.uint64)) >> np.uint64(32)).sum())
+
+
+def _seed_of(name: str, seed: int) -> int:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")
 
 
 def _permute(places: NDArray[np.uint64], *, num_rows: int, key: np.uint64) -> NDArray[np.uint64]:

@@ -1,4 +1,4 @@
-"""Where text comes from: files in an order that doesn't change, and the documents in them."""
+"""Where text comes from: files in an order that doesn't change, and the spans to read of them."""
 
 import ast
 import glob
@@ -6,80 +6,213 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import sqlite3
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llama_pretrain.config.problems import Problem, UserError
-from llama_pretrain.config.schema import Data, DataName
+from llama_pretrain.config.data import DataName
+from llama_pretrain.config.data import Source as SourceConfig
+from llama_pretrain.config.problems import Problem, UserError, refuse
+from llama_pretrain.data.read import (
+    LINE_SUFFIXES,
+    TEXT_SUFFIXES,
+    Document,
+    Record,
+    open_parquet,
+    read_lines,
+    read_parquet,
+    read_rows,
+    read_text,
+    suffix_of,
+)
 
-SUFFIXES = (".txt", ".jsonl", ".parquet", ".py")
+SUFFIXES = (*TEXT_SUFFIXES, *LINE_SUFFIXES, ".parquet")
+SHOWN_SUFFIXES = ".txt, .jsonl (plain, .gz or .zst), .parquet"
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+MIN_TASK, MAX_TASK = 1 << 20, 1 << 26
+"""Bytes of one task; in between a 64th of the corpus, so that all cores have work."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """A corpus: its files in order, and a hash of everything that decides its documents."""
+class File:
+    """A file as it was when it was hashed."""
 
-    files: list[Path]
-    text_field: str
+    path: Path
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """A part of a file: bytes, row groups or rows [start, stop); `None` = to the end."""
+
+    file: int
+    start: int = 0
+    stop: int | None = None
+    size: int
+    """Bytes to read, for progress."""
+
+
+Task = list[Span]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSource:
+    """A source of documents."""
+
+    path: str
+    """Of its settings, for messages: `data` or `data.sources.NAME`."""
+    config: SourceConfig
+    files: list[File]
     fingerprint: str
+    """Of everything that decides its documents."""
     num_bytes: int
 
-    def documents(self) -> Iterator[str]:
-        """Every document that is not blank, in order.
+    def tasks(self) -> list[Task]:
+        """The source in parts, the same whatever reads them."""
+        target = min(max(self.num_bytes // 64, MIN_TASK), MAX_TASK)
+        tasks: list[Task] = []
+        filled = target
+        for span in self._spans(target):
+            if filled >= target:
+                tasks.append([])
+                filled = 0
+            tasks[-1].append(span)
+            filled += span.size
+        return tasks
+
+    def read(self, span: Span) -> Iterator[Record]:
+        """The documents of a span, and what can't be read.
 
         Raises:
-            UserError: naming the file and the place that can't be read.
+            UserError: if the file as a whole can't be read.
         """
-        for path in self.files:
-            for text in _read_documents(path, self.text_field):
-                if text.strip():
-                    yield text
+        field = self.config.text_field
+        if self.config.name is DataName.huggingface:
+            yield from self._read_dataset(span)
+            return
+        path = self.files[span.file].path
+        try:
+            if suffix_of(path) in LINE_SUFFIXES:
+                yield from read_lines(path, start=span.start, stop=span.stop, field=field)
+            elif path.suffix == ".parquet":
+                yield from read_parquet(path, start=span.start, stop=span.stop, field=field)
+            else:
+                mark = self.config.delimiter
+                yield from read_text(path, start=span.start, stop=span.stop, delimiter=mark)
+        except EOFError as error:
+            message = f"{path} is cut short: {error}"
+            raise UserError([Problem(path=f"{self.path}.paths", message=message)]) from error
+        except Exception as error:
+            if type(error).__module__ not in ("zstd", "zstandard", "zlib", "gzip"):
+                raise
+            message = f"{path} can't be decompressed: {error}"
+            raise UserError([Problem(path=f"{self.path}.paths", message=message)]) from error
+
+    def place(self, span: Span, document: Document) -> str:
+        """File and place of a document."""
+        on_hub = self.config.name is DataName.huggingface
+        name = self.config.dataset if on_hub else self.files[span.file].path
+        return f"{name}, {document.place}"
+
+    def _spans(self, target: int) -> Iterator[Span]:
+        if self.config.name is DataName.huggingface:
+            yield from self._dataset_spans(target)
+            return
+        for number, file in enumerate(self.files):
+            if file.path.suffix == ".parquet":
+                groups = open_parquet(file.path).metadata
+                for group in range(groups.num_row_groups):
+                    size = groups.row_group(group).total_byte_size
+                    yield Span(file=number, start=group, stop=group + 1, size=size)
+            elif file.path.suffix in TEXT_SUFFIXES and self.config.delimiter is None:
+                yield Span(file=number, size=file.size)
+            elif file.path.suffix in (*TEXT_SUFFIXES, *LINE_SUFFIXES):
+                for start in range(0, file.size, target):
+                    stop = min(start + target, file.size)
+                    yield Span(file=number, start=start, stop=stop, size=stop - start)
+            else:  # compressed: from its beginning only
+                yield Span(file=number, size=file.size)
+
+    def _dataset_spans(self, target: int) -> Iterator[Span]:
+        dataset = load_dataset(self.config, self.path)
+        if hasattr(dataset, "num_rows"):
+            rows = dataset.num_rows
+            each = max(1, rows * target // max(1, self.num_bytes))
+            for start in range(0, rows, each):
+                stop = min(start + each, rows)
+                size = self.num_bytes * (stop - start) // rows
+                yield Span(file=0, start=start, stop=stop, size=size)
+            return
+        shards = dataset.num_shards
+        for shard in range(shards):
+            size = self.num_bytes // shards
+            yield Span(file=0, start=shard, stop=shard + 1, size=size)
+
+    def _read_dataset(self, span: Span) -> Iterator[Record]:
+        dataset = load_dataset(self.config, self.path)
+        name, field = str(self.config.dataset), self.config.text_field
+        if hasattr(dataset, "num_rows"):
+            assert span.stop is not None
+            part = dataset.select(range(span.start, span.stop))
+            yield from read_rows(iter(part), name=name, first=span.start, field=field)
+            return
+        part = dataset.shard(num_shards=dataset.num_shards, index=span.start)
+        where = f"{name}, shard {span.start}"
+        yield from read_rows(iter(part), name=where, first=0, field=field)
 
 
-def open_source(data: Data) -> Source:
-    """Find the files of a corpus and hash them.
+def open_source(config: SourceConfig, *, path: str, cache_dir: Path, heldout: bool) -> TextSource:
+    """Find the files of a source and hash them.
+
+    Args:
+        heldout: of `heldout_paths` instead of `paths`.
 
     Raises:
         UserError: if there is none, or one is of a kind that isn't read.
     """
-    if data.name is DataName.stdlib:
-        files = _stdlib_files()
-    elif data.name is DataName.docstrings:
-        files = [_collect_docstrings(Path(data.cache_dir).expanduser())]
+    if config.name is DataName.huggingface:
+        return _open_dataset(config, path=path, cache_dir=cache_dir)
+    if config.name is DataName.stdlib:
+        paths = _stdlib_files()
+    elif config.name is DataName.docstrings:
+        paths = [_collect_docstrings(cache_dir)]
     else:
-        files = list_files(data.paths)
-    digest = hashlib.sha256(data.text_field.encode())
-    num_bytes = 0
-    for path in files:
-        content = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                content.update(block)
-                num_bytes += len(block)
-        digest.update(path.suffix.encode() + content.digest())
-    return Source(
+        name = "heldout_paths" if heldout else "paths"
+        paths = list_files(getattr(config, name), path=f"{path}.{name}", suffixes=SUFFIXES)
+    files = hash_files(paths, cache_dir=cache_dir)
+    kinds = "\n".join(f"{suffix_of(f.path)} {f.path.suffix} {f.digest}" for f in files)
+    recipe = f"{config.text_field}\n{config.delimiter!r}\n{kinds}"
+    return TextSource(
+        path=path,
+        config=config,
         files=files,
-        text_field=data.text_field,
-        fingerprint=digest.hexdigest(),
-        num_bytes=num_bytes,
+        fingerprint=hashlib.sha256(recipe.encode()).hexdigest(),
+        num_bytes=sum(file.size for file in files),
     )
 
 
-def list_files(paths: list[str]) -> list[Path]:
+def list_files(
+    patterns: Sequence[str], *, path: str, suffixes: Sequence[str] | None = None
+) -> list[Path]:
     """The files that paths and globs name, sorted within each, none twice.
+
+    Args:
+        path: the setting that names them.
+        suffixes: those that are read; `None` = any.
 
     Raises:
         UserError: for each path that names nothing, or no text.
     """
     problems: list[Problem] = []
     found: dict[Path, None] = {}
-    for pattern in paths:
+    for pattern in patterns:
         expanded = os.path.expanduser(pattern)
         names = sorted(glob.glob(expanded, recursive=True))
         if os.path.isfile(expanded):  # a name with brackets is a name first, and then a pattern
@@ -88,16 +221,138 @@ def list_files(paths: list[str]) -> list[Path]:
         if not files:
             what = "names a directory" if os.path.isdir(expanded) else "names no file"
             hint = f"add {pattern.rstrip('/')}/**/*.txt" if os.path.isdir(expanded) else ""
-            message = f"{what} (got {pattern})"
-            problems.append(Problem(path="data.paths", message=message, hint=hint))
+            problems.append(Problem(path=path, message=f"{what} (got {pattern})", hint=hint))
         for file in files:
-            if file.suffix not in SUFFIXES:
-                message = f"{file} is none of {', '.join(SUFFIXES[:3])}"
-                problems.append(Problem(path="data.paths", message=message))
+            if suffixes is not None and suffix_of(file) not in suffixes:
+                message = f"{file} is none of {SHOWN_SUFFIXES}"
+                problems.append(Problem(path=path, message=message))
             found[file] = None
-    if problems:
-        raise UserError(problems)
+    refuse(problems)
     return list(found)
+
+
+def hash_files(paths: Sequence[Path], *, cache_dir: Path) -> list[File]:
+    """Sizes and SHA-256 of files, as many at a time as there are cores.
+
+    What was hashed before and has the same size and time of change since is not read again.
+    """
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with sqlite3.connect(cache_dir / "hashes.sqlite", timeout=60) as known:
+        known.execute(
+            "CREATE TABLE IF NOT EXISTS hashes"
+            " (path TEXT PRIMARY KEY, size INTEGER, time INTEGER, digest TEXT)"
+        )
+        stored = {}
+        for path in paths:
+            query = "SELECT size, time, digest FROM hashes WHERE path = ?"
+            row = known.execute(query, (str(path),)).fetchone()
+            stat = path.stat()
+            if row is not None and row[:2] == (stat.st_size, stat.st_mtime_ns):
+                stored[path] = File(path=path, size=row[0], digest=row[2])
+        missing = [path for path in paths if path not in stored]
+        with ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter's lock
+            for path, (time, file) in zip(missing, pool.map(_hash, missing), strict=True):
+                stored[path] = file
+                row = (str(path), file.size, time, file.digest)
+                known.execute("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?)", row)
+    known.close()
+    return [stored[path] for path in paths]
+
+
+def _hash(path: Path) -> tuple[int, File]:
+    with path.open("rb") as file:
+        stat = os.fstat(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return stat.st_mtime_ns, File(path=path, size=stat.st_size, digest=digest)
+
+
+def check_unchanged(files: Sequence[File], *, path: str) -> None:
+    """Refuse files that were written to while they were read.
+
+    Raises:
+        UserError: naming them.
+    """
+    refuse(
+        Problem(path=path, message=f"{file.path} has changed while it was read")
+        for file in files
+        if not file.path.is_file() or file.path.stat().st_size != file.size
+    )
+
+
+def load_dataset(config: SourceConfig, path: str) -> Any:
+    """A Hugging Face dataset: on disk with `num_rows`, or streamed with `num_shards`.
+
+    Raises:
+        UserError: if it can't be loaded, saying what the library said.
+    """
+    try:
+        import datasets  # an extra
+    except ImportError as error:
+        hint = "pip install 'llama-pretrain[huggingface]'"
+        message = "needs the package datasets (got data=huggingface)"
+        raise UserError([Problem(path=path, message=message, hint=hint)]) from error
+    assert config.dataset is not None
+    folder, split = Path(config.dataset).expanduser(), config.dataset_split
+    try:
+        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(str(folder))
+            if isinstance(loaded, datasets.DatasetDict):
+                if split not in loaded:
+                    message = f"{folder} has no split {split!r} (got {', '.join(loaded)})"
+                    raise UserError([Problem(path=f"{path}.dataset_split", message=message)])
+                loaded = loaded[split]
+            return loaded
+        return datasets.load_dataset(
+            str(folder) if folder.is_dir() else config.dataset,
+            config.dataset_config,
+            split=split,
+            revision=None if folder.is_dir() else config.dataset_revision,
+            streaming=True,
+        )
+    except UserError:
+        raise
+    except Exception as error:  # the library raises many kinds
+        said = str(error).splitlines()
+        message = f"{config.dataset} can't be loaded: {said[0] if said else type(error).__name__}"
+        raise UserError([Problem(path=f"{path}.dataset", message=message)]) from error
+
+
+def _open_dataset(config: SourceConfig, *, path: str, cache_dir: Path) -> TextSource:
+    assert config.dataset is not None
+    folder = Path(config.dataset).expanduser()
+    recipe = [config.text_field, config.dataset_config, config.dataset_split]
+    files: list[File] = []
+    if folder.is_dir():
+        names = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+        files = hash_files([name.resolve() for name in names], cache_dir=cache_dir)
+        num_bytes = sum(file.size for file in files)
+        recipe += [file.digest for file in files]
+        load_dataset(config, path)  # told now, if it can't be
+    else:
+        config = replace(config, dataset_revision=_newest_revision(config, path))
+        recipe += [config.dataset, config.dataset_revision]
+        size = load_dataset(config, path).info.size_in_bytes
+        num_bytes = size or MAX_TASK
+    return TextSource(
+        path=path,
+        config=config,
+        files=files,
+        fingerprint=hashlib.sha256(repr(recipe).encode()).hexdigest(),
+        num_bytes=num_bytes,
+    )
+
+
+def _newest_revision(config: SourceConfig, path: str) -> str:
+    """The commit that a dataset's name stands for now, so that the cache's name says it."""
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().dataset_info(str(config.dataset), revision=config.dataset_revision)
+    except Exception as error:  # no network, no such dataset, no access: it says which
+        said = str(error).splitlines()
+        message = f"{config.dataset} is no folder, and the hub says: {said[0] if said else error}"
+        raise UserError([Problem(path=f"{path}.dataset", message=message)]) from error
+    return str(info.sha)
 
 
 def _stdlib_files() -> list[Path]:
@@ -149,72 +404,3 @@ def _docstrings(path: Path) -> Iterator[str]:
         text = ast.get_docstring(node) if isinstance(node, kinds) else None
         if text is not None and "\n" in text:
             yield text.encode("utf-8", "ignore").decode("utf-8")
-
-
-def _read_documents(path: Path, text_field: str) -> Iterator[str]:
-    if path.suffix == ".jsonl":
-        yield from _read_jsonl(path, text_field)
-    elif path.suffix == ".parquet":
-        yield from _read_parquet(path, text_field)
-    else:
-        yield _decode(path.read_bytes(), path=path, offset=0)
-
-
-def _decode(content: bytes, *, path: Path, offset: int) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        message = f"{path} is not UTF-8 at byte {offset + error.start}: {error.reason}"
-        hint = "convert it, say with iconv -t UTF-8"
-        raise UserError([Problem(path="data.paths", message=message, hint=hint)]) from error
-
-
-def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
-    offset = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield _field_of(_decode(line, path=path, offset=offset), path, number, text_field)
-            offset += len(line)
-
-
-def _field_of(line: str, path: Path, number: int, text_field: str) -> str:
-    place = f"{path}, line {number}"
-    try:
-        record: Any = json.loads(line)
-    except ValueError as error:
-        raise UserError([Problem(path="data.paths", message=f"{place}: {error}")]) from error
-    text = record.get(text_field) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        seen = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        message = f"{place}: no text under {text_field!r} (got {seen})"
-        raise UserError([Problem(path="data.text_field", message=message)])
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:  # "\ud800" is valid JSON and no text
-        message = f"{place}: lone surrogate at character {error.start}"
-        raise UserError([Problem(path="data.paths", message=message)]) from error
-    return text
-
-
-def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
-    try:
-        from pyarrow import parquet  # an extra: only who reads .parquet needs it
-    except ImportError as error:
-        hint = "pip install 'llama-pretrain[parquet]'"
-        message = f"{path} needs the package pyarrow"
-        raise UserError([Problem(path="data.paths", message=message, hint=hint)]) from error
-    try:
-        file = parquet.ParquetFile(path)
-    except (ValueError, OSError) as error:  # pyarrow's errors are both
-        raise UserError([Problem(path="data.paths", message=f"{path}: {error}")]) from error
-    if text_field not in file.schema_arrow.names:
-        message = f"{path} has no column {text_field!r} (got {', '.join(file.schema_arrow.names)})"
-        raise UserError([Problem(path="data.text_field", message=message)])
-    for batch in file.iter_batches(columns=[text_field]):
-        for text in batch.column(0).to_pylist():
-            if text is not None and not isinstance(text, str):
-                message = f"{path}: column {text_field!r} holds {type(text).__name__}, not text"
-                raise UserError([Problem(path="data.text_field", message=message)])
-            if text is not None:
-                yield text

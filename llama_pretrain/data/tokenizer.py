@@ -5,18 +5,18 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from llama_pretrain.config.data import Tokenizer as TokenizerConfig
 from llama_pretrain.config.problems import Problem, UserError
-from llama_pretrain.config.schema import Tokenizer as TokenizerConfig
 
 PAD, BOS, EOS = "[PAD]", "<s>", "</s>"
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same text and options would give another tokenizer."""
 
 
@@ -34,11 +34,6 @@ class TrainedTokenizer:
         """Number of tokens, added ones included."""
         return int(self.backend.get_vocab_size(with_added_tokens=True))
 
-    def encode(self, texts: list[str]) -> Iterator[list[int]]:
-        """Token ids of each text, without special tokens around them."""
-        for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False):
-            yield encoding.ids
-
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, target: Path) -> None:
     """Learn a byte-level BPE and write it to `target` as AutoTokenizer reads it."""
@@ -54,6 +49,28 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, target: Path) -> N
     backend.train_from_iterator(texts, trainer=trainer)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
     _write(backend, config, target)
+
+
+def find_tokenizer(
+    config: TokenizerConfig,
+    *,
+    recipe: Sequence[str],
+    texts: Callable[[], Iterable[str]],
+    cache_dir: Path,
+    report: Callable[[str], None],
+) -> TrainedTokenizer:
+    """The tokenizer that these texts give, learnt now or found in the cache.
+
+    Args:
+        recipe: whatever decides the texts.
+    """
+    named = [*recipe, str(config.vocab_size), str(config.sample_bytes), str(FORMAT)]
+    key = hashlib.sha256("\n".join(named).encode()).hexdigest()[:16]
+    target = cache_dir / "tokenizers" / key
+    if not target.is_dir():
+        report(f"training a tokenizer of {config.vocab_size:,} tokens")
+        train_tokenizer(texts(), vocab_size=config.vocab_size, target=target)
+    return open_tokenizer(target)
 
 
 def import_tokenizer(config: TokenizerConfig, *, cache_dir: Path) -> Path:

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from llama_pretrain.config.data import DataName
+from llama_pretrain.config.data_rules import named_sources
 from llama_pretrain.config.fields import parse_size
 from llama_pretrain.config.problems import Problem, UserError, refuse
 from llama_pretrain.config.schema import Run, ScheduleName, Task
@@ -18,7 +20,23 @@ from llama_pretrain.plan.model_size import (
     flops_per_token,
     with_vocabulary,
 )
+from llama_pretrain.plan.sampling import SamplingPlan, plan_sampling, share_evenly
 from llama_pretrain.plan.traffic import TrafficPlan, count_traffic
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceTokens:
+    """The prepared tokens of one source."""
+
+    name: str
+    tokens_dir: str
+    data_hash: str
+    """Names the tokens: of the files, the tokenizer and the options that made them."""
+    train_rows: int
+    train_tokens: int
+    heldout_rows: int
+    heldout_bytes_per_token: float
+    """Bytes of text a token of the held-out split, for bits per byte."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,16 +44,19 @@ class Corpus:
     """The prepared data that a run reads."""
 
     tokenizer_dir: str
-    tokens_dir: str
     tokenizer_hash: str
-    data_hash: str
-    """Names the tokens: of the files, the tokenizer and the options that made them."""
     tokenizer_size: int
-    train_rows: int
-    train_tokens: int
-    heldout_rows: int
-    heldout_bytes_per_token: float
-    """Bytes of text a token of the held-out split, for bits per byte."""
+    eos_id: int
+    """The id that ends a document."""
+    data_hash: str
+    """Of all sources and of whatever else decides which tokens a position has."""
+    fingerprint: dict[str, str]
+    """What the hash is of, by setting: to say what has changed."""
+    sources: list[SourceTokens]
+
+    @property
+    def train_rows(self) -> int:
+        return sum(source.train_rows for source in self.sources)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +69,12 @@ class Steps:
     """Steps of the decay at the end: all after warm-up but for `wsd` and `constant`."""
     tokens_per_step: int
     tokens: int
-    epochs: float | None
-    """Passes over the training rows; `None` where the data is not prepared yet."""
+    epochs: dict[str, float] | None
+    """Passes over each source's training rows; `None` where the data is not prepared yet."""
     eval_rows: int | None
+    """Rows of one evaluation, over all sources."""
+    eval_rows_of: list[int] | None
+    """Rows of each source in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +85,7 @@ class Plan:
     world_size: int
     batch: BatchPlan
     steps: Steps
+    sampling: SamplingPlan
     parameters: ModelSize
     flops_per_token: int
     vocab_size: int
@@ -109,7 +134,7 @@ def check_plan(run: Run) -> Iterator[Problem]:
             message = f"should be a size with its unit (got {size})"
             yield Problem(path=path, message=message, hint="write it as 80GiB, 24GB or 500MiB")
     try:
-        _solve(run)
+        plan_sampling(run.data, global_batch_size=_solve(run).global_batch_size)
     except UserError as error:
         yield from error.problems
 
@@ -126,6 +151,31 @@ def check_fits(run: Run, plan: Plan) -> Iterator[Problem]:
         )
 
 
+def check_corpus(run: Run, plan: Plan) -> Iterator[Problem]:
+    """What a run may not do with the data that was found."""
+    assert plan.corpus is not None
+    assert plan.steps.epochs is not None
+    rows, batch = plan.corpus.train_rows, plan.batch.global_batch_size
+    if rows < batch and run.data.limit_train_rows is None:
+        yield Problem(
+            path="data",
+            message=f"there are {rows} rows of {run.data.sequence_length} training tokens, fewer"
+            f" than one global batch (got {batch})",
+            hint="give more text, shorten data.sequence_length or lower batch.global_batch_size;"
+            f" to train on them all the same, set data.limit_train_rows={rows}",
+        )
+    mixed = run.data.name is DataName.mixture
+    for name, source in named_sources(run.data).items():
+        epochs = plan.steps.epochs[name]
+        if source.max_epochs is not None and epochs > source.max_epochs:
+            hint = "lower its weight, or shorten the run" if mixed else "shorten the run"
+            yield Problem(
+                path=f"data.sources.{name}.max_epochs" if mixed else "data.max_epochs",
+                message=f"the run would read {name} {epochs:.2f} times (got {source.max_epochs:g})",
+                hint=hint,
+            )
+
+
 def build_plan(run: Run, corpus: Corpus | None) -> Plan:
     """Plan a run whose choices are resolved.
 
@@ -138,7 +188,8 @@ def build_plan(run: Run, corpus: Corpus | None) -> Plan:
     if corpus is not None:
         run = replace(run, model=with_vocabulary(run.model, tokenizer_size=corpus.tokenizer_size))
     assert run.launch.device_memory is not None
-    size, steps = count_parameters(run.model), _count_steps(run, batch, corpus)
+    sampling = plan_sampling(run.data, global_batch_size=batch.global_batch_size)
+    size, steps = count_parameters(run.model), _count_steps(run, batch, sampling, corpus)
     speed = run.plan.tokens_per_s
     cost = None if speed is None else estimate_cost(run, tokens=steps.tokens, tokens_per_s=speed)
     constant = run.schedule.name is ScheduleName.constant
@@ -148,6 +199,7 @@ def build_plan(run: Run, corpus: Corpus | None) -> Plan:
         world_size=world_size,
         batch=batch,
         steps=steps,
+        sampling=sampling,
         parameters=size,
         flops_per_token=flops_per_token(run.model, sequence_length=run.data.sequence_length),
         vocab_size=run.model.vocab_size,
@@ -167,7 +219,9 @@ def _solve(run: Run) -> BatchPlan:
     return solve_batch(run.batch, sequence_length=length, replicas=replicas)
 
 
-def _count_steps(run: Run, batch: BatchPlan, corpus: Corpus | None) -> Steps:
+def _count_steps(
+    run: Run, batch: BatchPlan, sampling: SamplingPlan, corpus: Corpus | None
+) -> Steps:
     tokens_per_step = batch.global_batch_size * run.data.sequence_length
 
     def in_steps(steps: int | None, tokens: int | None) -> int | None:
@@ -185,11 +239,16 @@ def _count_steps(run: Run, batch: BatchPlan, corpus: Corpus | None) -> Steps:
     if schedule.name is ScheduleName.wsd:
         wanted = in_steps(schedule.decay_steps, schedule.decay_tokens)
         decay = min(rest, -(-total // 10) if wanted is None else wanted)
-    epochs, eval_rows = None, run.train.eval_rows
+    epochs, eval_rows, shares = None, run.train.eval_rows, None
     if corpus is not None:
-        rows = min(corpus.train_rows, run.data.limit_train_rows or corpus.train_rows)
-        epochs = total * batch.global_batch_size / rows
-        eval_rows = min(corpus.heldout_rows, run.train.eval_rows or corpus.heldout_rows)
+        used = sampling.consumed(total * batch.global_batch_size)
+        limit = run.data.limit_train_rows
+        epochs = {
+            source.name: rows / min(source.train_rows, limit or source.train_rows)
+            for source, rows in zip(corpus.sources, used, strict=True)
+        }
+        shares = share_evenly([source.heldout_rows for source in corpus.sources], eval_rows)
+        eval_rows = sum(shares)
     return Steps(
         total=total,
         warmup=warmup,
@@ -198,6 +257,7 @@ def _count_steps(run: Run, batch: BatchPlan, corpus: Corpus | None) -> Steps:
         tokens=total * tokens_per_step,
         epochs=epochs,
         eval_rows=eval_rows,
+        eval_rows_of=shares,
     )
 
 

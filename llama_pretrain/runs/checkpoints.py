@@ -22,8 +22,9 @@ class Manifest:
     world_size: int
     zero_stage: int
     precision: str
-    data_hash: str
-    tokenizer_hash: str
+    data: dict[str, str]
+    """The data's fingerprint: hashes of the tokenizer and of each source, and the settings that
+    decide which tokens a position has."""
     sample_hash: str
     """Of the last step's global batch."""
     files: dict[str, list[int | str]]

@@ -11,18 +11,27 @@ from typing import Any, TypeGuard
 
 import yaml
 
+from llama_pretrain.runs.page import (
+    BOTTOM,
+    LEFT,
+    RIGHT,
+    TOP,
+    Point,
+    place,
+    render_page,
+    section,
+    table,
+    tick_label,
+    ticks,
+)
 from llama_pretrain.runs.rundir import RunDir, read_metrics
 
 Row = dict[str, Any]
-Point = tuple[float, float]
-"""(tokens, value)."""
 
 MAX_POINTS = 2000
 """Of a curve: more than a screen has columns."""
 MAX_NAMED = 20
 """Checkpoints and skipped steps beyond these are only counted."""
-LEFT, RIGHT, TOP, BOTTOM = 56, 344, 24, 184
-"""The plot in a chart's viewBox of 360 x 220, whose units are a phone's CSS pixels."""
 GIB = 1 << 30
 
 
@@ -33,17 +42,16 @@ def render_report(run_dir: RunDir) -> str:
     command = shlex.join(["python", "run.py", f"reproduce={run_dir.path}"])
     sections = [
         _header(run_dir, plan=plan),
-        _section("Key figures", _figures(rows, summary=summary, plan=plan)),
-        _section("Curves", _charts(rows, plan=plan)),
-        _section("Checkpoints and skipped steps", _skipped(rows) + _checkpoints(run_dir, rows)),
-        _section("Sample", _sample(run_dir)),
-        _section("Run it again", f"<pre>{escape(command)}</pre>"),
-        _section("What was planned", _table(_flatten(plan))),
-        _section("Config", _pre(run_dir.snapshot), folded=True),
-        _section("Provenance", _table(_flatten(_load(run_dir.provenance))), folded=True),
+        section("Key figures", _figures(rows, summary=summary, plan=plan)),
+        section("Curves", _charts(rows, plan=plan)),
+        section("Checkpoints and skipped steps", _skipped(rows) + _checkpoints(run_dir, rows)),
+        section("Sample", _sample(run_dir)),
+        section("Run it again", f"<pre>{escape(command)}</pre>"),
+        section("What was planned", table(_flatten(plan))),
+        section("Config", _pre(run_dir.snapshot), folded=True),
+        section("Provenance", table(_flatten(_load(run_dir.provenance))), folded=True),
     ]
-    title, body = escape(run_dir.path.resolve().name), "\n".join(filter(None, sections))
-    return PAGE.format(title=title, style=STYLE, script=SCRIPT, body=body)
+    return render_page(run_dir.path.resolve().name, sections, script=SCRIPT)
 
 
 def _load(path: Path) -> Row:
@@ -164,23 +172,6 @@ def thin(points: Sequence[Point], *, limit: int = MAX_POINTS) -> list[Point]:
     return kept
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Multiples of a round step, about five, from below `low` to above `high`."""
-    rough = (high - low) / 5 or abs(high) / 5 or 1.0
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [index * step for index in range(first, max(last, first + 1) + 1)]
-
-
-def _tick_label(value: float) -> str:
-    for suffix, unit in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if abs(value) >= unit:
-            return f"{value / unit:.4g}{suffix}"
-    mantissa, exponent = f"{value:.3e}".split("e")
-    return f"{value:.4g}" if not 0 < abs(value) < 0.01 else f"{float(mantissa):g}e{int(exponent)}"
-
-
 def _chart(
     title: str, *, unit: str, lines: Mapping[str, Sequence[Point]], wide: bool = False
 ) -> str:
@@ -193,7 +184,7 @@ def _chart(
     ys = [y for points in thinned.values() for _, y in points]
     if max(xs, default=0) <= 0:
         return ""
-    y_ticks = _ticks(min(ys) if wide else min(0, *ys), max(ys))
+    y_ticks = ticks(min(ys) if wide else min(0, *ys), max(ys))
     x_range, y_range = (0, max(xs)), (y_ticks[0], y_ticks[-1])
     plot = (LEFT, RIGHT, TOP, BOTTOM)
     axes = json.dumps({"x": x_range, "y": y_range, "plot": plot, "names": list(thinned)})
@@ -217,38 +208,26 @@ def _chart(
 </figure>"""
 
 
-def _place(value: float, span: Point, *, to: Point) -> float:
-    return to[0] + (value - span[0]) / (span[1] - span[0]) * (to[1] - to[0])
-
-
 def _grid(y_ticks: Sequence[float], *, x_range: Point) -> str:
     drawn = ""
     for tick in y_ticks:
-        y = _place(tick, (y_ticks[0], y_ticks[-1]), to=(BOTTOM, TOP))
+        y = place(tick, (y_ticks[0], y_ticks[-1]), to=(BOTTOM, TOP))
         drawn += f'<path class="grid" d="M{LEFT} {y:.2f}H{RIGHT}"/>'
-        drawn += f'<text class="end" x="{LEFT - 6}" y="{y + 4:.2f}">{_tick_label(tick)}</text>'
-    for tick in _ticks(*x_range):
+        drawn += f'<text class="end" x="{LEFT - 6}" y="{y + 4:.2f}">{tick_label(tick)}</text>'
+    for tick in ticks(*x_range):
         if tick <= x_range[1]:
-            x = _place(tick, x_range, to=(LEFT, RIGHT))
+            x = place(tick, x_range, to=(LEFT, RIGHT))
             drawn += f'<path class="grid" d="M{x:.2f} {BOTTOM}v4"/>'
-            drawn += f'<text class="mid" x="{x:.2f}" y="{BOTTOM + 17}">{_tick_label(tick)}</text>'
+            drawn += f'<text class="mid" x="{x:.2f}" y="{BOTTOM + 17}">{tick_label(tick)}</text>'
     return drawn
 
 
 def _curve(points: Sequence[Point], *, index: int, x_range: Point, y_range: Point) -> str:
     placed = (
-        f"{_place(x, x_range, to=(LEFT, RIGHT)):.2f},{_place(y, y_range, to=(BOTTOM, TOP)):.2f}"
+        f"{place(x, x_range, to=(LEFT, RIGHT)):.2f},{place(y, y_range, to=(BOTTOM, TOP)):.2f}"
         for x, y in points
     )
     return f'<polyline class="line{index}" points="{" ".join(placed)}"/>'
-
-
-def _section(title: str, body: str, *, folded: bool = False) -> str:
-    if not body:
-        return ""
-    if folded:
-        return f"<details><summary><h2>{title}</h2></summary>{body}</details>"
-    return f"<section><h2>{title}</h2>{body}</section>"
 
 
 def _pre(path: Path) -> str:
@@ -256,16 +235,6 @@ def _pre(path: Path) -> str:
     if not path.is_file():
         return ""
     return f"<pre>{escape(path.read_text(encoding='utf-8', errors='replace').rstrip())}</pre>"
-
-
-def _table(rows: Sequence[Sequence[str]], *, head: Sequence[str] = ("what", "value")) -> str:
-    """A table whose first column names its rows."""
-    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    body = ""
-    for name, *cells in rows:
-        values = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        body += f'<tr><th scope="row">{escape(name)}</th>{values}</tr>'
-    return body and f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _flatten(values: Row, prefix: str = "") -> list[tuple[str, str]]:
@@ -305,7 +274,7 @@ def _checkpoints(run_dir: RunDir, rows: Sequence[Row]) -> str:
         lines.append((row["checkpoint"], f"{row['step']:,}", seconds, "yes" if kept else "no"))
     earlier = len(saves) - len(lines)
     told = f"<p>{earlier:,} earlier checkpoints are not listed.</p>" if earlier else ""
-    return told + _table(lines, head=("checkpoint", "step", "seconds to save", "kept"))
+    return told + table(lines, head=("checkpoint", "step", "seconds to save", "kept"))
 
 
 def _sample(run_dir: RunDir) -> str:
@@ -313,63 +282,6 @@ def _sample(run_dir: RunDir) -> str:
     prompt = _dig(_load(run_dir.snapshot), "train", "sample_prompt")
     return text and (f"<p>Prompt: {escape(prompt)}</p>" if prompt else "") + text
 
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body><main>
-{body}
-</main><script>{script}</script></body>
-</html>
-"""
-
-STYLE = """
-:root { --page: #fff; --text: #1b1f24; --dim: #59636e; --edge: #d8dee4; --soft: #f3f5f8;
-  --line0: #1f66d1; --line1: #c2410c }
-@media screen and (prefers-color-scheme: dark) { :root { --page: #12151a; --text: #e6e9ee;
-  --dim: #9aa4b1; --edge: #333a45; --soft: #1b2027; --line0: #6aa5ff; --line1: #ffa057 } }
-* { box-sizing: border-box }
-body { margin: 0; background: var(--page); color: var(--text); overflow-wrap: anywhere;
-  font: 16px/1.5 system-ui, sans-serif }
-main { max-width: 1240px; margin: auto; padding: 1rem }
-h1 { margin: 0; font-size: 1.7rem } h3 { margin: 0; font-size: 1rem }
-h2 { margin: 2rem 0 .6rem; font-size: 1.25rem } summary h2 { display: inline }
-summary { cursor: pointer; margin: 1.5rem 0 .6rem }
-header p, dt, dd + dd, tbody th { color: var(--dim); font-weight: 400 }
-.badge { font-size: .9rem; padding: .15em .7em; border: 1px solid; border-radius: 1em }
-.figures { display: grid; gap: .7rem; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)) }
-.figures > div, pre { background: var(--soft); border-radius: .5rem; padding: .6rem .8rem }
-dd { margin: 0; font-size: 1.4rem; font-weight: 600 } dt, dd + dd, .key { font-size: .85rem }
-.charts { display: grid; gap: 1.2rem } figure { margin: 0; min-width: 0 }
-figcaption { display: flex; flex-wrap: wrap; gap: 0 1rem; align-items: baseline }
-.key::before { content: ""; display: inline-block; width: 1.6em; margin-right: .4em;
-  border-top: 2px solid var(--line0); vertical-align: middle }
-.key.line1::before { border-top: 2px dashed var(--line1) }
-svg { display: block; width: 100%; height: auto; touch-action: pan-y }
-text { font-size: 13px; fill: var(--dim) } .end { text-anchor: end } .mid { text-anchor: middle }
-path, polyline { fill: none; vector-effect: non-scaling-stroke }
-.grid { stroke: var(--edge) } .cursor { stroke: var(--dim) }
-.line0 { stroke: var(--line0); stroke-width: 1.5 }
-.line1 { stroke: var(--line1); stroke-width: 2.5; stroke-dasharray: 7 4 }
-table { border-collapse: collapse; width: 100%; max-width: 60rem; font-size: .92rem }
-th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0;
-  border-bottom: 1px solid var(--edge) }
-th, td:not(:last-child) { overflow-wrap: break-word }
-pre { white-space: pre-wrap; margin: 0; font: .87rem/1.45 ui-monospace, monospace }
-@media (min-width: 600px) { .charts { grid-template-columns: 1fr 1fr } .wide { grid-column: span 2 }
-  .wide text { font-size: 8px } }
-@media (min-width: 1000px) { .charts { grid-template-columns: repeat(4, 1fr) }
-  .wide { grid-row: span 2 } }
-@media print { figure, tr, dl > div { break-inside: avoid } h2 { break-after: avoid } }
-"""
 
 SCRIPT = """
 const tokens = new Intl.NumberFormat("en", {notation: "compact", maximumSignificantDigits: 4});

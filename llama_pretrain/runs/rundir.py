@@ -47,6 +47,16 @@ class RunDir:
         return self.path / "tensorboard"
 
     @property
+    def tokenizer(self) -> Path:
+        """The tokenizer that the run trains with."""
+        return self.path / "tokenizer"
+
+    @property
+    def inspection(self) -> Path:
+        """The page of task=inspect."""
+        return self.path / "data.html"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

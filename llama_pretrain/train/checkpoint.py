@@ -48,8 +48,7 @@ def save_checkpoint(
             world_size=rank.world_size,
             zero_stage=run.zero.stage,
             precision=run.precision.name.value,
-            data_hash=plan.corpus.data_hash,
-            tokenizer_hash=plan.corpus.tokenizer_hash,
+            data=plan.corpus.fingerprint,
             sample_hash=sample_hash,
             files=hash_files(temporary),
         )

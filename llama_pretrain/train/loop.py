@@ -2,23 +2,23 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from llama_pretrain.config.schema import OptimName, Run
 from llama_pretrain.data.dataset import (
+    IGNORED,
     EvalSampler,
     PretrainDataset,
     TrainSampler,
     build_loader,
     create_pretrain_dataset,
 )
-from llama_pretrain.data.order import hash_samples
+from llama_pretrain.data.order import SampleOrder, hash_samples
 from llama_pretrain.plan.plan import Plan
 from llama_pretrain.runs.rundir import RunDir
 from llama_pretrain.train.checkpoint import save_checkpoint
@@ -52,20 +52,27 @@ def prepare_training(
 ) -> Training:
     """Open the data and find the device's peak."""
     assert plan.corpus is not None
-    tokens_dir, length = Path(plan.corpus.tokens_dir), run.data.sequence_length
-    peak = run.train.peak_tflops
+    assert plan.steps.eval_rows_of is not None
+    corpus, peak = plan.corpus, run.train.peak_tflops
+    limit = run.data.limit_train_rows
+
+    def open_split(split: str, limits: Sequence[int | None]) -> PretrainDataset:
+        return create_pretrain_dataset(
+            corpus,
+            split,
+            sequence_length=run.data.sequence_length,
+            limits=limits,
+            document_mask=run.data.document_mask,
+        )
+
     return Training(
         run=run,
         plan=plan,
         run_dir=run_dir,
         rank=rank,
         engine=engine,
-        train_set=create_pretrain_dataset(
-            tokens_dir, "train", sequence_length=length, limit_rows=run.data.limit_train_rows
-        ),
-        heldout_set=create_pretrain_dataset(
-            tokens_dir, "heldout", sequence_length=length, limit_rows=plan.steps.eval_rows
-        ),
+        train_set=open_split("train", [limit] * len(corpus.sources)),
+        heldout_set=open_split("heldout", plan.steps.eval_rows_of),
         peak_flops=peak * 1e12
         if peak is not None
         else peak_flops(rank.device, DTYPES[run.precision.name.value]),
@@ -141,15 +148,21 @@ def train_step(
     loss_sum = torch.zeros((), dtype=torch.float64, device=rank.device)
     sample_hash = 0
     num_micro = batch_plan.gradient_accumulation_steps
-    for micro in range(num_micro):
-        cpu_batch = next(batches)
+    micro_batches = [next(batches) for _ in range(num_micro)]
+    targets = _targets_of_a_micro_batch(training, micro_batches)
+    first_sample = (step - 1) * batch_plan.global_batch_size
+    length = training.plan.sampling.stage_at(first_sample).sequence_length
+    for micro, cpu_batch in enumerate(micro_batches):
         sample_hash += hash_samples(cpu_batch["sample_id"].numpy())
-        batch = {key: value.to(rank.device, non_blocking=True) for key, value in cpu_batch.items()}
-        # Every row has as many targets, so the mean over micro batches and ranks, which DeepSpeed
-        # takes of the gradients, is the mean over the global batch.
+        batch = {
+            key: value.to(rank.device, non_blocking=True)
+            for key, value in cut_rows(cpu_batch, length).items()
+        }
+        # DeepSpeed takes the mean of the gradients over micro batches and ranks. Each is divided by
+        # the same number of targets, so that is the mean over the targets of the global batch.
         losses = token_losses(engine, batch)
-        loss_sum += losses.detach().double().mean()
-        engine.backward(losses.mean())
+        loss_sum += losses.detach().double().sum() / targets
+        engine.backward(losses.sum() / targets)
         if micro == num_micro - 1:
             # Before the update: a loss that is no number must not touch a weight, and all ranks
             # must agree on that. Reading it waits for the device, once a step.
@@ -169,6 +182,26 @@ def train_step(
     return mean, None if norm is None else float(norm), f"{int(hashed):016x}"
 
 
+def _targets_of_a_micro_batch(
+    training: Training, micro_batches: list[dict[str, torch.Tensor]]
+) -> float:
+    """Targets of the global batch over its micro batches, on all ranks."""
+    if not training.train_set.masked:
+        return micro_batches[0]["shift_labels"].numel()
+    rank = training.rank
+    count = sum(int((batch["shift_labels"] != IGNORED).sum()) for batch in micro_batches)
+    (total,) = sum_over_ranks([count], rank)
+    return total / (len(micro_batches) * rank.world_size)
+
+
+def cut_rows(batch: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
+    """Rows of T tokens as rows of `length`: (B, T) -> (B * T / length, length)."""
+    return {
+        key: value.view(-1, length) if value.dim() == 2 and value.shape[1] != length else value
+        for key, value in batch.items()
+    }
+
+
 def _plain_grad_norm(engine: Any) -> float | None:
     """Norm of the gradients that stage 0 has reduced, where they are the parameters' own."""
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
@@ -181,9 +214,9 @@ def _plain_grad_norm(engine: Any) -> float | None:
 
 def _train_batches(training: Training, *, first_step: int) -> Iterator[dict[str, torch.Tensor]]:
     run, plan, rank = training.run, training.plan, training.rank
+    order = SampleOrder(plan.sampling, num_rows=training.train_set.num_rows, seed=run.seed)
     sampler = TrainSampler(
-        num_rows=len(training.train_set),
-        seed=run.seed,
+        order=order,
         first_step=first_step,
         num_steps=plan.steps.total,
         global_batch_size=plan.batch.global_batch_size,
@@ -215,7 +248,11 @@ def _evaluate(training: Training, writer: MetricsWriter, *, step: int) -> None:
         num_workers=0,
     )
     result = evaluate(
-        training.engine, loader, rank, bytes_per_token=plan.corpus.heldout_bytes_per_token
+        training.engine,
+        loader,
+        rank,
+        sources=plan.corpus.sources,
+        ends=training.heldout_set.ends,
     )
     writer.write({"step": step, "tokens": step * plan.steps.tokens_per_step, **result})
 

@@ -56,6 +56,7 @@ def train_rank(run_dir: RunDir, checkpoint: Path | None) -> None:
     from llama_pretrain.train.checkpoint import load_checkpoint
     from llama_pretrain.train.distributed import init_distributed, print_rank_0
     from llama_pretrain.train.loop import prepare_training, train
+    from llama_pretrain.train.mask import prove_document_mask
     from llama_pretrain.train.metrics import MetricsWriter, resident_memory_bytes
 
     run, plan = load_snapshot(run_dir.snapshot), load_plan(run_dir.plan)
@@ -69,8 +70,10 @@ def train_rank(run_dir: RunDir, checkpoint: Path | None) -> None:
     )
     dist.barrier()  # a rank that can't be reached shows here, not in the middle of building
     imports_bytes = resident_memory_bytes(rank.device)
-    engine = build_engine(run, plan, ds_config, rank)
+    engine = build_engine(run, plan, ds_config, rank, tokenizer_dir=run_dir.tokenizer)
     first_step = 0 if checkpoint is None else load_checkpoint(engine, checkpoint, rank)
+    if run.data.document_mask:
+        print_rank_0(prove_document_mask(engine, eos_id=plan.corpus.eos_id, rank=rank), rank)
     if checkpoint is None:
         torch.manual_seed(run.seed + rank.index)  # dropout: from here on, each rank its own
     print_rank_0(f"training from step {first_step} to {plan.steps.total}", rank)
@@ -83,7 +86,7 @@ def train_rank(run_dir: RunDir, checkpoint: Path | None) -> None:
         save_hf_format(
             engine.module,
             run_dir.export,
-            tokenizer_dir=Path(plan.corpus.tokenizer_dir),
+            tokenizer_dir=run_dir.tokenizer,
             sharded=run.zero.stage == 3,
             is_first=rank.is_first,
         )
@@ -99,7 +102,9 @@ def train_rank(run_dir: RunDir, checkpoint: Path | None) -> None:
         write_text(run_dir.path / "sample.txt", text + "\n")
 
 
-def build_engine(run: Any, plan: Any, ds_config: dict[str, Any], rank: Any) -> Any:
+def build_engine(
+    run: Any, plan: Any, ds_config: dict[str, Any], rank: Any, *, tokenizer_dir: Path
+) -> Any:
     """Model, optimizer and schedule in a DeepSpeed engine, its weights as they were drawn."""
     import deepspeed
     from deepspeed.utils.logging import set_log_level_from_string
@@ -120,7 +125,7 @@ def build_engine(run: Any, plan: Any, ds_config: dict[str, Any], rank: Any) -> A
     if "log_level" not in ds_config:
         # DeepSpeed hides what steps_per_print, dump_state and comms_logger ask it to say.
         set_log_level_from_string("info")
-    tokenizer = AutoTokenizer.from_pretrained(plan.corpus.tokenizer_dir)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     config = build_llama_config(
         run.model,
         vocab_size=plan.vocab_size,

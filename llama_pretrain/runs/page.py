@@ -1,0 +1,117 @@
+"""What our HTML pages share: one file that loads nothing from anywhere."""
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+LEFT, RIGHT, TOP, BOTTOM = 56, 344, 24, 184
+"""The plot in a chart's viewBox of 360 x 220, whose units are a phone's CSS pixels."""
+
+Point = tuple[float, float]
+
+
+def render_page(title: str, body: Sequence[str], *, script: str = "", style: str = "") -> str:
+    """A page of sections; empty ones are left out."""
+    return PAGE.format(
+        title=escape(title), style=STYLE + style, script=script, body="\n".join(filter(None, body))
+    )
+
+
+def section(title: str, body: str, *, folded: bool = False) -> str:
+    """A heading and what is under it; nothing where there is nothing."""
+    if not body:
+        return ""
+    if folded:
+        return f"<details><summary><h2>{title}</h2></summary>{body}</details>"
+    return f"<section><h2>{title}</h2>{body}</section>"
+
+
+def table(rows: Sequence[Sequence[str]], *, head: Sequence[str] = ("what", "value")) -> str:
+    """A table whose first column names its rows."""
+    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    body = ""
+    for name, *cells in rows:
+        values = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        body += f'<tr><th scope="row">{escape(name)}</th>{values}</tr>'
+    return body and f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Multiples of a round step, about five, from below `low` to above `high`."""
+    rough = (high - low) / 5 or abs(high) / 5 or 1.0
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [index * step for index in range(first, max(last, first + 1) + 1)]
+
+
+def tick_label(value: float) -> str:
+    """A number on an axis, as short as it can be."""
+    for suffix, unit in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if abs(value) >= unit:
+            return f"{value / unit:.4g}{suffix}"
+    mantissa, exponent = f"{value:.3e}".split("e")
+    return f"{value:.4g}" if not 0 < abs(value) < 0.01 else f"{float(mantissa):g}e{int(exponent)}"
+
+
+def place(value: float, span: Point, *, to: Point) -> float:
+    """Where a value of one range lies in another."""
+    return to[0] + (value - span[0]) / (span[1] - span[0]) * (to[1] - to[0])
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body><main>
+{body}
+</main><script>{script}</script></body>
+</html>
+"""
+
+STYLE = """
+:root { --page: #fff; --text: #1b1f24; --dim: #59636e; --edge: #d8dee4; --soft: #f3f5f8;
+  --line0: #1f66d1; --line1: #c2410c }
+@media screen and (prefers-color-scheme: dark) { :root { --page: #12151a; --text: #e6e9ee;
+  --dim: #9aa4b1; --edge: #333a45; --soft: #1b2027; --line0: #6aa5ff; --line1: #ffa057 } }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--page); color: var(--text); overflow-wrap: anywhere;
+  font: 16px/1.5 system-ui, sans-serif }
+main { max-width: 1240px; margin: auto; padding: 1rem }
+h1 { margin: 0; font-size: 1.7rem } h3 { margin: 0; font-size: 1rem }
+h2 { margin: 2rem 0 .6rem; font-size: 1.25rem } summary h2 { display: inline }
+summary { cursor: pointer; margin: 1.5rem 0 .6rem }
+header p, dt, dd + dd, tbody th { color: var(--dim); font-weight: 400 }
+.badge { font-size: .9rem; padding: .15em .7em; border: 1px solid; border-radius: 1em }
+.figures { display: grid; gap: .7rem; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)) }
+.figures > div, pre { background: var(--soft); border-radius: .5rem; padding: .6rem .8rem }
+dd { margin: 0; font-size: 1.4rem; font-weight: 600 } dt, dd + dd, .key { font-size: .85rem }
+.charts { display: grid; gap: 1.2rem } figure { margin: 0; min-width: 0 }
+figcaption { display: flex; flex-wrap: wrap; gap: 0 1rem; align-items: baseline }
+.key::before { content: ""; display: inline-block; width: 1.6em; margin-right: .4em;
+  border-top: 2px solid var(--line0); vertical-align: middle }
+.key.line1::before { border-top: 2px dashed var(--line1) }
+svg { display: block; width: 100%; height: auto; touch-action: pan-y }
+text { font-size: 13px; fill: var(--dim) } .end { text-anchor: end } .mid { text-anchor: middle }
+path, polyline { fill: none; vector-effect: non-scaling-stroke }
+.grid { stroke: var(--edge) } .cursor { stroke: var(--dim) }
+.line0 { stroke: var(--line0); stroke-width: 1.5 }
+.line1 { stroke: var(--line1); stroke-width: 2.5; stroke-dasharray: 7 4 }
+table { border-collapse: collapse; width: 100%; max-width: 60rem; font-size: .92rem }
+th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0;
+  border-bottom: 1px solid var(--edge) }
+th, td:not(:last-child) { overflow-wrap: break-word }
+pre { white-space: pre-wrap; margin: 0; font: .87rem/1.45 ui-monospace, monospace }
+@media (min-width: 600px) { .charts { grid-template-columns: 1fr 1fr } .wide { grid-column: span 2 }
+  .wide text { font-size: 8px } }
+@media (min-width: 1000px) { .charts { grid-template-columns: repeat(4, 1fr) }
+  .wide { grid-row: span 2 } }
+@media print { figure, tr, dl > div { break-inside: avoid } h2 { break-after: avoid } }
+"""
