@@ -49,6 +49,8 @@ def needed_by(option: str, pretrained: Path) -> list[str]:
     """What an option wants beside itself."""
     if option == "model=pretrained":
         return [f"model.path={pretrained}"]
+    if option == "data=mixture":
+        return ["+data.sources={code:{name:stdlib}}"]
     return ["zero=stage0"] if option == "optim=lamb" else []
 
 

@@ -42,7 +42,7 @@ def test_resume_becomes_a_run_of_the_snapshot(tmp_path: Path) -> None:
     assert (scratch / "snapshot.yaml").read_text() == text
     assert words[-3:] == [
         f"hydra.run.dir='{tmp_path}'",
-        f"resume='{tmp_path}'",
+        f"resume.run_dir='{tmp_path}'",
         "train.max_steps=7",
     ]
     words = rewrite_argv(["-m", f"reproduce={tmp_path}", "seed=1,2"], scratch=scratch)

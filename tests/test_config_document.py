@@ -4,7 +4,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from omegaconf import OmegaConf
@@ -77,8 +77,9 @@ def test_every_field_and_class_has_its_string(shipped: SchemaDoc) -> None:
 def schema_classes(cls: type[Any]) -> Iterator[type[Any]]:
     yield cls
     for item in fields(cls):
-        if isinstance(item.type, type) and is_dataclass(item.type):
-            yield from schema_classes(item.type)
+        for kind in (item.type, *get_args(item.type)):  # list[Stage], dict[str, Source]
+            if isinstance(kind, type) and is_dataclass(kind):
+                yield from schema_classes(kind)
 
 
 def test_source_is_read_as_python_reads_it(shipped: SchemaDoc) -> None:

@@ -130,6 +130,7 @@ def steps(total: int, warmup: int, decay: int) -> Steps:
         tokens=total,
         epochs=None,
         eval_rows=None,
+        eval_rows_of=None,
     )
 
 

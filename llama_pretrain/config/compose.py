@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -13,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llama_pretrain.config import schema
+from llama_pretrain.config import data, schema
 from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.config.rules import flatten, parse_values, schema_paths, unknown_key
 from llama_pretrain.config.schema import Run
@@ -206,6 +207,13 @@ def explain_override(override: str, error: str, *, options: bool) -> Problem:
             message=f"there is no option {value!r}",
             hint=hint,
         )
+    inner = re.search(r"Key '(\w+)' not in '(Source|Stage)'", error)
+    if inner is not None:
+        names = [item.name for item in fields(getattr(data, inner[2]))]
+        close = difflib.get_close_matches(inner[1], names, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(names)}"
+        message = f"a {inner[2].lower()} has no setting {inner[1]!r} (got {override})"
+        return Problem(path=key, message=message, hint=hint)
     if "Could not override" in error or re.search(r"Key '.*' (is )?not in", error):
         return unknown_key(key, seen=override)
     if not options and "." not in key and any(p.startswith(f"{key}.") for p, _ in schema_paths()):

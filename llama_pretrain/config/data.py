@@ -103,8 +103,9 @@ class Data(Source):
     mixture_block: PositiveInt = 1000
     """Each block of so many consecutive rows has exactly its share of every source."""
     stages: list[Stage] = field(default_factory=list)
-    """Changes on the way, in order: {from_tokens: 0, sequence_length: 64} warms the length up,
-    {from_tokens: 1_000_000, weights: {web: 1, code: 3}} changes the mixture."""
+    """Changes on the way, in order, each from the first step on that has at least `from_tokens`
+    training tokens before it: {from_tokens: 0, sequence_length: 64} cuts rows into rows of 64
+    tokens (a divisor), {from_tokens: 1_000_000, weights: {web: 1, code: 3}} changes the mixture."""
     sequence_length: Annotated[int, Ge(2)] = 512
     """Tokens of a row."""
     packing: Packing = Packing.concatenate

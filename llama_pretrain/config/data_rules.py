@@ -56,7 +56,8 @@ def _check_mixture(data: Data) -> Iterator[Problem]:
         yield Problem(
             path="data.sources",
             message="data=mixture needs sources",
-            hint="add '+data.sources.web={name:text,paths:[web/*.jsonl],weight:3}', say",
+            hint="add '+data.sources={web:{name:text,paths:[web/*.jsonl],weight:3},"
+            "code:{name:stdlib}}'",
         )
     for item in fields(Source):
         value = getattr(data, item.name)
@@ -139,7 +140,8 @@ def _check_tokens(source: Source, path: str, called: str, run: Run) -> Iterator[
         return
     others = [source.name for source in named_sources(data).values()]
     trained = run.tokenizer.name is TokenizerName.train
-    if kind is not DataName.prepared and trained and DataName.prepared not in others:
+    found = DataName.prepared in others or run.task is Task.plan
+    if kind is not DataName.prepared and trained and not found:
         yield Problem(
             path="tokenizer",
             message=f"{called} needs the tokenizer that made the tokens (got train)",

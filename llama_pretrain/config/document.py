@@ -15,7 +15,7 @@ from llama_pretrain.config.rules import flatten
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA_FILES = [
-    Path(__file__).with_name(f"{name}.py") for name in ("fields", "deepspeed", "schema")
+    Path(__file__).with_name(f"{name}.py") for name in ("fields", "deepspeed", "data", "schema")
 ]
 OVERLAYS = {"experiment": "conf", "sweep": "sweeps", "debug": "conf"}
 """Groups that set values all over the config, and the folder that holds each."""
@@ -23,8 +23,8 @@ OVERLAYS = {"experiment": "conf", "sweep": "sweeps", "debug": "conf"}
 INTRODUCTION = """\
 # Configuration
 
-This page is made from `llama_pretrain/config/schema.py` and `deepspeed.py`, `conf/` and `sweeps/`
-by `python -m llama_pretrain.config.document > docs/configuration.md`. Edit those files, not this
+This page is made from `llama_pretrain/config/schema.py`, `data.py` and `deepspeed.py`, `conf/` and
+`sweeps/` by `python -m llama_pretrain.config.document > docs/configuration.md`. Edit those files, not this
 one; a test compares the two.
 
 ## How a run is composed
@@ -48,6 +48,7 @@ later wins:
 | `train.max_tokens=50_000_000` | integers may have underscores; an integer setting refuses `5e7` |
 | `'data.paths=[a.txt,b/*.jsonl]'` | a list; the quotes are for the shell |
 | `+zero.extra.KEY=VALUE` | add a key to one of the two open mappings |
+| `'+data.sources={NAME:{name:text,paths:[FILES]}}'` | add a source to a mixture |
 | `debug=smoke`, `'debug=[smoke,profile]'` | apply one overlay, or several of one group in order |
 | `-m zero=stage1,stage2 seed=1,2` | a run for each combination, one after another |
 | `hydra.run.dir=DIR` | choose the run directory; `hydra.sweep.dir=DIR` for the parent with `-m` |
@@ -108,9 +109,10 @@ Each run directory holds `snapshot.yaml`: the whole tree, every value resolved. 
 it can start a run:
 
 - `python run.py resume=DIR` goes on in `DIR` from its newest complete checkpoint. Settings may be
-  added, for example `train.max_steps=400`. Refused is a change of `model`, `tokenizer`, `optim`,
-  `seed`, `precision`, `zero.stage` and `data` (but for `data.cache_dir` and `data.num_workers`), of
-  the number of ranks, of the global batch size, and of the text itself.
+  added, for example `train.max_steps=400`. Refused is a change of `model`, `optim`, `seed`,
+  `precision`, `zero.stage`, `data.sequence_length`, of the number of ranks, and of the global batch
+  size. Whatever else decides which tokens a position has (the text itself, the tokenizer, weights,
+  the document mask) is refused by name, unless `resume.allow_data_change=true`.
 - `python run.py reproduce=DIR` starts a new run with the same settings in a directory of its own.
   Settings may be added.
 
@@ -206,7 +208,9 @@ def read_schema(source: str) -> SchemaDoc:
         if isinstance(node, ast.ClassDef):
             if any(_name(decorator) == "schema" for decorator in node.decorator_list):
                 text = " ".join((ast.get_docstring(node) or "").split())
-                classes[node.name] = ClassDoc(text=text, fields=list(_fields(node)))
+                bases = [classes[_name(base)] for base in node.bases]
+                fields = [item for base in bases for item in base.fields]
+                classes[node.name] = ClassDoc(text=text, fields=[*fields, *_fields(node)])
             elif any(_name(base) == "Enum" for base in node.bases):
                 enums[node.name] = {
                     _name(item.targets[0]): str(ast.literal_eval(item.value))

@@ -83,6 +83,9 @@ def unknown_key(path: str, *, seen: str) -> Problem:
         if path.startswith(mapping):
             hint = f"a key is added to it with a plus: +{mapping}.KEY=VALUE"
             return Problem(path=path, message=f"cannot be set so (got {seen})", hint=hint)
+    if path.startswith("data.sources"):
+        hint = "a source is added with a plus: '+data.sources={NAME:{name:text,paths:[FILES]}}'"
+        return Problem(path=path, message=f"names no source that is there (got {seen})", hint=hint)
     close = _nearest_setting(path)
     hint = f"did you mean {close}?" if close else "docs/configuration.md lists all settings"
     return Problem(path=path, message=f"there is no such setting (got {seen})", hint=hint)

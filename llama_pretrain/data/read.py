@@ -69,9 +69,42 @@ def open_binary(path: Path) -> Any:
             hint = "pip install 'llama-pretrain[zstd]'"
             message = f"{path} needs the package zstandard"
             raise UserError([Problem(path="data.paths", message=message, hint=hint)]) from error
-        raw = zstandard.open(path, "rb")
-        return io.BufferedReader(raw, BLOCK)
+        return io.BufferedReader(ZstdReader(path, zstandard.ZstdDecompressor()), BLOCK)
     return path.open("rb", buffering=BLOCK)
+
+
+class ZstdReader(io.RawIOBase):
+    """The content of a .zst of any number of frames; the package's own ends without a word where
+    the last one is cut short."""
+
+    def __init__(self, path: Path, decompressor: Any):
+        self._file, self._decompressor = path.open("rb"), decompressor
+        self._frame: Any = None
+        self._rest = self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            block = self._rest or self._file.read(BLOCK)
+            self._rest = b""
+            if not block:
+                if self._frame is not None:
+                    raise EOFError("the last frame has no end")
+                return 0
+            if self._frame is None:
+                self._frame = self._decompressor.decompressobj()
+            self._ready = self._frame.decompress(block)
+            if self._frame.eof:
+                self._rest, self._frame = self._frame.unused_data, None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def read_text(

@@ -110,7 +110,7 @@ class TextSource:
             message = f"{path} is cut short: {error}"
             raise UserError([Problem(path=f"{self.path}.paths", message=message)]) from error
         except Exception as error:
-            if type(error).__module__ not in ("zstd", "zstandard", "zlib", "gzip"):
+            if type(error).__module__.partition(".")[0] not in ("zstandard", "zlib", "gzip"):
                 raise
             message = f"{path} can't be decompressed: {error}"
             raise UserError([Problem(path=f"{self.path}.paths", message=message)]) from error

@@ -118,7 +118,7 @@ def test_losses_equal_plain_pytorch(shared_runner: Runner, pretrained: Path, sta
     )
     corpus = load_plan(done.run_dir.plan).corpus
     assert corpus is not None
-    tokens = np.fromfile(Path(corpus.tokens_dir) / "train.bin", dtype=np.uint16)
+    tokens = np.fromfile(Path(corpus.sources[0].tokens_dir) / "train-00000.bin", dtype=np.uint16)
     expected = reference_losses(pretrained, tokens, corpus.train_rows)
     np.testing.assert_allclose(done.losses, expected, atol=2e-6, rtol=0)
 

@@ -180,9 +180,7 @@ def test_export_is_the_model_that_was_evaluated(full: Command) -> None:
     assert model.config.pad_token_id == tokenizer.pad_token_id
     assert model.config.eos_token_id == tokenizer.eos_token_id
     assert str(model.dtype) == "torch.bfloat16" or model.dtype == torch.float32
-    dataset = create_pretrain_dataset(
-        Path(plan.corpus.tokens_dir), "heldout", sequence_length=64, limit_rows=4
-    )
+    dataset = create_pretrain_dataset(plan.corpus, "heldout", sequence_length=64, limits=[4])
     losses = []
     for row in range(4):
         item = dataset[row]
