@@ -271,10 +271,13 @@ def find_checkpoint(run: Run, plan: Plan, run_dir: RunDir) -> tuple[Path, int]:
         problems.append(Problem(path="batch.global_batch_size", message=message))
     for field, was, now in _data_changes(manifest.data, plan.corpus.fingerprint):
         told = f"was {was} when {folder.name} was trained (got {now})"
-        if free:
+        own = f"tokenizer.name=pretrained tokenizer.path={run_dir.tokenizer}"
+        hint = "start a new run, or go on all the same: resume.allow_data_change=true"
+        if field == "tokenizer":  # its embeddings would mean other tokens
+            hint = f"go on with the run's own: {own}"
+        elif free:
             console.say(f"the data is another: {field} {told}")
             continue
-        hint = "start a new run, or go on all the same: resume.allow_data_change=true"
         problems.append(Problem(path=field, message=told, hint=hint))
     if manifest.step >= plan.steps.total:
         message = f"the run has done its {plan.steps.total} steps"

@@ -24,8 +24,8 @@ INTRODUCTION = """\
 # Configuration
 
 This page is made from `llama_pretrain/config/schema.py`, `data.py` and `deepspeed.py`, `conf/` and
-`sweeps/` by `python -m llama_pretrain.config.document > docs/configuration.md`. Edit those files, not this
-one; a test compares the two.
+`sweeps/` by `python -m llama_pretrain.config.document > docs/configuration.md`. Edit those files,
+not this one; a test compares the two.
 
 ## How a run is composed
 

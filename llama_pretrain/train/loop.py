@@ -197,7 +197,7 @@ def _targets_of_a_micro_batch(
 def cut_rows(batch: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
     """Rows of T tokens as rows of `length`: (B, T) -> (B * T / length, length)."""
     return {
-        key: value.view(-1, length) if value.dim() == 2 and value.shape[1] != length else value
+        key: value.reshape(-1, length) if value.dim() == 2 and value.shape[1] != length else value
         for key, value in batch.items()
     }
 
