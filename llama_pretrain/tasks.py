@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -71,11 +72,15 @@ def run_task(
     except OSError as error:  # a file that may not be read, a cache that may not be written
         message = f"{error.strerror}: {error.filename}"
         raise UserError([Problem(path="data", message=message)]) from error
+    except sqlite3.Error as error:
+        message = f"its hashes.sqlite can't be used: {error} (got {run.data.cache_dir})"
+        hint = "delete that file, or name a folder that can be written to"
+        raise UserError([Problem(path="data.cache_dir", message=message, hint=hint)]) from error
     plan = build_plan(run, corpus)
-    refuse(check_corpus(run, plan))
-    if run.task in (Task.prepare, Task.inspect):
+    if not run.task.trains:
         console.show_corpus(run, plan)
         return None
+    refuse(check_corpus(run, plan))
     config = get_train_ds_config(run, plan.batch, run_dir=run_dir.path)
     plan = replace(plan, deepspeed_sources=trace_ds_config(config, origins))
     if run.task is Task.probe:
@@ -158,7 +163,7 @@ def check_everything(run: Run, machine: Machine) -> tuple[Run, list[Problem]]:
     except UserError as error:
         return run, [*check_run(run), *error.problems]
     problems = list(check_run(run))
-    if run.task is not Task.plan:
+    if run.task.trains:
         problems += check_machine(run, machine)
     return run, problems + list(check_plan(run))
 
@@ -319,8 +324,9 @@ def write_run_dir(
     config = get_train_ds_config(run, plan.batch, run_dir=run_dir.path)
     write_text(run_dir.ds_config, json.dumps(config, indent=2) + "\n")
     write_text(run_dir.plan, render_plan(plan))
-    write_text(run_dir.snapshot, render_snapshot(run))
     assert plan.corpus is not None
+    data = replace(run.data, hash=plan.corpus.content_hash)
+    write_text(run_dir.snapshot, render_snapshot(replace(run, data=data)))
     shutil.copytree(plan.corpus.tokenizer_dir, run_dir.tokenizer, dirs_exist_ok=True)
     for folder in (run_dir.ranks, run_dir.checkpoints):
         os.makedirs(folder, exist_ok=True)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,26 @@ def test_a_corpus_smaller_than_a_row_or_a_batch(tmp_path: Path) -> None:
     )
 
 
+def test_a_mistake_is_told_from_another_process(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(GOOD * 3000 + '{"other": 1}\n')
+    says = ["data.text_field: a.jsonl, line 3001: there is no field 'text' (got other)"]
+    assert told(tmp_path, "data.prepare_processes=2") == says
+
+
+def test_other_data_than_the_snapshots_is_refused(tmp_path: Path) -> None:
+    corpus = prepared(tmp_path)
+    run, problems = check_everything(run_of(tmp_path), MACHINES["laptop"])
+    assert problems == []
+    for wanted, count in ((None, 0), (corpus.content_hash, 0), ("0" * 64, 1)):
+        named = replace(run, data=replace(run.data, hash=wanted))
+        found = [str(p) for p in check_corpus(named, build_plan(named, corpus))]
+        assert len(found) == count
+    assert found[0] == (
+        f"data.hash: the data and its tokenizer are {corpus.content_hash[:16]} now"
+        f" (got {'0' * 16}); to train on them all the same, set data.hash=null"
+    )
+
+
 def prepared(tmp_path: Path, *more: str) -> Corpus:
     (tmp_path / "a.jsonl").write_text(GOOD * 6)
     return prepare_corpus(run_of(tmp_path, *more), report=Quiet())
@@ -296,7 +317,11 @@ def test_a_mixture_is_prepared_source_by_source(tmp_path: Path) -> None:
     again = prepare_corpus(check_everything(other, MACHINES["laptop"])[0], report=report)
     assert report.lines == []
     assert again.sources == corpus.sources
-    assert again.data_hash != corpus.data_hash
+    assert again.content_hash == corpus.content_hash
+    changed = {
+        key for key in again.fingerprint if again.fingerprint[key] != corpus.fingerprint[key]
+    }
+    assert changed == {"data.sources.a.weight"}
 
 
 def test_too_many_epochs_are_refused(tmp_path: Path) -> None:

@@ -128,6 +128,9 @@ class Data(Source):
     """Processes that prepare; `null` = one a core. The tokens don't depend on it."""
     limit_train_rows: PositiveInt | None = None
     """Use only the first rows of each source's training split; `null` = all."""
+    hash: str | None = None
+    """What the data must be: SHA-256 of its tokens' hashes and the tokenizer's. A snapshot records
+    it, so that a run is not reproduced on other data unnoticed; `null` = whatever is there."""
     cache_dir: str = "~/.cache/llama_pretrain"
     """Where tokenizers and tokens are kept, each under the hash of what it was made from."""
     num_workers: NonNegativeInt = 0

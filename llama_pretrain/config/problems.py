@@ -24,6 +24,9 @@ class UserError(Exception):
         self.problems = list(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
+    def __reduce__(self) -> tuple[type["UserError"], tuple[list[Problem]]]:
+        return UserError, (self.problems,)  # it crosses processes
+
 
 def refuse(problems: Iterable[Problem]) -> None:
     """Raise all problems at once.

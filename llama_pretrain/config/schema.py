@@ -31,6 +31,11 @@ class Task(str, Enum):
     prepare = "prepare"
     inspect = "inspect"
 
+    @property
+    def trains(self) -> bool:
+        """Whether ranks are started."""
+        return self in (Task.pretrain, Task.probe)
+
 
 class RopeType(str, Enum):
     default = "default"

@@ -603,8 +603,9 @@ def describe_corpus(run: Run, tokenizer: TrainedTokenizer, prepared: list[Prepar
                 heldout_bytes_per_token=(heldout.bytes or 0) / heldout.tokens,
             )
         )
-    fingerprint = {"tokenizer": tokenizer.digest}
-    fingerprint |= {source.path: source.meta.data_hash for source in prepared}
+    content = {"tokenizer": tokenizer.digest}
+    content |= {source.path: source.meta.data_hash for source in prepared}
+    fingerprint = dict(content)
     values = to_plain(run.data)
     for name in ("sequence_length", "limit_train_rows", "document_mask", "mixture_block", "stages"):
         fingerprint[f"data.{name}"] = json.dumps(values[name])
@@ -616,7 +617,7 @@ def describe_corpus(run: Run, tokenizer: TrainedTokenizer, prepared: list[Prepar
         tokenizer_hash=tokenizer.digest,
         tokenizer_size=tokenizer.size,
         eos_id=tokenizer.eos_id,
-        data_hash=hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest(),
+        content_hash=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
         fingerprint=fingerprint,
         sources=sources,
     )

@@ -12,6 +12,7 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -237,7 +238,8 @@ def hash_files(paths: Sequence[Path], *, cache_dir: Path) -> list[File]:
     What was hashed before and has the same size and time of change since is not read again.
     """
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with sqlite3.connect(cache_dir / "hashes.sqlite", timeout=60) as known:
+    known = sqlite3.connect(cache_dir / "hashes.sqlite", timeout=60)
+    with closing(known), known:
         known.execute(
             "CREATE TABLE IF NOT EXISTS hashes"
             " (path TEXT PRIMARY KEY, size INTEGER, time INTEGER, digest TEXT)"
@@ -255,7 +257,6 @@ def hash_files(paths: Sequence[Path], *, cache_dir: Path) -> list[File]:
                 stored[path] = file
                 row = (str(path), file.size, time, file.digest)
                 known.execute("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?)", row)
-    known.close()
     return [stored[path] for path in paths]
 
 

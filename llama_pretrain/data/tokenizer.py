@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +138,9 @@ def _content(token: Any) -> str | None:
 def _write(backend: Tokenizer, settings: dict[str, Any], target: Path) -> None:
     """Write a tokenizer directory under a temporary name and rename it."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=".tmp-"))
+    folder = target.with_name(f".tmp-{target.name}-{os.getpid()}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()  # not mkdtemp, whose folders others may not read
     backend.save(str(folder / "tokenizer.json"))
     settings = {"pad_token": PAD, "clean_up_tokenization_spaces": False} | settings
     settings["padding_side"] = "right"

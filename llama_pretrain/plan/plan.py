@@ -9,7 +9,7 @@ from llama_pretrain.config.data import DataName
 from llama_pretrain.config.data_rules import named_sources
 from llama_pretrain.config.fields import parse_size
 from llama_pretrain.config.problems import Problem, UserError, refuse
-from llama_pretrain.config.schema import Run, ScheduleName, Task
+from llama_pretrain.config.schema import Run, ScheduleName
 from llama_pretrain.plan.batch import BatchPlan, count_ranks, count_replicas, solve_batch
 from llama_pretrain.plan.cost import CostPlan, estimate_cost
 from llama_pretrain.plan.feasible import check_scale
@@ -48,10 +48,10 @@ class Corpus:
     tokenizer_size: int
     eos_id: int
     """The id that ends a document."""
-    data_hash: str
-    """Of all sources and of whatever else decides which tokens a position has."""
+    content_hash: str
+    """Of the tokenizer and of every source's tokens."""
     fingerprint: dict[str, str]
-    """What the hash is of, by setting: to say what has changed."""
+    """Whatever decides which tokens a position has, by setting: to say what has changed."""
     sources: list[SourceTokens]
 
     @property
@@ -141,7 +141,7 @@ def check_plan(run: Run) -> Iterator[Problem]:
 
 def check_fits(run: Run, plan: Plan) -> Iterator[Problem]:
     """A run that is to start and whose estimate is above its device's memory."""
-    if run.task is not Task.plan and not plan.fits:
+    if run.task.trains and not plan.fits:
         need, have = (size / (1 << 30) for size in (plan.memory.total, plan.device_memory))
         yield Problem(
             path="launch.device_memory",
@@ -156,6 +156,13 @@ def check_corpus(run: Run, plan: Plan) -> Iterator[Problem]:
     assert plan.corpus is not None
     assert plan.steps.epochs is not None
     rows, batch = plan.corpus.train_rows, plan.batch.global_batch_size
+    wanted, found = run.data.hash, plan.corpus.content_hash
+    if wanted is not None and wanted != found and run.resume.run_dir is None:
+        yield Problem(
+            path="data.hash",
+            message=f"the data and its tokenizer are {found[:16]} now (got {wanted[:16]})",
+            hint="to train on them all the same, set data.hash=null",
+        )
     if rows < batch and run.data.limit_train_rows is None:
         yield Problem(
             path="data",

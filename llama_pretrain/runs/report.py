@@ -244,6 +244,9 @@ def _flatten(values: Row, prefix: str = "") -> list[tuple[str, str]]:
         name = f"{prefix}{key.replace('_', ' ')}"
         if isinstance(value, dict):
             found += _flatten(value, f"{name} · ")
+        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            for number, item in enumerate(value, start=1):
+                found += _flatten(item, f"{name} · {item.get('name', number)} · ")
         elif isinstance(value, list):
             found.append((name, ", ".join(str(item).strip() for item in value) or "none"))
         elif value is None or isinstance(value, bool | str):

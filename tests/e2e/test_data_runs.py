@@ -40,9 +40,9 @@ def compare(one: Command, other: Command) -> float:
         assert [r[key] for r in one.rows("loss")] == [r[key] for r in other.rows("loss")]
     apart = np.subtract(one.losses, other.losses)
     for key in ("eval_loss", "eval_loss/mail", "eval_loss/json", "bits_per_byte"):
-        both = [[row[key] for row in done.rows(key)] for done in (one, other)]
-        assert len(both[0]) == 3
-        apart = np.append(apart, np.subtract(*both))
+        left, right = ([row[key] for row in done.rows(key)] for done in (one, other))
+        assert len(left) == 3
+        apart = np.append(apart, np.subtract(left, right))
     return float(np.abs(apart).max())
 
 
@@ -119,9 +119,9 @@ def test_another_corpus_is_named_on_resume(runner: Runner, tmp_path: Path, cache
     own = f"tokenizer.name=pretrained tokenizer.path={cut.run_dir.tokenizer}"
     assert f"tokenizer: was {before['data']['tokenizer'][:16]} when step-00000002" in refused
     assert f"go on with the run's own: {own}" in refused
-    resume = (*resume, "resume.allow_data_change=true")
-    assert "tokenizer: was" in runner.bare(*resume, run_dir=cut.run_dir, expect=1).output
-    done = runner.bare(*resume, *own.split(), run_dir=cut.run_dir)
+    free = (*resume, "resume.allow_data_change=true")
+    assert "tokenizer: was" in runner.bare(*free, run_dir=cut.run_dir, expect=1).output
+    done = runner.bare(*free, *own.split(), run_dir=cut.run_dir)
     assert "the data is another: data was" in done.output
     assert [row["step"] for row in done.rows("loss")] == [1, 2, 3, 4]
 

@@ -48,16 +48,18 @@ def test_resume_equals_the_uninterrupted_run(
         "train.eval_every_steps=2",
         *more,
     )
-    whole = runner(*settings)
-    # The same run, killed after its fourth step: its checkpoint is of step 3.
+    # A run with a checkpoint of step 3, and what is left of it where it is killed after step 4.
     cut = runner(*settings, "checkpoint.every_steps=3")
+    whole, evaluations = numbers(cut), cut.rows("eval_loss")
+    if (stage, precision) == (2, "bf16"):  # and writing checkpoints changes nothing
+        assert numbers(runner(*settings)) == whole
     forget_after(cut, step=4)
     resumed = runner.bare(f"resume={cut.run_dir.path}", run_dir=cut.run_dir)
     assert "going on from step-00000003" in resumed.output
-    assert numbers(resumed) == numbers(whole)
+    assert numbers(resumed) == whole
     # The torn checkpoint of step 6 is gone: a later resume could not tell it from a new one.
     assert sorted(path.name for path in cut.run_dir.checkpoints.glob("step-*")) == ["step-00000003"]
-    assert resumed.rows("eval_loss") == whole.rows("eval_loss")
+    assert resumed.rows("eval_loss") == evaluations
     assert json.loads(resumed.run_dir.status.read_text())["status"] == "completed"
 
 

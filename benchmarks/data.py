@@ -1,0 +1,239 @@
+"""The data component beside what a user would take instead, on the same text.
+
+    python benchmarks/data.py [FOLDER]
+
+prints, in one run: preparing beside the bare tokenizer and beside datasets.map + group_texts, with
+one process and with two; the loader; and the order. The text is the standard library's sources and
+the docstrings of the installed packages, or FOLDER's *.txt. Each figure is the median of three runs
+that take turns.
+"""
+
+import itertools
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llama_pretrain.config.schema import Run
+from llama_pretrain.data.dataset import TrainSampler, build_loader, create_pretrain_dataset
+from llama_pretrain.data.encode import BATCH_CHARACTERS
+from llama_pretrain.data.order import SampleOrder
+from llama_pretrain.data.prepare import prepare_corpus, sample_texts
+from llama_pretrain.data.sources import open_source
+from llama_pretrain.data.tokenizer import open_tokenizer
+from llama_pretrain.plan.plan import Corpus
+from llama_pretrain.plan.sampling import plan_sampling
+
+ROUNDS = 3
+VOCABULARY = 32_000
+ROW = 2048
+
+
+class Quiet:
+    """A report that says nothing."""
+
+    def say(self, line: str) -> None: ...
+
+    @contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Callable[[int, int], None]]:
+        yield lambda done, text: None
+
+
+def compose(*words: str) -> Run:
+    """A checked run."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    from llama_pretrain.config.compose import PROJECT_ROOT, read_config, register
+
+    register()
+    with initialize_config_dir(str(PROJECT_ROOT / "conf"), version_base="1.3"):
+        return read_config(hydra_compose("config", overrides=list(words)))
+
+
+def collect(folder: Path, words: list[str]) -> tuple[Path, int]:
+    """The text as one .jsonl, which all read. Returns it and its bytes of text."""
+    target, size = folder / "text.jsonl", 0
+    runs = [compose(*words)] if words else [compose("data=stdlib"), compose("data=docstrings")]
+    with target.open("w", encoding="utf-8") as out:
+        for run in runs:
+            cache = Path("~/.cache/llama_pretrain").expanduser()
+            source = open_source(run.data, path="data", cache_dir=cache, heldout=False)
+            for text in sample_texts([(source, 0.0)], num_bytes=10**12):
+                size += len(text.encode("utf-8"))
+                out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    return target, size
+
+
+def read_texts(path: Path) -> list[str]:
+    """All texts, in memory."""
+    return [json.loads(line)["text"] for line in path.open(encoding="utf-8")]
+
+
+def batches(texts: list[str]) -> Iterator[list[str]]:
+    """Texts in the batches that preparing makes of them."""
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    yield batch
+
+
+def encode_bare(texts: list[str], tokenizer_dir: Path) -> float:
+    """Seconds of the tokenizer alone: no file is read, no token is kept."""
+    backend = open_tokenizer(tokenizer_dir).backend
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    started = time.perf_counter()
+    for batch in batches(texts):
+        backend.encode_batch_fast(batch, add_special_tokens=False)
+    return time.perf_counter() - started
+
+
+def prepare(path: Path, cache: Path, *, processes: int) -> tuple[float, Corpus]:
+    """Seconds of preparing, the tokenizer being there, and what came out."""
+    run = compose(
+        "data=text", f"data.paths=['{path}']", f"data.cache_dir={cache}",
+        f"data.sequence_length={ROW}", f"data.prepare_processes={processes}",
+        f"tokenizer.vocab_size={VOCABULARY}", f"model.vocab_size={VOCABULARY}",
+        "model.max_position_embeddings=4096",
+    )  # fmt: skip
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    shutil.rmtree(cache / "tokens", ignore_errors=True)
+    started = time.perf_counter()
+    corpus = prepare_corpus(run, report=Quiet())
+    return time.perf_counter() - started, corpus
+
+
+def prepare_with_datasets(path: Path, tokenizer_dir: Path, cache: Path, *, processes: int) -> float:
+    """Seconds of what transformers' run_clm.py does: map the tokenizer, map group_texts, save."""
+    import datasets
+    from transformers import AutoTokenizer
+
+    datasets.disable_progress_bars()
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, model_max_length=10**9)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    shutil.rmtree(cache, ignore_errors=True)
+    started = time.perf_counter()
+    loaded = datasets.load_dataset(
+        "json", data_files=str(path), split="train", cache_dir=str(cache / "loaded")
+    )
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, Any]:
+        ids = tokenizer(batch["text"], add_special_tokens=False)["input_ids"]
+        return {"input_ids": [[*row, tokenizer.eos_token_id] for row in ids]}
+
+    def group_texts(batch: dict[str, list[list[int]]]) -> dict[str, Any]:
+        joined = list(itertools.chain(*batch["input_ids"]))
+        whole = len(joined) // ROW * ROW
+        return {"input_ids": [joined[i : i + ROW] for i in range(0, whole, ROW)]}
+
+    options = {"batched": True, "num_proc": processes if processes > 1 else None}
+    tokens = loaded.map(encode, remove_columns=["text"], **options)
+    tokens.map(group_texts, **options).save_to_disk(str(cache / "saved"))
+    return time.perf_counter() - started
+
+
+def measure_preparing(path: Path, size: int, folder: Path) -> Corpus:
+    """Print a table of MB/s. Returns what was prepared."""
+    _, corpus = prepare(path, folder / "cache", processes=1)
+    tokenizer_dir, texts = Path(corpus.tokenizer_dir), read_texts(path)
+    ways: dict[str, Callable[[], float]] = {
+        "encode_batch_fast alone": lambda: encode_bare(texts, tokenizer_dir),
+        "task=prepare, 1 process": lambda: prepare(path, folder / "cache", processes=1)[0],
+        "task=prepare, 2 processes": lambda: prepare(path, folder / "cache", processes=2)[0],
+        "datasets.map + group_texts, 1": lambda: prepare_with_datasets(
+            path, tokenizer_dir, folder / "hf", processes=1
+        ),
+        "datasets.map + group_texts, 2": lambda: prepare_with_datasets(
+            path, tokenizer_dir, folder / "hf", processes=2
+        ),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(ROUNDS):
+        for name, way in ways.items():
+            seconds[name].append(way())
+    medians = {name: statistics.median(found) for name, found in seconds.items()}
+    bare, one = medians["encode_batch_fast alone"], medians["task=prepare, 1 process"]
+    print(f"\npreparing {size / 1e6:.1f} MB of text, {corpus.sources[0].train_tokens:,} tokens")
+    print(f"{'':32}{'MB/s':>8}{'of bare':>9}{'of 1 process':>14}")
+    for name, found in medians.items():
+        print(f"{name:32}{size / 1e6 / found:8.2f}{bare / found:9.2f}{one / found:14.2f}")
+    return corpus
+
+
+def measure_loader(corpus: Corpus) -> None:
+    """Print tokens a second of a rank's loader, with and without a document mask, and of others."""
+    run = compose("data=stdlib")
+    print(f"\nloader, rows of {ROW}, micro batches of 8, one of two ranks")
+    for mask in (False, True):
+        dataset = create_pretrain_dataset(
+            corpus, "train", sequence_length=ROW, limits=[None], document_mask=mask
+        )
+        sampling = plan_sampling(run.data, global_batch_size=16)
+        order = SampleOrder(sampling, num_rows=dataset.num_rows, seed=1)
+        rates = []
+        for _ in range(ROUNDS):
+            sampler = TrainSampler(
+                order=order, first_step=0, num_steps=400, global_batch_size=16, rank=0, world_size=2
+            )
+            loader = build_loader(dataset, sampler, micro_batch_size=8, num_workers=0)
+            started = time.perf_counter()
+            tokens = sum(batch["input_ids"].numel() for batch in loader)
+            rates.append(tokens / (time.perf_counter() - started))
+        name = "with a document mask" if mask else "plain"
+        print(f"{name:32}{statistics.median(rates) / 1e6:8.1f} Mtok/s")
+
+
+def measure_default_step(corpus: Corpus) -> None:
+    """Print the loader's time for a step of the default run: 8 rows of 256 tokens."""
+    dataset = create_pretrain_dataset(corpus, "train", sequence_length=256, limits=[None])
+    sampling = plan_sampling(compose("data=stdlib").data, global_batch_size=16)
+    order = SampleOrder(sampling, num_rows=dataset.num_rows, seed=1)
+    sampler = TrainSampler(
+        order=order, first_step=0, num_steps=500, global_batch_size=16, rank=0, world_size=2
+    )
+    loader = iter(build_loader(dataset, sampler, micro_batch_size=8, num_workers=0))
+    times = []
+    for _ in range(500):
+        started = time.perf_counter()
+        next(loader)
+        times.append(time.perf_counter() - started)
+    print(
+        f"\na step of the default run takes {statistics.mean(times) * 1e3:.3f} ms of loading"
+        f" (median {statistics.median(times) * 1e3:.3f}, largest {max(times) * 1e3:.1f})"
+    )
+
+
+def measure_order(run: Run) -> None:
+    """Print the time to open an order and take a step's ids, by the number of rows."""
+    print("\norder: open it and take 1,024 ids")
+    for rows in (10**3, 10**6, 10**9, 10**12):
+        started = time.perf_counter()
+        sampling = plan_sampling(run.data, global_batch_size=1024)
+        ids = SampleOrder(sampling, num_rows=[rows], seed=1).ids(10 * rows, 1024)
+        took = time.perf_counter() - started
+        assert len(np.unique(ids)) <= 1024
+        print(f"{rows:>17,} rows {took * 1e3:8.2f} ms")
+
+
+if __name__ == "__main__":
+    words = ["data=text", f"data.paths=['{sys.argv[1]}/*.txt']"] if len(sys.argv) > 1 else []
+    with tempfile.TemporaryDirectory() as name:
+        path, size = collect(Path(name), words)
+        corpus = measure_preparing(path, size, Path(name))
+        measure_loader(corpus)
+        measure_default_step(corpus)
+    measure_order(compose("data=stdlib"))
