@@ -67,7 +67,9 @@ def collect(folder: Path, words: list[str]) -> tuple[Path, int]:
     with target.open("w", encoding="utf-8") as out:
         for run in runs:
             cache = Path("~/.cache/llama_pretrain").expanduser()
-            source = open_source(run.data, path="data", cache_dir=cache, heldout=False)
+            source = open_source(
+                run.data, path="data", cache_dir=cache, heldout=False, report=Quiet()
+            )
             for text in sample_texts([(source, 0.0)], num_bytes=10**12):
                 size += len(text.encode("utf-8"))
                 out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")

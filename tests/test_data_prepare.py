@@ -172,7 +172,9 @@ def test_spans_of_files_lose_nothing(tmp_path: Path, delimiter: str | None) -> N
         data = compose_run(
             ["data=text", f"data.paths=['{path}']", f"data.delimiter='{delimiter}'"]
         ).data
-    source = open_source(data, path="data", cache_dir=tmp_path / "cache", heldout=False)
+    source = open_source(
+        data, path="data", cache_dir=tmp_path / "cache", heldout=False, report=Quiet()
+    )
     for target in (7, 64, 1000, 10**6):
         found = [
             record.text  # type: ignore[union-attr]
@@ -203,7 +205,9 @@ def test_every_kind_of_file_is_read(tmp_path: Path, suffix: str) -> None:
         path.write_bytes(zstandard.compress(content) if zst else content)
     field = [] if suffix == "txt.gz" else ["data.text_field=body"]
     data = compose_run(["data=text", f"data.paths=['{path}']", *field]).data
-    source = open_source(data, path="data", cache_dir=tmp_path / "cache", heldout=False)
+    source = open_source(
+        data, path="data", cache_dir=tmp_path / "cache", heldout=False, report=Quiet()
+    )
     found = [r.text for task in source.tasks() for span in task for r in source.read(span)]  # type: ignore[union-attr]
     wanted = ["one\ntwo"] if suffix == "txt.gz" else ["one", "two", "", "three"]
     assert found == wanted
@@ -389,7 +393,9 @@ def test_auto_tokenizer_reads_ours(tmp_path: Path) -> None:
 def test_the_tokenizer_learns_from_a_bounded_sample(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", 4000)
     data = text_run(tmp_path, kind="jsonl").data
-    source = open_source(data, path="data", cache_dir=tmp_path / "cache", heldout=False)
+    source = open_source(
+        data, path="data", cache_dir=tmp_path / "cache", heldout=False, report=Quiet()
+    )
     texts = list(sample_texts([(source, 0.2)], num_bytes=500_000))
     size = sum(len(text.encode()) for text in texts)
     assert 400_000 < size < 560_000

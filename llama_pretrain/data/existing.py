@@ -12,6 +12,7 @@ from llama_pretrain.config.data import Source as SourceConfig
 from llama_pretrain.config.problems import Problem, UserError, refuse
 from llama_pretrain.data.meta import Extent
 from llama_pretrain.data.packed import read_index
+from llama_pretrain.data.pool import Report
 from llama_pretrain.data.sources import File, hash_files, list_files
 from llama_pretrain.data.tokenizer import TrainedTokenizer
 
@@ -40,7 +41,7 @@ def open_existing(
     tokenizer: TrainedTokenizer,
     cache_dir: Path,
     heldout: bool,
-    show: Callable[[int, int], None],
+    report: Report,
 ) -> ExistingTokens:
     """Find token files and check every id in them.
 
@@ -70,8 +71,9 @@ def open_existing(
         _check_dtype(dtype, path, tokenizer)
         refuse(_check_headerless(paths, setting, dtype))
         sizes = [p.stat().st_size // np.dtype(dtype).itemsize for p in paths]
-    files = hash_files(paths, cache_dir=cache_dir)
-    _scan(files, setting, dtype, tokenizer, show)
+    files = hash_files(paths, cache_dir=cache_dir, report=report)
+    with report.progress("checking tokens", sum(file.size for file in files)) as show:
+        _scan(files, setting, dtype, tokenizer, show)
     extents = [
         Extent(file=str(file.path), first=0, tokens=tokens)
         for file, tokens in zip(files, sizes, strict=True)

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
@@ -74,8 +74,10 @@ def run_tasks(
     *,
     processes: int,
     show: Callable[[int, int], None],
-) -> Iterator[tuple[int, Result]]:
+) -> Generator[tuple[int, Result], None, None]:
     """`work(job, task, counter)` for each task, as they come: (number of the task, result).
+
+    Who stops before the end closes it, which ends the processes.
 
     Raises:
         RuntimeError: if a process was killed.

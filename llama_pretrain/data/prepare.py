@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from llama_pretrain.data.encode import (
     encode_texts,
     task_marker,
 )
-from llama_pretrain.data.existing import open_existing
+from llama_pretrain.data.existing import ExistingTokens, open_existing
 from llama_pretrain.data.gather import (
     GatherJob,
     ShardResult,
@@ -93,7 +93,7 @@ def prepare_sources(run: Run, *, report: Report) -> tuple[TrainedTokenizer, list
     mixed = run.data.name is DataName.mixture
     paths = {name: f"data.sources.{name}" if mixed else "data" for name in configs}
     texts = {
-        name: _open_texts(config, paths[name], run.data, cache_dir)
+        name: _open_texts(config, paths[name], run.data, cache_dir, report)
         for name, config in configs.items()
         if config.name not in IN_PLACE
     }
@@ -118,14 +118,16 @@ def prepare_sources(run: Run, *, report: Report) -> tuple[TrainedTokenizer, list
 
 
 def _open_texts(
-    config: Source, path: str, data: Data, cache_dir: Path
+    config: Source, path: str, data: Data, cache_dir: Path, report: Report
 ) -> list[tuple[TextSource, float]]:
     """The files of a source, and those to hold out, each with the share that is held out."""
-    whole = open_source(config, path=path, cache_dir=cache_dir, heldout=False)
+
+    def opened(heldout: bool) -> TextSource:
+        return open_source(config, path=path, cache_dir=cache_dir, heldout=heldout, report=report)
+
     if not config.heldout_paths:
-        return [(whole, data.heldout_fraction)]
-    apart = open_source(config, path=path, cache_dir=cache_dir, heldout=True)
-    return [(whole, 0.0), (apart, 1.0)]
+        return [(opened(heldout=False), data.heldout_fraction)]
+    return [(opened(heldout=False), 0.0), (opened(heldout=True), 1.0)]
 
 
 def _open_prepared(config: Source, path: str, data: Data) -> tuple[Path, TokensMeta]:
@@ -334,10 +336,12 @@ def _encode_all(
     todo = [shard for shard in shards if shard.name not in done]
     total = sum(result.tokens for result in results) * np.dtype(gather.dtype).itemsize
     with report.progress("writing shards", total) as show:
-        for number, shard_result in run_tasks(
+        finished = run_tasks(
             gather_shard, gather, todo, processes=processes, show=lambda read, _: show(read, 0)
-        ):
-            done[todo[number].name] = shard_result
+        )
+        with closing(finished):
+            for number, shard_result in finished:
+                done[todo[number].name] = shard_result
     splits = {}
     for split in (TRAIN, HELDOUT):
         mine = {shard.name: done[shard.name] for shard in shards if shard.split == split}
@@ -393,10 +397,12 @@ def _encode_parts(
     total = sum(task.size for task in todo)
     _check_space(job, todo, tokenizer, partial)
     with report.progress("encoding", total) as show:
-        for place, result in run_tasks(encode_task, job, todo, processes=processes, show=show):
-            results[todo[place].number] = result
-            if sum(done.documents for done in results.values()) >= MIN_DOCUMENTS_TO_JUDGE:
-                _check_faults(list(results.values()), data, path=job.sources[0][0].path)
+        finished = run_tasks(encode_task, job, todo, processes=processes, show=show)
+        with closing(finished):  # a refusal here ends the processes
+            for place, result in finished:
+                results[todo[place].number] = result
+                if sum(done.documents for done in results.values()) >= MIN_DOCUMENTS_TO_JUDGE:
+                    _check_faults(list(results.values()), data, path=job.sources[0][0].path)
     return [results[number] for number in sorted(results)]
 
 
@@ -489,16 +495,15 @@ def _prepare_existing(
 ) -> Path:
     """Check tokens that exist already and write down where they lie. Returns that folder."""
 
-    def opened(heldout: bool) -> Any:
-        with report.progress("checking tokens", 0) as show:
-            return open_existing(
-                config,
-                path=path,
-                tokenizer=tokenizer,
-                cache_dir=cache_dir,
-                heldout=heldout,
-                show=show,
-            )
+    def opened(heldout: bool) -> ExistingTokens:
+        return open_existing(
+            config,
+            path=path,
+            tokenizer=tokenizer,
+            cache_dir=cache_dir,
+            heldout=heldout,
+            report=report,
+        )
 
     whole = opened(heldout=False)
     apart = opened(heldout=True) if config.heldout_paths else None

@@ -20,6 +20,7 @@ from typing import Any
 from llama_pretrain.config.data import DataName
 from llama_pretrain.config.data import Source as SourceConfig
 from llama_pretrain.config.problems import Problem, UserError, refuse
+from llama_pretrain.data.pool import Report
 from llama_pretrain.data.read import (
     LINE_SUFFIXES,
     TEXT_SUFFIXES,
@@ -169,7 +170,9 @@ class TextSource:
         yield from read_rows(iter(part), name=where, first=0, field=field)
 
 
-def open_source(config: SourceConfig, *, path: str, cache_dir: Path, heldout: bool) -> TextSource:
+def open_source(
+    config: SourceConfig, *, path: str, cache_dir: Path, heldout: bool, report: Report
+) -> TextSource:
     """Find the files of a source and hash them.
 
     Args:
@@ -179,7 +182,7 @@ def open_source(config: SourceConfig, *, path: str, cache_dir: Path, heldout: bo
         UserError: if there is none, or one is of a kind that isn't read.
     """
     if config.name is DataName.huggingface:
-        return _open_dataset(config, path=path, cache_dir=cache_dir)
+        return _open_dataset(config, path=path, cache_dir=cache_dir, report=report)
     if config.name is DataName.stdlib:
         paths = _stdlib_files()
     elif config.name is DataName.docstrings:
@@ -187,7 +190,7 @@ def open_source(config: SourceConfig, *, path: str, cache_dir: Path, heldout: bo
     else:
         name = "heldout_paths" if heldout else "paths"
         paths = list_files(getattr(config, name), path=f"{path}.{name}", suffixes=SUFFIXES)
-    files = hash_files(paths, cache_dir=cache_dir)
+    files = hash_files(paths, cache_dir=cache_dir, report=report)
     kinds = "\n".join(f"{suffix_of(f.path)} {f.path.suffix} {f.digest}" for f in files)
     recipe = f"{config.text_field}\n{config.delimiter!r}\n{kinds}"
     return TextSource(
@@ -232,7 +235,7 @@ def list_files(
     return list(found)
 
 
-def hash_files(paths: Sequence[Path], *, cache_dir: Path) -> list[File]:
+def hash_files(paths: Sequence[Path], *, cache_dir: Path, report: Report) -> list[File]:
     """Sizes and SHA-256 of files, as many at a time as there are cores.
 
     What was hashed before and has the same size and time of change since is not read again.
@@ -252,9 +255,13 @@ def hash_files(paths: Sequence[Path], *, cache_dir: Path) -> list[File]:
             if row is not None and row[:2] == (stat.st_size, stat.st_mtime_ns):
                 stored[path] = File(path=path, size=row[0], digest=row[2])
         missing = [path for path in paths if path not in stored]
-        with ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter's lock
+        total, done = sum(path.stat().st_size for path in missing), 0
+        # hashlib lets go of the interpreter's lock.
+        with ThreadPoolExecutor() as pool, report.progress("hashing files", total) as show:
             for path, (time, file) in zip(missing, pool.map(_hash, missing), strict=True):
                 stored[path] = file
+                done += file.size
+                show(done, 0)
                 row = (str(path), file.size, time, file.digest)
                 known.execute("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?)", row)
     return [stored[path] for path in paths]
@@ -318,14 +325,17 @@ def load_dataset(config: SourceConfig, path: str) -> Any:
         raise UserError([Problem(path=f"{path}.dataset", message=message)]) from error
 
 
-def _open_dataset(config: SourceConfig, *, path: str, cache_dir: Path) -> TextSource:
+def _open_dataset(
+    config: SourceConfig, *, path: str, cache_dir: Path, report: Report
+) -> TextSource:
     assert config.dataset is not None
     folder = Path(config.dataset).expanduser()
     recipe = [config.text_field, config.dataset_config, config.dataset_split]
     files: list[File] = []
     if folder.is_dir():
         names = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-        files = hash_files([name.resolve() for name in names], cache_dir=cache_dir)
+        found = [name.resolve() for name in names]
+        files = hash_files(found, cache_dir=cache_dir, report=report)
         num_bytes = sum(file.size for file in files)
         recipe += [file.digest for file in files]
         load_dataset(config, path)  # told now, if it can't be
