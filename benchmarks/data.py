@@ -4,8 +4,8 @@
 
 prints, in one run: preparing beside the bare tokenizer and beside datasets.map + group_texts, with
 one process and with two; the loader; and the order. The text is the standard library's sources and
-the docstrings of the installed packages, or FOLDER's *.txt. Each figure is the median of three runs
-that take turns.
+some docstrings of the installed packages, 20 MB in all, or FOLDER's *.txt. The ways take turns, and
+each ratio is the median of the rounds' ratios: a shared machine may be twice as fast a minute on.
 """
 
 import itertools
@@ -33,7 +33,8 @@ from llama_pretrain.data.tokenizer import open_tokenizer
 from llama_pretrain.plan.plan import Corpus
 from llama_pretrain.plan.sampling import plan_sampling
 
-ROUNDS = 3
+ROUNDS = 5
+MAX_BYTES = 20_000_000
 VOCABULARY = 32_000
 ROW = 2048
 
@@ -71,6 +72,8 @@ def collect(folder: Path, words: list[str]) -> tuple[Path, int]:
                 run.data, path="data", cache_dir=cache, heldout=False, report=Quiet()
             )
             for text in sample_texts([(source, 0.0)], num_bytes=10**12):
+                if not words and size >= MAX_BYTES:
+                    break
                 size += len(text.encode("utf-8"))
                 out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
     return target, size
@@ -167,12 +170,16 @@ def measure_preparing(path: Path, size: int, folder: Path) -> Corpus:
     for _ in range(ROUNDS):
         for name, way in ways.items():
             seconds[name].append(way())
-    medians = {name: statistics.median(found) for name, found in seconds.items()}
-    bare, one = medians["encode_batch_fast alone"], medians["task=prepare, 1 process"]
+    bare, one = seconds["encode_batch_fast alone"], seconds["task=prepare, 1 process"]
+
+    def ratio(of: list[float], to: list[float]) -> float:
+        return statistics.median(a / b for a, b in zip(of, to, strict=True))
+
     print(f"\npreparing {size / 1e6:.1f} MB of text, {corpus.sources[0].train_tokens:,} tokens")
     print(f"{'':32}{'MB/s':>8}{'of bare':>9}{'of 1 process':>14}")
-    for name, found in medians.items():
-        print(f"{name:32}{size / 1e6 / found:8.2f}{bare / found:9.2f}{one / found:14.2f}")
+    for name, found in seconds.items():
+        speed = size / 1e6 / statistics.median(found)
+        print(f"{name:32}{speed:8.2f}{ratio(bare, found):9.2f}{ratio(one, found):14.2f}")
     return corpus
 
 

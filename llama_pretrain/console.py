@@ -213,7 +213,7 @@ def show_inspection(inspection: "Inspection", page: Path) -> None:
             else:
                 text.append(f"[{token.text}]")
         facts = f"{row.documents} documents, {row.targets:,} targets"
-        out.rule(f"row {row.number} of {row.source}: {facts}", style="dim")
+        out.rule(f"row {row.number} of {row.source}: {facts}", style="dim", align="left")
         out.print(text)
     say(f"the same as a page: {page}")
 

@@ -27,7 +27,7 @@ from llama_pretrain.runs.rundir import write_text
 
 PART_BYTES = 1 << 26
 """Text of one part: what a process holds."""
-BATCH_CHARACTERS = 1_000_000
+BATCH_CHARACTERS = 250_000
 """Text encoded at a time: the library needs some hundred bytes for each token of it."""
 MAX_LISTED = 20
 """Unreadable documents that are listed; all are counted."""
@@ -292,7 +292,7 @@ def _find_cut(backend: Any, text: str, start: int) -> int:
     """Where a long text may be cut without a change of its tokens.
 
     Tried are ends of lines and of words: what is around one is encoded whole and in two. Where no
-    place is found, say in a million letters without a space, it is cut all the same.
+    place is found, say in 250,000 letters without a space, it is cut all the same.
     """
     end = start + BATCH_CHARACTERS
     if end >= len(text):

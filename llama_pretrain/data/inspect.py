@@ -30,6 +30,8 @@ from llama_pretrain.runs.page import (
 )
 
 SHOWN_ROWS = 4
+CONTEXT = 4
+"""Tokens before one that are decoded with it."""
 MAX_SAMPLED_ROWS = 2000
 """Rows that the lengths are taken from."""
 
@@ -130,14 +132,19 @@ def _show_row(
 
 def _decode_each(tokenizer: TrainedTokenizer, ids: Sequence[int]) -> list[str]:
     """The text that each token adds; a character of several tokens stands with its last one."""
-    texts, done, start = [], "", 0
-    for place_of in range(len(ids)):
-        whole = tokenizer.backend.decode(list(ids[start : place_of + 1]), skip_special_tokens=False)
-        if whole.endswith("\ufffd") and place_of + 1 - start < 8:
+
+    def decode(first: int, end: int) -> str:
+        return str(tokenizer.backend.decode(list(ids[first:end]), skip_special_tokens=False))
+
+    texts, start = [], 0
+    for end in range(1, len(ids) + 1):
+        before = max(0, start - CONTEXT)  # a token alone would lose the space before it
+        text = decode(before, end)[len(decode(before, start)) :]
+        if text.endswith("\ufffd") and end - start < 8:
             texts.append("")
             continue
-        texts.append(whole)
-        start, done = place_of + 1, done + whole
+        texts.append(text)
+        start = end
     return texts
 
 
@@ -149,6 +156,7 @@ def _facts(
     begin = first + (rows - count) // 2
     lengths: list[int] = []
     documents, targets, positions, run_on = 0, 0, 0, 0
+    whole = source.meta.row_tokens is not None  # else the first row begins inside a document
     for number in range(begin, begin + count):
         item = dataset[number]
         ends = np.flatnonzero(item["input_ids"] == source.meta.eos_id)
@@ -157,8 +165,9 @@ def _facts(
         positions += len(item["input_ids"])
         last = -1
         for end in ends.tolist():
-            lengths.append(run_on + end - last)
-            run_on, last = 0, end
+            if whole:
+                lengths.append(run_on + end - last)
+            run_on, last, whole = 0, end, True
         run_on += len(item["input_ids"]) - 1 - last
         if source.meta.row_tokens is not None:
             run_on = 0
