@@ -179,7 +179,7 @@ def test_a_weight_too_small_for_a_block_is_refused() -> None:
     with pytest.raises(UserError) as caught:
         mixture({"a": 1000, "b": 1}, block=100, batch=1)
     assert str(caught.value) == (
-        "data.mixture_block: gives b less than one row of a block (got 100); raise it to 1002,"
+        "data.mixture_block: gives b less than one row of a block (got 100); set it to 1002,"
         " or raise the weight of b"
     )
 

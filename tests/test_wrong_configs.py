@@ -120,6 +120,9 @@ def ways_out(words: list[str], problem: Problem) -> list[list[str]]:
     nearest = re.search(r"nearest that (?:do|are): (\d+)(?:, (\d+))?", hint)
     if nearest is not None:
         return [_change(words, {path: number}) for number in nearest.groups() if number]
+    quoted = re.findall(r"'(\+[^']+)'", hint)
+    if quoted:
+        return [[*words, *quoted]]
     ways = []
     for way in re.split(r",? or |; ", hint):
         meant = re.search(r"(?:did you mean|set|use) ([\w.]+)(?: instead|\?|, say|$)", way)
@@ -172,6 +175,11 @@ NO_COMMAND = {
     "model-without-path",
     "tokenizer-without-path",
     "rope-factor-missing",
+    "data-mixture-paths",
+    "data-mixture-of-mixtures",
+    "data-huggingface",
+    "data-stages",
+    "data-stage-weights",
 }
 """Cases whose way out a person has to think of: a value that only they know."""
 
@@ -193,8 +201,8 @@ def test_hints_lead_out(
             break
         words = ways_out(words, problems[0])[0]
         problems = find_problems(words, machine)
-    if ways:
-        assert problems == []
+    if ways:  # what is left wants a folder that only they know
+        assert [problem for problem in problems if not problem.hint.endswith("=DIR")] == []
 
 
 RIGHT = [

@@ -175,8 +175,11 @@ def _check_stages(run: Run) -> Iterator[Problem]:
             yield Problem(path=f"{path}.sequence_length", message=message)
         if not stage.weights:
             continue
-        if set(stage.weights) != set(data.sources):
-            names = ", ".join(data.sources) or "none: add data=mixture"
+        if data.name is not DataName.mixture:
+            message = f"are for the sources of a mixture (got {', '.join(stage.weights)})"
+            yield Problem(path=f"{path}.weights", message=message, hint="leave them out")
+        elif set(stage.weights) != set(data.sources):
+            names = ", ".join(data.sources)
             message = f"should name each source of the mixture (got {', '.join(stage.weights)})"
             yield Problem(path=f"{path}.weights", message=message, hint=f"sources: {names}")
         elif not any(stage.weights.values()):
@@ -205,6 +208,14 @@ def _check_making(data: Data) -> Iterator[Problem]:
             hint="leave it out, or add data=mixture",
         )
     sources = named_sources(data).values()
+    apart = all(s.name is DataName.prepared or s.heldout_paths for s in sources)
+    if sources and apart and data.heldout_fraction != default.heldout_fraction:
+        yield Problem(
+            path="data.heldout_fraction",
+            message="is not read where all evaluation data is there already"
+            f" (got {data.heldout_fraction})",
+            hint="leave it out",
+        )
     if not sources or not all(source.name in IN_PLACE for source in sources):
         return
     for name in ("deduplicate", "on_error", "shuffle_seed"):

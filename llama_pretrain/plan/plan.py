@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from llama_pretrain.config.data import DataName
-from llama_pretrain.config.data_rules import named_sources
+from llama_pretrain.config.data_rules import check_data, named_sources
 from llama_pretrain.config.fields import parse_size
 from llama_pretrain.config.problems import Problem, UserError, refuse
 from llama_pretrain.config.schema import Run, ScheduleName
@@ -134,7 +134,9 @@ def check_plan(run: Run) -> Iterator[Problem]:
             message = f"should be a size with its unit (got {size})"
             yield Problem(path=path, message=message, hint="write it as 80GiB, 24GB or 500MiB")
     try:
-        plan_sampling(run.data, global_batch_size=_solve(run).global_batch_size)
+        batch = _solve(run)
+        if not any(check_data(run)):
+            plan_sampling(run.data, global_batch_size=batch.global_batch_size)
     except UserError as error:
         yield from error.problems
 

@@ -80,7 +80,7 @@ def _quotas(weights: Mapping[str, float], block: int) -> list[int]:
     for (name, weight), quota in zip(weights.items(), quotas, strict=True):
         if weight > 0 and quota == 0:
             message = f"gives {name} less than one row of a block (got {block})"
-            hint = f"raise it to {int(total / weight) + 1}, or raise the weight of {name}"
+            hint = f"set it to {int(total / weight) + 1}, or raise the weight of {name}"
             raise UserError([Problem(path="data.mixture_block", message=message, hint=hint)])
     return quotas
 
