@@ -572,11 +572,23 @@ LIGHT = [
 ]
 
 
+LOOP_S = 0.24
+"""What `loop` takes where the limits were set; a slower moment has as much longer limits."""
+
+
+def loop() -> float:
+    """Seconds of a fixed piece of Python."""
+    started = time.perf_counter()
+    sum(number * number for number in range(3_000_000))
+    return time.perf_counter() - started
+
+
 @pytest.mark.parametrize(("words", "limit_s"), LIGHT)
 def test_quick_answers_import_no_torch(tmp_path: Path, words: list[str], limit_s: float) -> None:
     command = [str(ROOT / "run.py"), *words]
-    times = []
+    times, loops = [], []
     for _ in range(5):
+        loops.append(loop())
         started = time.perf_counter()
         quick = subprocess.run([sys.executable, *command], capture_output=True, cwd=tmp_path)
         times.append(time.perf_counter() - started)
@@ -586,7 +598,9 @@ def test_quick_answers_import_no_torch(tmp_path: Path, words: list[str], limit_s
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert not imported & {"torch", "transformers", "deepspeed", "datasets", "tokenizers"}
     assert "omegaconf" in imported
-    assert min(times) <= limit_s, times  # other load on the machine only adds
+    slower = max(1.0, min(loops) / LOOP_S)
+    print(f"{min(times):.2f} s of {limit_s * slower:.2f} s on a machine {slower:.2f} times as slow")
+    assert min(times) <= limit_s * slower, times  # other load on the machine only adds
 
 
 def test_help_shows_groups_and_commands(tmp_path: Path) -> None:
