@@ -6,6 +6,7 @@ from html import escape
 from itertools import accumulate
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llama_pretrain.config.schema import Run
 from llama_pretrain.data.dataset import IGNORED, PretrainDataset
@@ -124,7 +125,7 @@ def _show_row(
     return ShownRow(
         source=owner,
         number=number,
-        documents=int(ends[:-1].sum()) + 1,
+        documents=_count_documents(ends),
         targets=int(has_target.sum()),
         tokens=tokens,
     )
@@ -160,7 +161,7 @@ def _facts(
     for number in range(begin, begin + count):
         item = dataset[number]
         ends = np.flatnonzero(item["input_ids"] == source.meta.eos_id)
-        documents += len(ends) + 1
+        documents += _count_documents(item["input_ids"] == source.meta.eos_id)
         targets += int((item["shift_labels"] != IGNORED).sum())
         positions += len(item["input_ids"])
         last = -1
@@ -180,6 +181,11 @@ def _facts(
         documents_a_row=documents / max(1, count),
         targets=targets / max(1, positions),
     )
+
+
+def _count_documents(ends: NDArray[np.bool_]) -> int:
+    """Documents of a row: the one it begins in, and each that begins after an end."""
+    return 1 + int((ends[:-1] & ~ends[1:]).sum())  # an end after an end fills up a row
 
 
 def _histogram(lengths: Sequence[int]) -> list[tuple[int, int]]:
@@ -202,12 +208,13 @@ def render_page_of(run: Run, inspection: Inspection) -> str:
         f" {run.data.packing.value}, document mask {'on' if run.data.document_mask else 'off'},"
         f" tokenizer {inspection.tokenizer[:16]}</p></header>"
     )
+    sources = table(source_rows(inspection), head=SOURCE_HEAD)
     legend = '<p class="legend"><b class="eos">end of a document</b> <i>no target</i></p>'
     return render_page(
         f"{name} data",
         [
             header,
-            section("Sources", table(source_rows(inspection), head=SOURCE_HEAD)),
+            section("Sources", f'<div class="scroll">{sources}</div>'),
             section("Lengths of documents", f'<div class="charts">{plots}</div>' if plots else ""),
             section("The first rows of the run", legend + shown),
         ],
@@ -224,7 +231,7 @@ SOURCE_HEAD = (
     "bytes a token",
     "documents a row",
     "targets",
-    "left out",
+    "counted",
 )
 
 
@@ -284,7 +291,7 @@ def _bars(source: SourceFacts) -> str:
         )
         if number % every == 0:
             middle = x + width / 2
-            label = tick_label(length)
+            label = f"{length:,}"
             drawn += f'<text class="mid" x="{middle:.1f}" y="{BOTTOM + 17}">{label}</text>'
     name = escape(source.name)
     return f"""
@@ -299,6 +306,6 @@ def _bars(source: SourceFacts) -> str:
 ROW_STYLE = """
 rect { fill: var(--line0) } .eos { color: var(--line1); border: 1px solid; border-radius: .3em;
   padding: 0 .2em } pre i, .legend i { font-style: normal; text-decoration: line-through;
-  opacity: .55 } section > h3 { margin: 1rem 0 .3rem }
+  opacity: .55 } .scroll { overflow-x: auto } section > h3 { margin: 1rem 0 .3rem }
 @media (min-width: 1000px) { .charts { grid-template-columns: repeat(3, 1fr) } }
 """
