@@ -229,7 +229,7 @@ def data_case(tmp_path: Path, name: str) -> tuple[list[str], str]:
         ], f"names a directory (got {tmp_path}); add {tmp_path}/**"
     if name == "suffix":
         (tmp_path / "a.pdf").write_bytes(b"x")
-        return [f"data.paths=['{tmp_path}/a.pdf']"], "a.pdf is none of .txt, .jsonl, .parquet"
+        return [f"data.paths=['{tmp_path}/a.pdf']"], "a.pdf is none of .txt, .jsonl (plain, "
     if name == "empty":
         (tmp_path / "a.txt").write_text(" \n")
         return [f"data.paths=['{tmp_path}/a.txt']"], "data: the corpus has no text (read "
@@ -245,7 +245,7 @@ def data_case(tmp_path: Path, name: str) -> tuple[list[str], str]:
         return [f"data.paths=['{tmp_path}/a.jsonl']"], "a.jsonl is not UTF-8 at byte 24"
     if name == "jsonl-field":
         (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"body": "b", "id": 1}\n')
-        text = "a.jsonl, line 2: no text under 'text' (got body, id)"
+        text = "a.jsonl, line 2: there is no field 'text' (got body, id)"
         return [f"data.paths=['{tmp_path}/a.jsonl']"], text
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"\n')
     return [f"data.paths=['{tmp_path}/a.jsonl']"], "a.jsonl, line 2: "
