@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from llama_pretrain.config.compose import PROJECT_ROOT, read_config, register
 from llama_pretrain.config.schema import Run
 from llama_pretrain.data.dataset import TrainSampler, build_loader, create_pretrain_dataset
 from llama_pretrain.data.encode import BATCH_CHARACTERS
@@ -32,6 +34,7 @@ from llama_pretrain.data.sources import open_source
 from llama_pretrain.data.tokenizer import open_tokenizer
 from llama_pretrain.plan.plan import Corpus
 from llama_pretrain.plan.sampling import plan_sampling
+from llama_pretrain.runs.rundir import read_metrics
 
 ROUNDS = 5
 MAX_BYTES = 20_000_000
@@ -53,8 +56,6 @@ def compose(*words: str) -> Run:
     """A checked run."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
-
-    from llama_pretrain.config.compose import PROJECT_ROOT, read_config, register
 
     register()
     with initialize_config_dir(str(PROJECT_ROOT / "conf"), version_base="1.3"):
@@ -206,8 +207,8 @@ def measure_loader(corpus: Corpus) -> None:
         print(f"{name:32}{statistics.median(rates) / 1e6:8.1f} Mtok/s")
 
 
-def measure_default_step(corpus: Corpus) -> None:
-    """Print the loader's time for a step of the default run: 8 rows of 256 tokens."""
+def measure_default_step(corpus: Corpus, folder: Path) -> None:
+    """Print the loader's time for a rank's share of a step of the default run, and of the step."""
     dataset = create_pretrain_dataset(corpus, "train", sequence_length=256, limits=[None])
     sampling = plan_sampling(compose("data=stdlib").data, global_batch_size=16)
     order = SampleOrder(sampling, num_rows=dataset.num_rows, seed=1)
@@ -220,9 +221,14 @@ def measure_default_step(corpus: Corpus) -> None:
         started = time.perf_counter()
         next(loader)
         times.append(time.perf_counter() - started)
+    command = [sys.executable, str(PROJECT_ROOT / "run.py"), "task=probe", "plan.probe_steps=8"]
+    subprocess.run([*command, f"hydra.run.dir={folder}/probe"], check=True, capture_output=True)
+    rows = [row for row in read_metrics(folder / "probe" / "metrics.jsonl") if "loss" in row]
+    step = statistics.median(16 * 256 / row["tokens_per_s"] for row in rows[2:])
+    loading = statistics.mean(times)
     print(
-        f"\na step of the default run takes {statistics.mean(times) * 1e3:.3f} ms of loading"
-        f" (median {statistics.median(times) * 1e3:.3f}, largest {max(times) * 1e3:.1f})"
+        f"\na step of the default run: {loading * 1e3:.3f} ms of loading, {step * 1e3:.0f} ms in"
+        f" all: {loading / step:.3%}"
     )
 
 
@@ -244,5 +250,5 @@ if __name__ == "__main__":
         path, size = collect(Path(name), words)
         corpus = measure_preparing(path, size, Path(name))
         measure_loader(corpus)
-        measure_default_step(corpus)
+        measure_default_step(corpus, Path(name))
     measure_order(compose("data=stdlib"))
