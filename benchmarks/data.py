@@ -26,10 +26,11 @@ import numpy as np
 
 from llama_pretrain.config.compose import PROJECT_ROOT, read_config, register
 from llama_pretrain.config.schema import Run
+from llama_pretrain.data.corpus import prepare_corpus
 from llama_pretrain.data.dataset import TrainSampler, build_loader, create_pretrain_dataset
 from llama_pretrain.data.encode import BATCH_CHARACTERS
 from llama_pretrain.data.order import SampleOrder
-from llama_pretrain.data.prepare import prepare_corpus, sample_texts
+from llama_pretrain.data.prepare import sample_texts
 from llama_pretrain.data.sources import open_source
 from llama_pretrain.data.tokenizer import open_tokenizer
 from llama_pretrain.plan.plan import Corpus

@@ -90,7 +90,7 @@ def run_task(
 
 def prepare_data(run: Run, run_dir: RunDir) -> Corpus:
     """The run's tokens, made or found; with task=inspect shown as well."""
-    from llama_pretrain.data.prepare import describe_corpus, prepare_sources  # tokenizers
+    from llama_pretrain.data.corpus import describe_corpus, prepare_sources  # tokenizers
 
     tokenizer, prepared = prepare_sources(run, report=console.DataReport())
     corpus = describe_corpus(run, tokenizer, prepared)

@@ -11,8 +11,8 @@ import pytest
 import zstandard
 
 from llama_pretrain.config.problems import UserError
+from llama_pretrain.data.corpus import prepare_corpus
 from llama_pretrain.data.meta import read_meta
-from llama_pretrain.data.prepare import prepare_corpus
 from llama_pretrain.data.sources import list_files
 from llama_pretrain.data.tokenizer import train_tokenizer
 from llama_pretrain.plan.plan import Corpus, build_plan, check_corpus

@@ -18,11 +18,12 @@ from llama_pretrain.config.data import Tokenizer as TokenizerConfig
 from llama_pretrain.config.data import TokenizerName
 from llama_pretrain.config.problems import UserError
 from llama_pretrain.data import encode, gather
+from llama_pretrain.data.corpus import prepare_corpus
 from llama_pretrain.data.encode import encode_texts
 from llama_pretrain.data.gather import pack_best_fit
 from llama_pretrain.data.meta import META, Extent, cut_extents, read_meta
 from llama_pretrain.data.packed import open_rows
-from llama_pretrain.data.prepare import prepare_corpus, sample_texts
+from llama_pretrain.data.prepare import sample_texts
 from llama_pretrain.data.sources import open_source
 from llama_pretrain.data.tokenizer import import_tokenizer, open_tokenizer, train_tokenizer
 from llama_pretrain.plan.plan import Corpus
@@ -449,7 +450,7 @@ def killed_at_moments(tmp_path: Path, *, moments: int, processes: int) -> None:
         # Twice the same cache: killed in what an earlier kill has left.
         for _ in range(2):
             process = start_prepare(tmp_path, *options, f"data.cache_dir={cache}")
-            time.sleep(draw.uniform(0.25 * whole, whole))
+            time.sleep(draw.uniform(0.2 * whole, 0.85 * whole))
             process.send_signal(signal.SIGKILL)
             process.communicate()
             for folder in (cache / "tokens").glob("[!.]*"):
@@ -517,9 +518,15 @@ def test_what_is_found_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         (tmp_path / "003.txt").write_text("written to while it was read")
         return finished(*work)
 
+    kept = (tmp_path / "003.txt").read_text()
     monkeypatch.setattr("llama_pretrain.data.prepare.encode_task", write_to)
     with pytest.raises(UserError, match=r"003\.txt has changed while it was read"):
         prepare(tmp_path, "data.prepare_processes=1")
+    # Put back, it has the same hash; what was made of the other text must not be used.
+    monkeypatch.setattr("llama_pretrain.data.prepare.encode_task", finished)
+    (tmp_path / "003.txt").write_text(kept)
+    corpus = prepare(tmp_path, "data.prepare_processes=1")
+    assert kept in documents_of(corpus, "train") + documents_of(corpus, "heldout")
 
 
 MEASURE = """

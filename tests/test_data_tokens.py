@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from llama_pretrain.config.problems import UserError
+from llama_pretrain.data.corpus import prepare_corpus
 from llama_pretrain.data.dataset import PretrainDataset, document_positions
 from llama_pretrain.data.meta import Extent, read_meta
 from llama_pretrain.data.packed import TokenRows, read_index, token_dtype
-from llama_pretrain.data.prepare import prepare_corpus
 from llama_pretrain.data.tokenizer import train_tokenizer
 from llama_pretrain.plan.plan import Corpus
 from tests.conftest import Quiet, compose_run, write_tokens

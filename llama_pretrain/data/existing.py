@@ -1,8 +1,9 @@
 """Tokens that exist already, read where they lie: Megatron's files, and files without a header."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,18 @@ import numpy as np
 from llama_pretrain.config.data import DataName
 from llama_pretrain.config.data import Source as SourceConfig
 from llama_pretrain.config.problems import Problem, UserError, refuse
-from llama_pretrain.data.meta import Extent
+from llama_pretrain.data.cache import claim
+from llama_pretrain.data.meta import (
+    FORMAT,
+    HELDOUT,
+    META,
+    TRAIN,
+    Extent,
+    Split,
+    TokensMeta,
+    cut_extents,
+    write_meta,
+)
 from llama_pretrain.data.packed import read_index
 from llama_pretrain.data.pool import Report
 from llama_pretrain.data.sources import File, hash_files, list_files
@@ -22,6 +34,8 @@ KNOWN_HEADERS = {
     " tail -c +1025",
 }
 SCAN_TOKENS = 1 << 22
+DECODED_TOKENS = 1_000_000
+"""Held-out tokens that are decoded to know their bytes, where there is no text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,3 +187,93 @@ def _scan(
                 at += len(tokens)
                 done += tokens.nbytes
                 show(done, 0)
+
+
+def prepare_existing(
+    config: SourceConfig,
+    path: str,
+    tokenizer: TrainedTokenizer,
+    cache_dir: Path,
+    report: Report,
+    *,
+    heldout_fraction: float,
+) -> Path:
+    """Check tokens that exist already and write down where they lie. Returns that folder."""
+
+    def opened(heldout: bool) -> ExistingTokens:
+        return open_existing(
+            config,
+            path=path,
+            tokenizer=tokenizer,
+            cache_dir=cache_dir,
+            heldout=heldout,
+            report=report,
+        )
+
+    whole = opened(heldout=False)
+    apart = opened(heldout=True) if config.heldout_paths else None
+    files = [*whole.files, *(apart.files if apart else [])]
+    fraction = heldout_fraction
+    recipe = {
+        "format": FORMAT,
+        "files": [(str(file.path), file.size, file.digest) for file in files],
+        "tokenizer": (tokenizer.digest, tokenizer.eos_id),
+        "options": ("apart" if apart else fraction, whole.dtype),
+    }
+    with claim(recipe, cache_dir, report) as (target, partial, digest):
+        if (target / META).is_file():
+            return target
+        train, heldout = list(whole.extents), list(apart.extents) if apart else []
+        if apart is None:  # the end of each file
+            cut = [cut_extents([e], int(e.tokens * (1 - fraction))) for e in whole.extents]
+            train = [extent for head, _ in cut for extent in head]
+            heldout = [extent for _, tail in cut for extent in tail]
+        elif apart.dtype != whole.dtype:
+            message = f"have another type than {path}.paths: {apart.dtype}, not {whole.dtype}"
+            raise UserError([Problem(path=f"{path}.heldout_paths", message=message)])
+        splits = {
+            name: Split(
+                extents=extents,
+                tokens=sum(extent.tokens for extent in extents),
+                documents=count,
+                bytes=None,
+            )
+            for name, extents, count in (
+                (TRAIN, train, whole.documents),
+                (HELDOUT, heldout, apart.documents if apart else None),
+            )
+        }
+        bytes_a_token = _decode_some(heldout, whole.dtype, tokenizer)
+        splits[HELDOUT] = replace(
+            splits[HELDOUT], bytes=int(bytes_a_token * splits[HELDOUT].tokens)
+        )
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        meta = TokensMeta(
+            format=FORMAT,
+            data_hash=digest,
+            tokenizer_hash=tokenizer.digest,
+            vocab_size=tokenizer.size,
+            eos_id=tokenizer.eos_id,
+            dtype=whole.dtype,
+            row_tokens=None,
+            splits=splits,
+            files=[(str(file.path), file.size, file.digest) for file in files],
+        )
+        shutil.copytree(tokenizer.folder, partial / "tokenizer")
+        write_meta(partial, meta)
+        os.rename(partial, target)
+    return target
+
+
+def _decode_some(extents: list[Extent], dtype: str, tokenizer: TrainedTokenizer) -> float:
+    """Bytes of text a token, of the first held-out tokens."""
+    head, _ = cut_extents(extents, DECODED_TOKENS)
+    num_bytes = tokens = 0
+    for extent in head:
+        width = np.dtype(dtype).itemsize
+        ids = np.fromfile(extent.file, dtype, extent.tokens, offset=extent.first * width)
+        text = tokenizer.backend.decode(ids.tolist(), skip_special_tokens=True)
+        num_bytes += len(text.encode("utf-8"))
+        tokens += len(ids)
+    return num_bytes / max(1, tokens)

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama_pretrain.config.schema import Run
+from llama_pretrain.data.corpus import Prepared
 from llama_pretrain.data.dataset import IGNORED, PretrainDataset
 from llama_pretrain.data.meta import HELDOUT, TRAIN, TokensMeta
 from llama_pretrain.data.order import SampleOrder
 from llama_pretrain.data.packed import open_rows
-from llama_pretrain.data.prepare import Prepared
 from llama_pretrain.data.tokenizer import TrainedTokenizer
 from llama_pretrain.plan.batch import count_replicas, solve_batch
 from llama_pretrain.plan.sampling import plan_sampling

@@ -1,23 +1,19 @@
-"""Make the tokens that a run reads, once: a cache addressed by what goes into it."""
+"""Make the tokens of text, once: both passes, restarts, and what is told of them."""
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llama_pretrain.config.data import Data, DataName, Packing, Source, TokenizerName
-from llama_pretrain.config.data_rules import IN_PLACE, named_sources
+from llama_pretrain.config.data import Data, Packing
 from llama_pretrain.config.problems import Problem, UserError
-from llama_pretrain.config.schema import Run
-from llama_pretrain.config.snapshot import to_plain
+from llama_pretrain.data.cache import claim
 from llama_pretrain.data.encode import (
     EncodeJob,
     EncodeTask,
@@ -26,7 +22,6 @@ from llama_pretrain.data.encode import (
     encode_texts,
     task_marker,
 )
-from llama_pretrain.data.existing import ExistingTokens, open_existing
 from llama_pretrain.data.gather import (
     GatherJob,
     ShardResult,
@@ -43,151 +38,21 @@ from llama_pretrain.data.meta import (
     Split,
     TokensMeta,
     cut_extents,
-    read_meta,
     write_meta,
 )
-from llama_pretrain.data.packed import open_rows, token_dtype
+from llama_pretrain.data.packed import token_dtype
 from llama_pretrain.data.pool import Report, run_tasks
 from llama_pretrain.data.read import COMPRESSED, Document
-from llama_pretrain.data.sources import TextSource, check_unchanged, open_source
+from llama_pretrain.data.sources import File, TextSource, check_unchanged
 from llama_pretrain.data.tokenizer import (
     TrainedTokenizer,
-    find_tokenizer,
-    import_tokenizer,
-    open_tokenizer,
 )
-from llama_pretrain.plan.plan import Corpus, SourceTokens
+from llama_pretrain.runs.rundir import write_text
 
 MIN_DOCUMENTS_TO_JUDGE = 1000
 """Before so many documents a share of unreadable ones says little."""
-DECODED_TOKENS = 1_000_000
-"""Held-out tokens that are decoded to know their bytes, where there is no text."""
 COMPRESSION = 4
 """Text is taken to be so many times the size of its compressed file."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A source's folder of tokens."""
-
-    name: str
-    path: str
-    """Of its settings: `data` or `data.sources.NAME`."""
-    folder: Path
-    meta: TokensMeta
-
-
-def prepare_corpus(run: Run, *, report: Report) -> Corpus:
-    """The corpus of a run, prepared now or found in the cache.
-
-    Raises:
-        UserError: if the corpus can't be read or is too short, or the tokenizer doesn't fit.
-    """
-    return describe_corpus(run, *prepare_sources(run, report=report))
-
-
-def prepare_sources(run: Run, *, report: Report) -> tuple[TrainedTokenizer, list[Prepared]]:
-    """The tokenizer of a run and the tokens of each of its sources, in their order."""
-    cache_dir = Path(run.data.cache_dir).expanduser().resolve()
-    configs = named_sources(run.data)
-    mixed = run.data.name is DataName.mixture
-    paths = {name: f"data.sources.{name}" if mixed else "data" for name in configs}
-    texts = {
-        name: _open_texts(config, paths[name], run.data, cache_dir, report)
-        for name, config in configs.items()
-        if config.name not in IN_PLACE
-    }
-    ready = {
-        name: _open_prepared(config, paths[name], run.data)
-        for name, config in configs.items()
-        if config.name is DataName.prepared
-    }
-    tokenizer = _choose_tokenizer(run, texts, ready, cache_dir, report)
-    prepared = []
-    for name, config in configs.items():
-        if name in ready:
-            folder, meta = ready[name]
-        elif name in texts:
-            folder = _prepare_text(run.data, texts[name], tokenizer, cache_dir, report)
-            meta = read_meta(folder, path=paths[name])
-        else:
-            folder = _prepare_existing(run, config, paths[name], tokenizer, cache_dir, report)
-            meta = read_meta(folder, path=paths[name])
-        prepared.append(Prepared(name=name, path=paths[name], folder=folder, meta=meta))
-    return tokenizer, prepared
-
-
-def _open_texts(
-    config: Source, path: str, data: Data, cache_dir: Path, report: Report
-) -> list[tuple[TextSource, float]]:
-    """The files of a source, and those to hold out, each with the share that is held out."""
-
-    def opened(heldout: bool) -> TextSource:
-        return open_source(config, path=path, cache_dir=cache_dir, heldout=heldout, report=report)
-
-    if not config.heldout_paths:
-        return [(opened(heldout=False), data.heldout_fraction)]
-    return [(opened(heldout=False), 0.0), (opened(heldout=True), 1.0)]
-
-
-def _open_prepared(config: Source, path: str, data: Data) -> tuple[Path, TokensMeta]:
-    if len(config.paths) != 1:
-        message = f"should be one folder (got {config.paths})"
-        hint = "make each a source of a mixture"
-        raise UserError([Problem(path=f"{path}.paths", message=message, hint=hint)])
-    folder = Path(config.paths[0]).expanduser().resolve()
-    meta = read_meta(folder, path=f"{path}.paths")
-    packed = meta.row_tokens is not None
-    if packed != (data.packing is Packing.best_fit):
-        message = f"{folder} is packed {'best_fit' if packed else 'concatenate'}"
-        message += f" (got {data.packing.value})"
-        raise UserError([Problem(path="data.packing", message=message, hint="set it to that")])
-    if meta.row_tokens is not None and meta.row_tokens != data.sequence_length + 1:
-        message = f"{folder} is packed for rows of {meta.row_tokens - 1} tokens"
-        hint = f"set it to {meta.row_tokens - 1}, or prepare the text again"
-        message += f" (got {data.sequence_length})"
-        raise UserError([Problem(path="data.sequence_length", message=message, hint=hint)])
-    return folder, meta
-
-
-def _choose_tokenizer(
-    run: Run,
-    texts: Mapping[str, list[tuple[TextSource, float]]],
-    ready: Mapping[str, tuple[Path, TokensMeta]],
-    cache_dir: Path,
-    report: Report,
-) -> TrainedTokenizer:
-    """The one tokenizer of a run.
-
-    Raises:
-        UserError: naming both hashes where tokens were made with another.
-    """
-    if run.tokenizer.name is TokenizerName.pretrained:
-        tokenizer = open_tokenizer(import_tokenizer(run.tokenizer, cache_dir=cache_dir))
-    elif ready:
-        tokenizer = open_tokenizer(next(iter(ready.values()))[0] / "tokenizer")
-    else:
-        sources = [pair for pairs in texts.values() for pair in pairs]
-        tokenizer = find_tokenizer(
-            run.tokenizer,
-            recipe=[source.fingerprint for source, _ in sources] + [run.data.on_error.value],
-            texts=lambda: sample_texts(sources, num_bytes=run.tokenizer.sample_bytes),
-            cache_dir=cache_dir,
-            report=report.say,
-        )
-    for folder, meta in ready.values():
-        if meta.tokenizer_hash != tokenizer.digest:
-            message = (
-                f"{folder} was made with tokenizer {meta.tokenizer_hash[:16]},"
-                f" and this is {tokenizer.digest[:16]} ({tokenizer.folder})"
-            )
-            hint = f"set tokenizer=pretrained tokenizer.path={folder / 'tokenizer'}"
-            raise UserError([Problem(path="tokenizer", message=message, hint=hint)])
-    if tokenizer.size > run.model.vocab_size and not run.model.resize_embeddings:
-        message = f"has {tokenizer.size} tokens, more than model.vocab_size={run.model.vocab_size}"
-        hint = f"set model.vocab_size={tokenizer.size}, or model.resize_embeddings=true"
-        raise UserError([Problem(path="tokenizer", message=message, hint=hint)])
-    return tokenizer
 
 
 def sample_texts(
@@ -222,7 +87,7 @@ def _task_texts(source: TextSource, spans: list[Any]) -> Iterator[str]:
                 yield record.text
 
 
-def _prepare_text(
+def prepare_text(
     data: Data,
     sources: list[tuple[TextSource, float]],
     tokenizer: TrainedTokenizer,
@@ -237,16 +102,16 @@ def _prepare_text(
         "tokenizer": (tokenizer.digest, tokenizer.eos_id),  # tokenizer.json doesn't say the latter
         "options": (data.shuffle_seed, data.deduplicate, data.on_error.value, row_tokens),
     }
-    with _claim(recipe, cache_dir, report) as (target, partial, digest):
+    with claim(recipe, cache_dir, report) as (target, partial, digest):
         if (target / META).is_file():
             return target
+        files = [file for source, _ in sources for file in source.files]
         if not (partial / META).is_file():
+            _forget_other_files(partial, files)
             splits, notes, skipped = _encode_all(
                 data, sources, tokenizer, partial, row_tokens, report
             )
-            for source, _ in sources:
-                check_unchanged(source.files, path=f"{source.path}.paths")
-            files = [file for source, _ in sources for file in source.files]
+            check_unchanged(files, path=f"{sources[0][0].path}.paths")
             shutil.copytree(tokenizer.folder, partial / "tokenizer", dirs_exist_ok=True)
             meta = TokensMeta(
                 format=FORMAT,
@@ -264,29 +129,23 @@ def _prepare_text(
             write_meta(partial, meta)
             report.say(_summary(meta))
         shutil.rmtree(partial / "parts", ignore_errors=True)
-        for marker in partial.glob("*-*.json"):
-            marker.unlink()
+        for marker in (*partial.glob("*-*.json"), partial / "files"):
+            marker.unlink(missing_ok=True)
         os.rename(partial, target)
     return target
 
 
-@contextmanager
-def _claim(recipe: Any, cache_dir: Path, report: Report) -> Iterator[tuple[Path, Path, str]]:
-    """The folder that a recipe names, one to make it in, and the recipe's hash.
+def _forget_other_files(partial: Path, files: list[File]) -> None:
+    """Drop what an interrupted preparing has made of files that have been written to since.
 
-    Whoever else wants the same data waits here until it is there.
+    The hash that names the folder is of what they hold now; in between they may have held
+    something else.
     """
-    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
-    tokens = cache_dir / "tokens"
-    target, partial = tokens / digest[:16], tokens / f".partial-{digest[:16]}"
-    tokens.mkdir(parents=True, exist_ok=True)
-    with (tokens / f".lock-{digest[:16]}").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report.say("another process is preparing the same data: waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield target, partial, digest
+    stamps = json.dumps([(str(file.path), file.size, file.time) for file in files])
+    marker = partial / "files"
+    if not marker.is_file() or marker.read_text(encoding="utf-8") != stamps:
+        shutil.rmtree(partial, ignore_errors=True)
+        write_text(marker, stamps)
 
 
 def _encode_all(
@@ -483,158 +342,3 @@ def _summary(meta: TokensMeta) -> str:
         share = meta.notes["padding_tokens"] / tokens
         text += f", {meta.notes['cut_to_a_row']:,} cut to a row, {share:.2%} padding"
     return text
-
-
-def _prepare_existing(
-    run: Run,
-    config: Source,
-    path: str,
-    tokenizer: TrainedTokenizer,
-    cache_dir: Path,
-    report: Report,
-) -> Path:
-    """Check tokens that exist already and write down where they lie. Returns that folder."""
-
-    def opened(heldout: bool) -> ExistingTokens:
-        return open_existing(
-            config,
-            path=path,
-            tokenizer=tokenizer,
-            cache_dir=cache_dir,
-            heldout=heldout,
-            report=report,
-        )
-
-    whole = opened(heldout=False)
-    apart = opened(heldout=True) if config.heldout_paths else None
-    files = [*whole.files, *(apart.files if apart else [])]
-    fraction = run.data.heldout_fraction
-    recipe = {
-        "format": FORMAT,
-        "files": [(str(file.path), file.size, file.digest) for file in files],
-        "tokenizer": (tokenizer.digest, tokenizer.eos_id),
-        "options": ("apart" if apart else fraction, whole.dtype),
-    }
-    with _claim(recipe, cache_dir, report) as (target, partial, digest):
-        if (target / META).is_file():
-            return target
-        train, heldout = list(whole.extents), list(apart.extents) if apart else []
-        if apart is None:  # the end of each file
-            cut = [cut_extents([e], int(e.tokens * (1 - fraction))) for e in whole.extents]
-            train = [extent for head, _ in cut for extent in head]
-            heldout = [extent for _, tail in cut for extent in tail]
-        elif apart.dtype != whole.dtype:
-            message = f"have another type than {path}.paths: {apart.dtype}, not {whole.dtype}"
-            raise UserError([Problem(path=f"{path}.heldout_paths", message=message)])
-        splits = {
-            name: Split(
-                extents=extents,
-                tokens=sum(extent.tokens for extent in extents),
-                documents=count,
-                bytes=None,
-            )
-            for name, extents, count in (
-                (TRAIN, train, whole.documents),
-                (HELDOUT, heldout, apart.documents if apart else None),
-            )
-        }
-        bytes_a_token = _decode_some(heldout, whole.dtype, tokenizer)
-        splits[HELDOUT] = replace(
-            splits[HELDOUT], bytes=int(bytes_a_token * splits[HELDOUT].tokens)
-        )
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        meta = TokensMeta(
-            format=FORMAT,
-            data_hash=digest,
-            tokenizer_hash=tokenizer.digest,
-            vocab_size=tokenizer.size,
-            eos_id=tokenizer.eos_id,
-            dtype=whole.dtype,
-            row_tokens=None,
-            splits=splits,
-            files=[(str(file.path), file.size, file.digest) for file in files],
-        )
-        shutil.copytree(tokenizer.folder, partial / "tokenizer")
-        write_meta(partial, meta)
-        os.rename(partial, target)
-    return target
-
-
-def _decode_some(extents: list[Extent], dtype: str, tokenizer: TrainedTokenizer) -> float:
-    """Bytes of text a token, of the first held-out tokens."""
-    head, _ = cut_extents(extents, DECODED_TOKENS)
-    num_bytes = tokens = 0
-    for extent in head:
-        width = np.dtype(dtype).itemsize
-        ids = np.fromfile(extent.file, dtype, extent.tokens, offset=extent.first * width)
-        text = tokenizer.backend.decode(ids.tolist(), skip_special_tokens=True)
-        num_bytes += len(text.encode("utf-8"))
-        tokens += len(ids)
-    return num_bytes / max(1, tokens)
-
-
-def describe_corpus(run: Run, tokenizer: TrainedTokenizer, prepared: list[Prepared]) -> Corpus:
-    """What the plan needs to know of prepared sources.
-
-    Raises:
-        UserError: if one has too few tokens for a row, or its files were cut short since.
-    """
-    length = run.data.sequence_length
-    sources = []
-    for source in prepared:
-        splits = source.meta.splits
-        rows = {}
-        for name, split in splits.items():
-            try:
-                rows[name] = len(
-                    open_rows(source.folder, source.meta, name, sequence_length=length)
-                )
-            except (ValueError, OSError) as error:
-                hint = f"delete {source.folder}: it is made again"
-                problem = Problem(path=source.path, message=str(error), hint=hint)
-                raise UserError([problem]) from error
-            if rows[name] == 0:
-                raise UserError([_too_short(source, name, split, run.data)])
-        heldout = splits[HELDOUT]
-        sources.append(
-            SourceTokens(
-                name=source.name,
-                tokens_dir=str(source.folder),
-                data_hash=source.meta.data_hash,
-                train_rows=rows[TRAIN],
-                train_tokens=splits[TRAIN].tokens,
-                heldout_rows=rows[HELDOUT],
-                heldout_bytes_per_token=(heldout.bytes or 0) / heldout.tokens,
-            )
-        )
-    content = {"tokenizer": tokenizer.digest}
-    content |= {source.path: source.meta.data_hash for source in prepared}
-    fingerprint = dict(content)
-    values = to_plain(run.data)
-    for name in ("sequence_length", "limit_train_rows", "document_mask", "mixture_block", "stages"):
-        fingerprint[f"data.{name}"] = json.dumps(values[name])
-    if run.data.name is DataName.mixture:
-        for name, config in run.data.sources.items():
-            fingerprint[f"data.sources.{name}.weight"] = repr(config.weight)
-    return Corpus(
-        tokenizer_dir=str(tokenizer.folder),
-        tokenizer_hash=tokenizer.digest,
-        tokenizer_size=tokenizer.size,
-        eos_id=tokenizer.eos_id,
-        content_hash=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
-        fingerprint=fingerprint,
-        sources=sources,
-    )
-
-
-def _too_short(source: Prepared, name: str, split: Split, data: Data) -> Problem:
-    what = "training text" if name == TRAIN else "held-out text"
-    message = (
-        f"the {what} has {split.tokens} tokens, too few for one row of"
-        f" {data.sequence_length} and the token after it"
-    )
-    hint = "give more text, or shorten data.sequence_length"
-    if name == HELDOUT:
-        hint += f", or raise data.heldout_fraction={data.heldout_fraction}"
-    return Problem(path=source.path, message=message, hint=hint)

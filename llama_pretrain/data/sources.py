@@ -47,6 +47,8 @@ class File:
 
     path: Path
     size: int
+    time: int
+    """Of its last change, in ns."""
     digest: str
 
 
@@ -253,25 +255,25 @@ def hash_files(paths: Sequence[Path], *, cache_dir: Path, report: Report) -> lis
             row = known.execute(query, (str(path),)).fetchone()
             stat = path.stat()
             if row is not None and row[:2] == (stat.st_size, stat.st_mtime_ns):
-                stored[path] = File(path=path, size=row[0], digest=row[2])
+                stored[path] = File(path=path, size=row[0], time=row[1], digest=row[2])
         missing = [path for path in paths if path not in stored]
         total, done = sum(path.stat().st_size for path in missing), 0
         # hashlib lets go of the interpreter's lock.
         with ThreadPoolExecutor() as pool, report.progress("hashing files", total) as show:
-            for path, (time, file) in zip(missing, pool.map(_hash, missing), strict=True):
+            for path, file in zip(missing, pool.map(_hash, missing), strict=True):
                 stored[path] = file
                 done += file.size
                 show(done, 0)
-                row = (str(path), file.size, time, file.digest)
+                row = (str(path), file.size, file.time, file.digest)
                 known.execute("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?)", row)
     return [stored[path] for path in paths]
 
 
-def _hash(path: Path) -> tuple[int, File]:
+def _hash(path: Path) -> File:
     with path.open("rb") as file:
         stat = os.fstat(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return stat.st_mtime_ns, File(path=path, size=stat.st_size, digest=digest)
+    return File(path=path, size=stat.st_size, time=stat.st_mtime_ns, digest=digest)
 
 
 def check_unchanged(files: Sequence[File], *, path: str) -> None:
@@ -283,7 +285,8 @@ def check_unchanged(files: Sequence[File], *, path: str) -> None:
     refuse(
         Problem(path=path, message=f"{file.path} has changed while it was read")
         for file in files
-        if not file.path.is_file() or file.path.stat().st_size != file.size
+        if not file.path.is_file()
+        or (file.path.stat().st_size, file.path.stat().st_mtime_ns) != (file.size, file.time)
     )
 
 
