@@ -15,6 +15,7 @@ from llama_pretrain.config.data import Data, Packing
 from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.data.cache import claim
 from llama_pretrain.data.encode import (
+    BATCH_CHARACTERS,
     EncodeJob,
     EncodeTask,
     TaskResult,
@@ -67,17 +68,23 @@ def sample_texts(
         threshold = 0 if keep_heldout else int(share * (1 << 64))
         for spans in source.tasks():
             left = num_bytes * sum(span.size for span in spans) / max(1, whole)
-            for text in _task_texts(source, spans):
-                raw = text.encode("utf-8")
-                if int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") < threshold:
-                    continue
+            for piece in _training_pieces(source, spans, threshold):
                 found = True
-                yield text
-                left -= len(raw)
+                yield piece
+                left -= len(piece.encode("utf-8"))
                 if left <= 0:
                     break
     if not found and not keep_heldout:  # a corpus of few documents, all of them held out
         yield from sample_texts(sources, num_bytes=num_bytes, keep_heldout=True)
+
+
+def _training_pieces(source: TextSource, spans: list[Any], threshold: int) -> Iterator[str]:
+    """Texts that are not held out; of long ones a piece at a time: learning takes memory, too."""
+    for text in _task_texts(source, spans):
+        digest = hashlib.sha256(text.encode("utf-8")).digest()
+        if int.from_bytes(digest[:8], "big") >= threshold:
+            for start in range(0, len(text), BATCH_CHARACTERS):
+                yield text[start : start + BATCH_CHARACTERS]
 
 
 def _task_texts(source: TextSource, spans: list[Any]) -> Iterator[str]:
