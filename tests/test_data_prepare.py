@@ -551,7 +551,7 @@ def test_memory_stays_small(tmp_path: Path, make: str) -> None:
     words = " ".join(f"word{n % 997} and {n % 31}," for n in range(80_000))
     with (tmp_path / "a.jsonl").open("w") as file:
         if make == "many":
-            for number in range(200):
+            for number in range(90):
                 file.write(json.dumps({"text": f"{number} {words}"}) + "\n")
         else:
             file.write(json.dumps({"text": words * (100_000_000 // len(words) + 1)}) + "\n")

@@ -169,6 +169,7 @@ def test_other_kinds_train(runner: Runner, tmp_path: Path, kind: str) -> None:
             f"data.paths=['{folder}/train-00000.bin']",
             f"data.heldout_paths=['{folder}/heldout-00000.bin']",
             "data.dtype=uint16",
+            "data.heldout_fraction=0.02",
             *tokenizer,
         ],
         "huggingface": ["data.paths=[]", f"data.dataset={tmp_path}/disk"],
