@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ def import_tokenizer(config: TokenizerConfig, *, cache_dir: Path) -> Path:
     return target
 
 
+@lru_cache(maxsize=1)  # a second copy in a process, its memory scattered, encodes slower
 def open_tokenizer(folder: Path) -> TrainedTokenizer:
     """Open a tokenizer of the cache. Special tokens that stand in a text are encoded as text."""
     content = (folder / "tokenizer.json").read_bytes()
