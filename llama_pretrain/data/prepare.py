@@ -203,7 +203,11 @@ def _encode_all(
     total = sum(result.tokens for result in results) * np.dtype(gather.dtype).itemsize
     with report.progress("writing shards", total) as show:
         finished = run_tasks(
-            gather_shard, gather, todo, processes=processes, show=lambda read, _: show(read, 0)
+            gather_shard,
+            gather,
+            todo,
+            processes=max(1, min(processes, len(todo) // 4)),  # to start one takes a second
+            show=lambda read, _: show(read, 0),
         )
         with closing(finished):
             for number, shard_result in finished:
