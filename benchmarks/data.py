@@ -210,7 +210,7 @@ def measure_loader(corpus: Corpus) -> None:
         rates = []
         for _ in range(ROUNDS):
             sampler = TrainSampler(
-                order=order, first_step=0, num_steps=400, global_batch_size=16, rank=0, world_size=2
+                order=order, batches=[range(400)], global_batch_size=16, rank=0, world_size=2
             )
             loader = build_loader(dataset, sampler, micro_batch_size=8, num_workers=0)
             started = time.perf_counter()
@@ -228,7 +228,7 @@ def measure_default_step(corpus: Corpus, folder: Path) -> None:
     sampling = plan_sampling(compose("data=stdlib").data, global_batch_size=16)
     order = SampleOrder(sampling, num_rows=dataset.num_rows, seed=1)
     sampler = TrainSampler(
-        order=order, first_step=0, num_steps=500, global_batch_size=16, rank=0, world_size=2
+        order=order, batches=[range(500)], global_batch_size=16, rank=0, world_size=2
     )
     loader = iter(build_loader(dataset, sampler, micro_batch_size=8, num_workers=0))
     times = []

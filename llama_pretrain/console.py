@@ -475,14 +475,14 @@ def _follow_with_bar(
     )
     with Progress(*columns, console=out, expand=True) as progress:
         task = progress.add_task(
-            "starting ranks", total=plan.steps.total, completed=first_step, text=""
+            "starting ranks", total=plan.steps.last, completed=first_step, text=""
         )
         for row in _new_rows(path, start, done):
             if "loss" in row:
                 progress.update(
                     task, completed=row["step"], description="training", text=_step_text(row)
                 )
-                if row["step"] == plan.steps.total:
+                if row["step"] == plan.steps.last:
                     progress.update(task, description="finishing")
             elif "eval_loss" in row:
                 progress.console.print(_eval_text(row))
@@ -498,14 +498,14 @@ def _follow_with_lines(
         now = time.monotonic()
         if "eval_loss" in row:
             say(_eval_text(row))
-        elif "loss" in row and (now - said >= LINE_EVERY_S or row["step"] == plan.steps.total):
+        elif "loss" in row and (now - said >= LINE_EVERY_S or row["step"] == plan.steps.last):
             said = now
-            text = f"step {row['step']}/{plan.steps.total} {_step_text(row)}"
+            text = f"step {row['step']}/{plan.steps.last} {_step_text(row)}"
             if began is None:
                 began = now, row["step"]
             else:
                 pace = (now - began[0]) / max(1, row["step"] - began[1])
-                left = timedelta(seconds=round(pace * (plan.steps.total - row["step"])))
+                left = timedelta(seconds=round(pace * (plan.steps.last - row["step"])))
                 text += f" eta {left}"
             say(text)
 

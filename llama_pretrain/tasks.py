@@ -4,18 +4,19 @@ import json
 import os
 import shutil
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 
 from llama_pretrain import console
 from llama_pretrain.config.compose import PROJECT_ROOT
-from llama_pretrain.config.deepspeed import OffloadDevice
 from llama_pretrain.config.fields import parse_size
 from llama_pretrain.config.problems import Problem, UserError, refuse
 from llama_pretrain.config.rules import check_run
 from llama_pretrain.config.schema import Resume, Run, Task
-from llama_pretrain.config.snapshot import load_snapshot, render_snapshot
+from llama_pretrain.config.snapshot import render_snapshot
+from llama_pretrain.finished import do_with_run, export_at_end
+from llama_pretrain.launch.local import Preempted, RankError, Stopped, launch
+from llama_pretrain.launch.operators import build_operators
 from llama_pretrain.plan.choices import describe_choices, resolve_choices
 from llama_pretrain.plan.cost import estimate_cost
 from llama_pretrain.plan.ds_config import get_train_ds_config, trace_ds_config
@@ -32,13 +33,12 @@ from llama_pretrain.plan.plan import (
     check_plan,
     render_plan,
 )
-from llama_pretrain.runs.checkpoints import forget_after, newest_complete, read_manifest
+from llama_pretrain.resume import Start, find_start, note_restart, rewind, start_again
 from llama_pretrain.runs.provenance import collect_provenance, render_provenance
 from llama_pretrain.runs.report import render_report
 from llama_pretrain.runs.rundir import (
     RunDir,
     Status,
-    cut_metrics,
     hold,
     read_metrics,
     write_status,
@@ -66,6 +66,8 @@ def run_task(
     if run.task is Task.plan:
         show_plan(run, machine, origins)
         return None
+    if run.task.reads_a_run:
+        return do_with_run(run, run_dir, argv=argv)
     refuse(check_fits(run, build_plan(run, None)))
     try:
         corpus = prepare_data(run, run_dir)
@@ -139,7 +141,7 @@ def probe(
     )
     result = pretrain(
         short,
-        replace(plan, steps=replace(plan.steps, total=steps, eval_rows=1)),
+        replace(plan, steps=replace(plan.steps, last=steps, eval_rows=1)),
         run_dir=run_dir,
         argv=argv,
         machine=machine,
@@ -183,42 +185,75 @@ def pretrain(
 def _pretrain(
     run: Run, plan: Plan, *, run_dir: RunDir, argv: Sequence[str], machine: Machine
 ) -> float | None:
-    from llama_pretrain.launch.local import RankError, Stopped, launch
-    from llama_pretrain.launch.operators import build_operators
-
-    checkpoint, first_step = None, 0
-    if run.resume.run_dir is None:
+    start, resumed = Start(), run.resume.run_dir is not None
+    if not resumed:
         check_unused(run_dir)
     else:
-        checkpoint, first_step = find_checkpoint(run, plan, run_dir)
+        start = find_start(run, plan, run_dir)
+        if start.step >= plan.steps.total:
+            console.say(f"{run_dir.path} has done its {plan.steps.total} steps")
+            return _objective(run_dir)
+        resumed = run_dir.snapshot.exists()
     run = replace(run, resume=Resume())
     console.show_config(run)
     console.show_plan(run, plan, run_dir)
     write_run_dir(run, plan, run_dir, argv=argv, machine=machine)
-    if checkpoint is not None:
-        cut_metrics(run_dir.metrics, last_step=first_step)
-        forget_after(run_dir.checkpoints, step=first_step)
-        console.say(f"going on from {checkpoint.name}")
+    if resumed:
+        rewind(run_dir, start)
+    restarts = 0
     write_status(run_dir, Status.running)
     try:
         build_operators(run, log=run_dir.ranks / "build.log", report=console.say)
-        with console.follow_metrics(run_dir, plan, first_step=first_step):
-            launch(run, run_dir, checkpoint=checkpoint)
-        rows = read_metrics(run_dir.metrics)
-        objective = next((row["eval_loss"] for row in reversed(rows) if "eval_loss" in row), None)
-        write_status(run_dir, Status.completed, objective=objective)
+        while True:
+            try:
+                with console.follow_metrics(run_dir, plan, first_step=start.step):
+                    launch(run, plan, run_dir, checkpoint=start.checkpoint)
+                break
+            except RankError as error:
+                if restarts == run.launch.max_restarts or not error.may_pass:
+                    raise
+                restarts += 1
+                console.say(f"{error}\nrestart {restarts} of {run.launch.max_restarts}")
+                start = start_again(run_dir)
+                rewind(run_dir, start)
+                note_restart(run_dir, start, error)
+                write_status(run_dir, Status.running, restarts=restarts)
+        objective = _objective(run_dir)
+        if run.checkpoint.export:
+            export_at_end(run, run_dir)
+        write_status(run_dir, Status.completed, objective=objective, restarts=restarts)
         write_text(run_dir.report, render_report(run_dir))
-    except RankError as error:
-        write_status(run_dir, Status.failed, error=error.error, rank=error.rank, log=error.log)
-        raise
-    except (Stopped, KeyboardInterrupt):
-        write_status(run_dir, Status.stopped, error="stopped by a signal")
-        raise
     except BaseException as error:
-        write_status(run_dir, Status.failed, error=f"{type(error).__name__}: {error}")
+        _write_ending(run_dir, error, restarts=restarts)
         raise
-    console.show_result(rows, run_dir)
+    console.show_result(read_metrics(run_dir.metrics), run_dir)
     return objective
+
+
+def _objective(run_dir: RunDir) -> float | None:
+    """The last evaluation loss."""
+    rows = read_metrics(run_dir.metrics)
+    return next((row["eval_loss"] for row in reversed(rows) if "eval_loss" in row), None)
+
+
+def _write_ending(run_dir: RunDir, error: BaseException, *, restarts: int) -> None:
+    """The status of a run that has not completed, and its report as far as it came."""
+    if isinstance(error, RankError):
+        write_status(
+            run_dir,
+            Status.failed,
+            error=error.error,
+            rank=error.rank,
+            log=error.log,
+            restarts=restarts,
+        )
+    elif isinstance(error, Preempted):
+        write_status(run_dir, Status.preempted, error=str(error), restarts=restarts)
+    elif isinstance(error, (Stopped, KeyboardInterrupt)):
+        write_status(run_dir, Status.stopped, error="stopped by a signal", restarts=restarts)
+    else:
+        told = f"{type(error).__name__}: {error}"
+        write_status(run_dir, Status.failed, error=told, restarts=restarts)
 
 
 def check_unused(run_dir: RunDir) -> None:
@@ -231,88 +266,6 @@ def check_unused(run_dir: RunDir) -> None:
         message = f"{run_dir.path} holds a run already"
         hint = f"go on with it: resume={run_dir.path}, or choose another directory"
         raise UserError([Problem(path="hydra.run.dir", message=message, hint=hint)])
-
-
-def find_checkpoint(run: Run, plan: Plan, run_dir: RunDir) -> tuple[Path, int]:
-    """The checkpoint to go on from, and its step.
-
-    Raises:
-        UserError: if there is none, or the run that it is of was another.
-    """
-    before = load_snapshot(run_dir.snapshot)
-    problems = [
-        Problem(
-            path=path,
-            message="differs from what the run was started with",
-            hint="leave it out, or start a new run",
-        )
-        for path, was, wanted in _fixed_for_resume(before, run)
-        if was != wanted
-    ]
-    free = run.resume.allow_data_change
-    devices = (run.zero.offload_optimizer.device, run.zero.offload_param.device)
-    if OffloadDevice.nvme in devices:
-        message = "DeepSpeed 0.19 goes on with other losses where state lies on nvme"
-        problems.append(Problem(path="resume", message=message, hint="start a new run"))
-    folder, passed_over = newest_complete(run_dir.checkpoints)
-    for line in passed_over:
-        console.say(line)
-    if folder is None:
-        message = f"no complete checkpoint in {run_dir.checkpoints}"
-        hint = f"start anew: reproduce={run_dir.path}"
-        problems.append(Problem(path="resume", message=message, hint=hint))
-        raise UserError(problems)
-    manifest = read_manifest(folder)
-    assert plan.corpus is not None
-    if manifest.world_size != plan.world_size:
-        message = (
-            f"{folder.name} was written by {manifest.world_size} ranks (got {plan.world_size})"
-        )
-        hint = f"set launch.num_processes={manifest.world_size}"
-        problems.append(Problem(path="launch.num_processes", message=message, hint=hint))
-    if manifest.consumed_samples != manifest.step * plan.batch.global_batch_size:
-        size = manifest.consumed_samples // manifest.step
-        message = f"the run has had {size} rows a step (got {plan.batch.global_batch_size})"
-        problems.append(Problem(path="batch.global_batch_size", message=message))
-    for field, was, now in _data_changes(manifest.data, plan.corpus.fingerprint):
-        told = f"was {was} when {folder.name} was trained (got {now})"
-        own = f"tokenizer.name=pretrained tokenizer.path={run_dir.tokenizer}"
-        hint = "start a new run, or go on all the same: resume.allow_data_change=true"
-        if field == "tokenizer":  # its embeddings would mean other tokens
-            hint = f"go on with the run's own: {own}"
-        elif free:
-            console.say(f"the data is another: {field} {told}")
-            continue
-        problems.append(Problem(path=field, message=told, hint=hint))
-    if manifest.step >= plan.steps.total:
-        message = f"the run has done its {plan.steps.total} steps"
-        problems.append(
-            Problem(
-                path="resume", message=message, hint="raise train.max_steps or train.max_tokens"
-            )
-        )
-    refuse(problems)
-    return folder, manifest.step
-
-
-def _fixed_for_resume(before: Run, run: Run) -> Iterator[tuple[str, object, object]]:
-    """What a resumed run must have as it was: with another, it would be another run."""
-    for name in ("model", "optim", "seed", "precision"):
-        yield name, getattr(before, name), getattr(run, name)
-    yield "zero.stage", before.zero.stage, run.zero.stage
-    if before.data.sequence_length != run.data.sequence_length:  # positions are counted in rows
-        yield "data.sequence_length", before.data.sequence_length, run.data.sequence_length
-
-
-def _data_changes(
-    before: Mapping[str, str], now: Mapping[str, str]
-) -> Iterator[tuple[str, str, str]]:
-    """What differs between two fingerprints of data: setting, then and now."""
-    for field in dict.fromkeys([*before, *now]):
-        was, wanted = (side.get(field, "nothing") for side in (before, now))
-        if was != wanted and field != "data.sequence_length":
-            hashes = len(was) == len(wanted) == 64
-            yield field, was[:16] if hashes else was, wanted[:16] if hashes else wanted
 
 
 def write_run_dir(

@@ -72,8 +72,7 @@ def ranks_of(
         list(
             TrainSampler(
                 order=order,
-                first_step=first_step,
-                num_steps=steps,
+                batches=[range(first_step, steps)],
                 global_batch_size=batch,
                 rank=rank,
                 world_size=world_size,

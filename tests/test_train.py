@@ -124,6 +124,7 @@ def test_audit_of_groups() -> None:
 def steps(total: int, warmup: int, decay: int) -> Steps:
     return Steps(
         total=total,
+        last=total,
         warmup=warmup,
         decay=decay,
         tokens_per_step=1,

@@ -30,11 +30,20 @@ class Task(str, Enum):
     probe = "probe"
     prepare = "prepare"
     inspect = "inspect"
+    verify_resume = "verify_resume"
+    export = "export"
+    evaluate = "evaluate"
+    generate = "generate"
 
     @property
     def trains(self) -> bool:
-        """Whether ranks are started."""
-        return self in (Task.pretrain, Task.probe)
+        """Whether ranks are started that train."""
+        return self in (Task.pretrain, Task.probe, Task.verify_resume)
+
+    @property
+    def reads_a_run(self) -> bool:
+        """Whether it is about a run that there is already: `run=DIR`."""
+        return self in (Task.export, Task.evaluate, Task.generate)
 
 
 class RopeType(str, Enum):
@@ -256,6 +265,12 @@ class Precision:
     """fp16: keep no fp32 master weights (cpu_adam)."""
 
 
+class Spike(str, Enum):
+    none = "none"
+    skip = "skip"
+    rollback = "rollback"
+
+
 @schema
 class Train:
     """How long, how often to evaluate, and what a step does."""
@@ -279,8 +294,24 @@ class Train:
     """Tokens of that sample."""
     peak_tflops: PositiveFloat | None = None
     """Peak TFLOP/s of one rank's device for MFU; `null` = a table for GPUs, measured on a CPU."""
+    max_nonfinite_steps: PositiveInt = 5
+    """A step whose loss or gradient is not finite is skipped; after so many in a row the run stops.
+    (fp16: overflows of the gradient, which lower the loss scale, don't count.)"""
+    spike: Spike = Spike.none
+    """What is done with a step whose loss spikes: `none`; `skip` its update; `rollback` to the
+    newest checkpoint and leave out the batches of the spike (arXiv 2204.02311, section 5.1)."""
+    spike_window: Annotated[int, Ge(8)] = 100
+    """Losses, of the last applied steps, that a loss is compared with; none is judged before."""
+    spike_z: PositiveFloat = 6.0
+    """A loss spikes where it is so many standard deviations above the window's mean."""
+    spike_batches: PositiveInt = 2
+    """`rollback`: batches that are left out: that of the spike and those before it."""
     profile_steps: NonNegativeInt = 0
     """Steps that torch's profiler records after the first two, to profile/ in the run directory."""
+
+
+# `continue` can't be written as a name of a class.
+OnError = Enum("OnError", {"continue": "continue", "stop": "stop"}, type=str)
 
 
 @schema
@@ -288,13 +319,50 @@ class Checkpoint:
     """What is kept of the weights and the optimizer."""
 
     every_steps: PositiveInt | None = 100
-    """Write a checkpoint each so many steps; `null` = only after the last step."""
+    """Write a checkpoint each so many steps; `null` = by every_minutes alone."""
+    every_minutes: PositiveFloat | None = None
+    """Write one when so many minutes have gone by since the last; `null` = by every_steps alone."""
     keep_last: PositiveInt = 2
     """Older complete checkpoints are deleted."""
+    keep_every_steps: PositiveInt | None = None
+    """Checkpoints of multiples of so many steps are kept for good."""
     at_end: bool = True
     """Whether the last step is followed by a checkpoint."""
+    asynchronous: bool = False
+    """Copy the state to host memory, and write it while training goes on."""
+    on_error: OnError = OnError["continue"]
+    """What a run does whose checkpoint can't be written: `continue` without it, or `stop`."""
     export: bool = True
     """Whether the run ends with an export in Hugging Face format."""
+
+
+@schema
+class Export:
+    """The model in Hugging Face format: at a run's end, and task=export."""
+
+    checkpoint: str | None = None
+    """Name of the checkpoint, as in step-00000100; `null` = the newest complete one."""
+    max_shard_size: str = "4GiB"
+    """Largest file of weights."""
+    logit_tolerance: PositiveFloat | None = None
+    """Largest difference, over the largest logit or 1, between the exported model's logits and
+    those that the training engine gave; `null` = 1e-5 in fp32 and 0.02 in 16 bits."""
+
+
+@schema
+class Generate:
+    """task=generate: continue a prompt with a finished run's model."""
+
+    prompt: str = "The"
+    """Text to continue."""
+    num_tokens: PositiveInt = 100
+    """Tokens to add."""
+    temperature: NonNegativeFloat = 0.8
+    """Divides the logits; 0 takes the likeliest token each time."""
+    top_k: PositiveInt | None = 50
+    """Draw from so many of the likeliest tokens; `null` = from all."""
+    top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    """Draw from the likeliest tokens that have this probability together."""
 
 
 @schema
@@ -337,7 +405,10 @@ class Launch:
     (glibc's MALLOC_MMAP_THRESHOLD_). With 262144 a rank's memory is what the plan says to a few
     percent, and a step takes up to a quarter longer; `null` = glibc's own choice."""
     timeout_s: PositiveInt = 1800
-    """A collective that takes longer than this ends the run, in seconds."""
+    """A rank that makes no progress for so many seconds ends the run, with the stacks of all ranks
+    in their logs."""
+    max_restarts: NonNegativeInt = 0
+    """How often a run whose rank failed goes on by itself from its newest checkpoint."""
 
 
 @schema
@@ -362,7 +433,10 @@ class Resume:
     """Going on with a run: `resume=DIR` on the command line."""
 
     run_dir: str | None = None
-    """What `resume=DIR` sets: go on from the newest complete checkpoint of DIR, in DIR."""
+    """What `resume=DIR` sets: go on from the newest complete checkpoint of DIR, in DIR. `auto` = of
+    the run's own directory, where it holds a run."""
+    verify_steps: PositiveInt = 3
+    """task=verify_resume: steps before the cut, and steps after it."""
     allow_data_change: bool = False
     """Go on although the data is not what the checkpoint was trained on."""
 
@@ -373,7 +447,9 @@ class Run:
 
     task: Task = Task.pretrain
     """`pretrain` trains; `plan` stops after the plan; `probe` trains a few steps and says how long
-    the run would take; `prepare` stops after the data; `inspect` shows the data."""
+    the run would take; `prepare` stops after the data; `inspect` shows the data; `verify_resume`
+    proves that a cut run equals an uncut one. Of a run that there is, `run=DIR`: `export` its
+    model, `evaluate` it, `generate` text."""
     seed: Annotated[int, Interval(ge=0, lt=2**63)] = 1234
     """Seed of the initial weights, the order of the data and dropout."""
     resume: Resume = field(default_factory=Resume)
@@ -397,7 +473,11 @@ class Run:
     train: Train = field(default_factory=Train)
     """Length, evaluation, clipping."""
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    """Checkpoints and the export."""
+    """Checkpoints."""
+    export: Export = field(default_factory=Export)
+    """The model in Hugging Face format."""
+    generate: Generate = field(default_factory=Generate)
+    """Text from a finished run's model."""
     monitor: Monitor = field(default_factory=Monitor)
     """Where metrics go."""
     launch: Launch = field(default_factory=Launch)

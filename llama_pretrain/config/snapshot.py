@@ -1,5 +1,7 @@
 """snapshot.yaml: a run's config, every value resolved, and itself a Hydra primary config."""
 
+import hashlib
+import json
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -34,6 +36,14 @@ def render_snapshot(run: Run) -> str:
     """The text of snapshot.yaml."""
     values = {"defaults": DEFAULTS, **to_plain(run)}
     return HEADER + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+
+
+def config_hash(run: Run) -> str:
+    """SHA-256 of what a run must keep to be the same run: not its length, ranks or ZeRO stage."""
+    plain = to_plain(run)
+    kept = {name: plain[name] for name in ("model", "optim", "seed", "precision")}
+    kept["sequence_length"] = run.data.sequence_length
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def load_snapshot(path: Path) -> Run:

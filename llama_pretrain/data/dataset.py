@@ -116,11 +116,10 @@ def create_pretrain_dataset(
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSampler(Sampler[int]):
-    """Sample ids of one rank from a step on, shuffled and mixed by formula."""
+    """Sample ids of one rank for some global batches, shuffled and mixed by formula."""
 
     order: SampleOrder
-    first_step: int
-    num_steps: int
+    batches: Sequence[range]
     global_batch_size: int
     rank: int
     world_size: int
@@ -128,8 +127,7 @@ class TrainSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         for ids in rank_samples(
             self.order,
-            first_step=self.first_step,
-            num_steps=self.num_steps,
+            batches=self.batches,
             global_batch_size=self.global_batch_size,
             rank=self.rank,
             world_size=self.world_size,

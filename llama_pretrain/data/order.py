@@ -7,7 +7,7 @@ read in an order of its own.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -114,19 +114,36 @@ def rows_at(positions: NDArray[np.uint64], *, num_rows: int, seed: int) -> NDArr
 def rank_samples(
     order: SampleOrder,
     *,
-    first_step: int,
-    num_steps: int,
+    batches: Iterable[range],
     global_batch_size: int,
     rank: int,
     world_size: int,
 ) -> Iterator[NDArray[np.uint64]]:
-    """Sample ids of one rank for each step: r, r + W, r + 2W, ... of the step's global batch."""
+    """Sample ids of one rank for each global batch: r, r + W, r + 2W, ... of it.
+
+    Args:
+        batches: numbers of the global batches, in stretches.
+    """
     at_once = max(1, 4096 // global_batch_size)  # numpy's overhead is that of a call
-    for step in range(first_step, num_steps, at_once):
-        steps = min(at_once, num_steps - step)
-        ids = order.ids(step * global_batch_size, steps * global_batch_size)
-        for batch in ids.reshape(steps, global_batch_size):
-            yield batch[rank::world_size]
+    for stretch in batches:
+        for first in range(stretch.start, stretch.stop, at_once):
+            count = min(at_once, stretch.stop - first)
+            ids = order.ids(first * global_batch_size, count * global_batch_size)
+            for batch in ids.reshape(count, global_batch_size):
+                yield batch[rank::world_size]
+
+
+def stretches(first: int, count: int, *, left_out: Iterable[int]) -> list[range]:
+    """The next `count` numbers from `first` on without those that are left out, as ranges."""
+    result: list[range] = []
+    for hole in [*sorted(number for number in left_out if number >= first), None]:
+        end = first + count if hole is None else min(hole, first + count)
+        if first < end:
+            result.append(range(first, end))
+            count -= end - first
+        if hole is not None:
+            first = max(first, hole + 1)
+    return result
 
 
 def hash_samples(ids: NDArray[np.int64]) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 from llama_pretrain.config.schema import Run
 from llama_pretrain.launch.environment import worker_environment
+from llama_pretrain.plan.plan import Plan
 from llama_pretrain.runs.rundir import RunDir
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -21,6 +22,8 @@ class RankError(Exception):
 
     def __init__(self, *, rank: int, error: str, log: Path):
         self.rank, self.error, self.log = rank, error, log
+        self.may_pass = not error.startswith(("NonFiniteError", "CheckpointError"))
+        """Whether the same may go well another time."""
         super().__init__(f"rank {rank} failed: {error}\n  its log: {log}")
 
 
@@ -32,7 +35,15 @@ class Stopped(BaseException):
         super().__init__(signal.Signals(number).name)
 
 
-def launch(run: Run, run_dir: RunDir, *, checkpoint: Path | None) -> None:
+class Preempted(BaseException):
+    """A signal asked the run to end; it has finished its step and written a checkpoint."""
+
+    def __init__(self, number: int):
+        self.number = number
+        super().__init__(f"preempted by {signal.Signals(number).name}")
+
+
+def launch(run: Run, plan: Plan, run_dir: RunDir, *, checkpoint: Path | None) -> None:
     """Start the ranks of a written run directory and wait for all of them.
 
     Raises:

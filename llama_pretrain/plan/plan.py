@@ -64,6 +64,8 @@ class Steps:
     """Lengths in optimizer steps, and what they come to."""
 
     total: int
+    last: int
+    """Where this launch ends: at the total, or before it where only the beginning is tried."""
     warmup: int
     decay: int
     """Steps of the decay at the end: all after warm-up but for `wsd` and `constant`."""
@@ -260,6 +262,7 @@ def _count_steps(
         eval_rows = sum(shares)
     return Steps(
         total=total,
+        last=total,
         warmup=warmup,
         decay=decay,
         tokens_per_step=tokens_per_step,

@@ -72,6 +72,11 @@ class RunDir:
     def report(self) -> Path:
         return self.path / "report.html"
 
+    @property
+    def heartbeats(self) -> Path:
+        """How far each rank has come, while they live."""
+        return self.ranks / "heartbeats"
+
     def rank_log(self, rank: int) -> Path:
         """All that a rank and its libraries say."""
         return self.ranks / f"rank{rank}.log"
@@ -117,6 +122,7 @@ def write_status(
     error: str | None = None,
     rank: int | None = None,
     log: Path | None = None,
+    restarts: int = 0,
 ) -> None:
     """Say how a run stands. Only the parent writes it: before the ranks, and after all of them."""
     values = {
@@ -125,6 +131,7 @@ def write_status(
         "error": error,
         "rank": rank,
         "log": None if log is None else str(log),
+        "restarts": restarts,
         "pid": os.getpid(),
     }
     write_text(run_dir.status, json.dumps(values, indent=2) + "\n")

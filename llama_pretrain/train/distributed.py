@@ -2,12 +2,15 @@
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import deepspeed
 import torch
 import torch.distributed as dist
+
+from llama_pretrain.runs.heartbeat import Heartbeat
+from llama_pretrain.train.signals import StopRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,13 +21,27 @@ class Rank:
     local_index: int
     world_size: int
     device: torch.device
+    stop: StopRequest = field(default_factory=StopRequest)
+    heartbeat: Heartbeat | None = None
+
+    def beat(self) -> None:
+        """Show the parent that this rank goes on."""
+        if self.heartbeat is not None:
+            self.heartbeat.beat()
 
     @property
     def is_first(self) -> bool:
         return self.index == 0
 
 
-def init_distributed(*, device: str, timeout_s: int, threads: int) -> Rank:
+def init_distributed(
+    *,
+    device: str,
+    timeout_s: int,
+    threads: int,
+    stop: StopRequest,
+    heartbeat: Heartbeat | None,
+) -> Rank:
     """Join the process group that the launcher's environment describes."""
     local_index = int(os.environ["LOCAL_RANK"])
     if device == "cuda":
@@ -46,6 +63,8 @@ def init_distributed(*, device: str, timeout_s: int, threads: int) -> Rank:
         local_index=local_index,
         world_size=dist.get_world_size(),
         device=here,
+        stop=stop,
+        heartbeat=heartbeat,
     )
 
 

@@ -1,5 +1,6 @@
 """What DeepSpeed's engine does that a run must not notice."""
 
+import math
 from typing import Any
 
 import torch
@@ -29,3 +30,47 @@ def undo_initial_step(engine: Any) -> None:
     with torch.no_grad():
         for master, half in zip(masters, halves, strict=True):
             master.copy_(half)
+
+
+def apply_update(engine: Any, *, skip: bool) -> float | None:
+    """Take the optimizer step of a whole gradient. Returns its norm; `None` if it was skipped.
+
+    A step is skipped on request (the caller has made the gradient NaN), or because the gradient
+    isn't finite. DeepSpeed does that, counts it, and leaves the schedule alone; but not in fp32 at
+    stage 0, where it has no check, and not in bf16 with check_grad_overflow=false.
+    """
+    wrapper = engine.optimizer
+    if not hasattr(wrapper, "overflow"):  # torch's own optimizer
+        return _update_plain(engine, skip=skip)
+    checked = getattr(wrapper, "check_grad_overflow", True)
+    if skip and not checked:
+        wrapper.check_grad_overflow = True
+    before = engine.skipped_steps
+    engine.step()
+    if skip and not checked:
+        wrapper.check_grad_overflow = False
+    if engine.skipped_steps > before:
+        return None
+    norm = engine.get_global_grad_norm()
+    return float(norm)
+
+
+def _update_plain(engine: Any, *, skip: bool) -> float | None:
+    norm = _plain_grad_norm(engine)
+    if math.isfinite(norm) and not skip:
+        engine.step()
+        return norm
+    if engine.torch_autocast_z0_gradscaler is None:  # which looks at the gradient by itself
+        engine.module.zero_grad(set_to_none=True)  # without one, no weight and no state moves
+    engine.optimizer.overflow = True  # the engine asks for it before it moves the schedule
+    engine.step()
+    del engine.optimizer.overflow
+    return None
+
+
+def _plain_grad_norm(engine: Any) -> float:
+    """Norm of the gradients that stage 0 has reduced, where they are the parameters' own."""
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    scaler = engine.torch_autocast_z0_gradscaler  # autocast to float16: they are scaled until step
+    scale = 1.0 if scaler is None else scaler.get_scale()
+    return float(torch.nn.utils.get_total_norm(gradients)) / scale

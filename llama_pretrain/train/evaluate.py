@@ -1,38 +1,49 @@
 """Evaluation: each held-out token counted once, whatever the ranks and the micro batch."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from llama_pretrain.data.dataset import IGNORED
+from llama_pretrain.data.dataset import IGNORED, EvalSampler, PretrainDataset, build_loader
+from llama_pretrain.pieces import LOGITS, tensor_parts
 from llama_pretrain.plan.plan import SourceTokens
-from llama_pretrain.train.distributed import Rank, sum_over_ranks
+from llama_pretrain.train.distributed import Rank, largest_over_ranks, sum_over_ranks
 from llama_pretrain.train.loss import token_losses
+
+PROBED_TOKENS = 32
+"""Tokens whose logits go into a checkpoint."""
 
 
 @torch.no_grad()
 def evaluate(
     engine: Any,
-    loader: Iterable[dict[str, torch.Tensor]],
+    rows: PretrainDataset,
     rank: Rank,
     *,
+    micro_batch_size: int,
     sources: Sequence[SourceTokens],
-    ends: Sequence[int],
-) -> dict[str, float]:
+) -> dict[str, float] | None:
     """Mean loss in nats a token, perplexity, bits a byte of text, and each source's loss.
 
     Bits per byte take the held-out split's bytes a token, so they are exact where all of it is
-    evaluated and close where only its first rows are.
-
-    Args:
-        ends: where each source's rows end in the row numbers.
+    evaluated and close where only its first rows are. `None` where a rank was asked to stop.
     """
+    sampler = EvalSampler(
+        num_rows=len(rows),
+        micro_batch_size=micro_batch_size,
+        rank=rank.index,
+        world_size=rank.world_size,
+    )
+    loader = build_loader(rows, sampler, micro_batch_size=micro_batch_size, num_workers=0)
     engine.eval()
     loss_sums, counts = [0.0] * len(sources), [0] * len(sources)
-    bounds = torch.tensor(ends)
+    bounds = torch.tensor(rows.ends)
     for cpu_batch in loader:
+        if largest_over_ranks(rank.stop.number, rank) > 0:
+            engine.train()
+            return None
         batch = {key: value.to(rank.device) for key, value in cpu_batch.items()}
         losses = token_losses(engine, batch).double().view(len(cpu_batch["input_ids"]), -1)
         labelled = (cpu_batch["shift_labels"] != IGNORED).sum(dim=1)
@@ -40,6 +51,7 @@ def evaluate(
         for owner, loss, count in zip(owners, losses.sum(dim=1), labelled, strict=True):
             loss_sums[int(owner)] += loss.item()
             counts[int(owner)] += int(count)
+        rank.beat()
     engine.train()
     sums = sum_over_ranks([*loss_sums, *counts], rank)
     loss_sums, totals = sums[: len(sources)], sums[len(sources) :]
@@ -58,3 +70,16 @@ def evaluate(
             if total:
                 result[f"eval_loss/{source.name}"] = loss_sum / total
     return result
+
+
+@torch.no_grad()
+def probe_logits(engine: Any, rows: PretrainDataset, rank: Rank) -> dict[str, bytes]:
+    """What the engine says to the first held-out tokens: a file, to prove an export by.
+
+    `input_ids` (1, T) int64 and `logits` (1, T, V) float32. All ranks call it, and compute it.
+    """
+    tokens = torch.as_tensor(rows[0]["input_ids"])[None, :PROBED_TOKENS]
+    engine.eval()
+    logits = engine(input_ids=tokens.to(rank.device), use_cache=False).logits.float()
+    engine.train()
+    return {LOGITS: b"".join(tensor_parts({"input_ids": tokens, "logits": logits.cpu()}))}

@@ -5,13 +5,14 @@ import json
 import re
 import resource
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llama_pretrain.config.schema import Monitor
-from llama_pretrain.runs.rundir import RunDir, read_metrics
+from llama_pretrain.runs.rundir import RunDir, cut_metrics, read_metrics
 
 PEAK_TFLOPS = {
     "H200": 989.4,
@@ -40,13 +41,24 @@ class MetricsWriter:
     """
 
     def __init__(self, run_dir: RunDir, monitor: Monitor, *, active: bool):
-        self._file = run_dir.metrics.open("a", encoding="utf-8") if active else None
+        self._run_dir, self._monitor, self._active = run_dir, monitor, active
+        self._file: Any = None
         self._tensorboard: Any = None
         self._csv: Any = None
+        self._table: Any = None
         self._wandb: Any = None
-        if not active:
-            return
-        if monitor.tensorboard:
+        if active:
+            self._open()
+        if active and monitor.wandb:
+            import wandb
+
+            self._wandb = wandb.init(project=monitor.wandb_project, dir=str(run_dir.path))
+
+    def _open(self) -> None:
+        """Open metrics.jsonl, and make curves and table anew from it."""
+        run_dir = self._run_dir
+        self._file = run_dir.metrics.open("a", encoding="utf-8")
+        if self._monitor.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             for old in run_dir.tensorboard.glob("events.*"):
@@ -54,16 +66,12 @@ class MetricsWriter:
             self._tensorboard = SummaryWriter(str(run_dir.tensorboard))
             config = run_dir.snapshot.read_text(encoding="utf-8")
             self._tensorboard.add_text("config", f"```yaml\n{config}\n```", 0)
-        if monitor.csv:
-            table = (run_dir.path / "metrics.csv").open("w", newline="", buffering=1)
-            self._csv = csv.writer(table)
+        if self._monitor.csv:
+            self._table = (run_dir.path / "metrics.csv").open("w", newline="", buffering=1)
+            self._csv = csv.writer(self._table)
             self._csv.writerow(["step", "tokens", *CSV_COLUMNS])
         for row in read_metrics(run_dir.metrics):
             self._draw(row)
-        if monitor.wandb:
-            import wandb
-
-            self._wandb = wandb.init(project=monitor.wandb_project, dir=str(run_dir.path))
 
     def write(self, row: dict[str, Any]) -> None:
         """One line, with at least `step` and `tokens`."""
@@ -74,6 +82,18 @@ class MetricsWriter:
         self._draw(row)
         if self._wandb is not None:
             self._wandb.log(_numbers(row), step=row["step"])
+
+    def write_all(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Several lines."""
+        for row in rows:
+            self.write(row)
+
+    def go_back(self, *, last_step: int) -> None:
+        """Take back the lines of the steps after one."""
+        if self._active:
+            self._close_files()
+            cut_metrics(self._run_dir.metrics, last_step=last_step)
+            self._open()
 
     def _draw(self, row: dict[str, Any]) -> None:
         """Its numbers against steps and against tokens; a row of the table for a step."""
@@ -86,12 +106,14 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush everything."""
-        if self._file is not None:
-            self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self._close_files()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def _close_files(self) -> None:
+        for file in (self._file, self._tensorboard, self._table):
+            if file is not None:
+                file.close()
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:

@@ -3,35 +3,28 @@
 Everything it trains with, it reads from the run directory.
 """
 
-import ctypes
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.elastic.multiprocessing.errors import record
+from llama_pretrain.runs.heartbeat import Heartbeat
+from llama_pretrain.runs.rundir import RunDir
+from llama_pretrain.train.signals import StopRequest, die_with_parent
 
-from llama_pretrain.runs.rundir import RunDir, write_text
 
+def main(run_dir: RunDir, stop: StopRequest, heartbeat: Heartbeat) -> None:
+    """Work, and leave the error where the launcher looks for it."""
+    from torch.distributed.elastic.multiprocessing.errors import record  # imports torch
 
-@record  # type: ignore[untyped-decorator]  # torch leaves it untyped
-def main() -> None:
-    run_dir = RunDir(Path(sys.argv[1]))
     checkpoint = Path(sys.argv[2]) if len(sys.argv) > 2 else None
-    train_rank(run_dir, checkpoint)
+    record(work)(run_dir, checkpoint, stop, heartbeat)
     # Gloo's threads abort some processes at the interpreter's exit: leave without it, after
     # everything is written and all ranks have said so.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
-
-
-def die_with_parent() -> None:
-    """End this process when the launcher dies, however it dies (Linux alone)."""
-    if sys.platform == "linux":
-        ctypes.CDLL("libc.so.6").prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def redirect_output(log: Path) -> None:
@@ -43,63 +36,70 @@ def redirect_output(log: Path) -> None:
     os.close(descriptor)
 
 
-def train_rank(run_dir: RunDir, checkpoint: Path | None) -> None:
-    """Train as the run directory says, from the start or from a checkpoint; export; sample."""
-    import deepspeed  # after the output is redirected: libraries talk while they are imported
+def work(run_dir: RunDir, checkpoint: Path | None, stop: StopRequest, heartbeat: Heartbeat) -> None:
+    """Do what the run directory says: train, from the start or from a checkpoint, or evaluate."""
+    import torch.distributed as dist
+
+    from llama_pretrain.config.schema import Task
+    from llama_pretrain.config.snapshot import load_snapshot
+    from llama_pretrain.plan.plan import load_plan
+    from llama_pretrain.train.distributed import init_distributed
+
+    run, plan = load_snapshot(run_dir.snapshot), load_plan(run_dir.plan)
+    assert run.launch.threads_per_process is not None
+    rank = init_distributed(
+        device=plan.device,
+        # The parent watches too, and sees more: it comes first.
+        timeout_s=run.launch.timeout_s + 60,
+        threads=run.launch.threads_per_process,
+        stop=stop,
+        heartbeat=heartbeat,
+    )
+    dist.barrier()  # a rank that can't be reached shows here, not in the middle of building
+    if run.task is Task.evaluate:
+        assert checkpoint is not None
+        evaluate_rank(run, plan, run_dir, rank, checkpoint)
+    else:
+        train_rank(run, plan, run_dir, rank, checkpoint)
+
+
+def train_rank(run: Any, plan: Any, run_dir: RunDir, rank: Any, checkpoint: Path | None) -> None:
+    """Train to the end, or to a signal; then save what an export needs."""
+    import deepspeed
     import torch
     import torch.distributed as dist
 
-    from llama_pretrain.config.snapshot import load_snapshot
-    from llama_pretrain.export import save_hf_format
-    from llama_pretrain.generate import generate_sample
-    from llama_pretrain.plan.plan import load_plan
     from llama_pretrain.train.checkpoint import load_checkpoint
-    from llama_pretrain.train.distributed import init_distributed, print_rank_0
+    from llama_pretrain.train.distributed import print_rank_0
     from llama_pretrain.train.loop import prepare_training, train
     from llama_pretrain.train.mask import prove_document_mask
     from llama_pretrain.train.metrics import MetricsWriter, resident_memory_bytes
+    from llama_pretrain.train.progress import Progress
 
-    run, plan = load_snapshot(run_dir.snapshot), load_plan(run_dir.plan)
     ds_config = json.loads(run_dir.ds_config.read_text(encoding="utf-8"))
-    assert run.launch.threads_per_process is not None
-    assert plan.corpus is not None
-    rank = init_distributed(
-        device=plan.device,
-        timeout_s=run.launch.timeout_s,
-        threads=run.launch.threads_per_process,
-    )
-    dist.barrier()  # a rank that can't be reached shows here, not in the middle of building
     imports_bytes = resident_memory_bytes(rank.device)
     engine = build_engine(run, plan, ds_config, rank, tokenizer_dir=run_dir.tokenizer)
-    first_step = 0 if checkpoint is None else load_checkpoint(engine, checkpoint, rank)
+    rank.beat()
+    progress = Progress()
+    if checkpoint is not None:
+        progress = Progress(**load_checkpoint(engine, checkpoint, rank))
     if run.data.document_mask:
         print_rank_0(prove_document_mask(engine, eos_id=plan.corpus.eos_id, rank=rank), rank)
     if checkpoint is None:
         torch.manual_seed(run.seed + rank.index)  # dropout: from here on, each rank its own
-    print_rank_0(f"training from step {first_step} to {plan.steps.total}", rank)
+    print_rank_0(f"training from step {progress.step} to {plan.steps.last}", rank)
     writer = MetricsWriter(run_dir, run.monitor, active=rank.is_first)
     training = prepare_training(run, plan, run_dir, rank, engine, imports_bytes=imports_bytes)
-    train(training, writer, first_step=first_step)
-    if run.deepspeed.comms_logger.enabled:
+    finished = train(training, writer, progress)
+    if finished and run.deepspeed.comms_logger.enabled:
         deepspeed.comm.log_summary()  # every rank calls it; rank 0 prints
-    if run.checkpoint.export:
-        save_hf_format(
-            engine.module,
-            run_dir.export,
-            tokenizer_dir=run_dir.tokenizer,
-            sharded=run.zero.stage == 3,
-            is_first=rank.is_first,
-        )
     writer.close()
     dist.barrier()  # no rank leaves while another still needs it
-    if run.checkpoint.export and rank.is_first and run.train.sample_prompt:
-        text = generate_sample(
-            run_dir.export,
-            run.train.sample_prompt,
-            num_tokens=run.train.sample_tokens,
-            seed=run.seed,
-        )
-        write_text(run_dir.path / "sample.txt", text + "\n")
+
+
+def evaluate_rank(run: Any, plan: Any, run_dir: RunDir, rank: Any, checkpoint: Path) -> None:
+    """Evaluate a checkpoint; see llama_pretrain/finished.py."""
+    raise NotImplementedError
 
 
 def build_engine(
@@ -158,6 +158,10 @@ def build_engine(
 
 
 if __name__ == "__main__":
+    # Before anything is imported that takes a while: a signal must find its handler.
     die_with_parent()
-    redirect_output(RunDir(Path(sys.argv[1])).rank_log(int(os.environ["RANK"])))
-    main()
+    request = StopRequest()
+    request.install()
+    directory, number = RunDir(Path(sys.argv[1])), int(os.environ["RANK"])
+    redirect_output(directory.rank_log(number))
+    main(directory, request, Heartbeat(directory.heartbeats, number))
