@@ -256,6 +256,8 @@ def train_step(
             if skipped:
                 loss = loss * math.nan
         engine.backward(loss)
+        if micro < num_micro - 1:
+            engine.step()  # counts the micro batch
         rank.beat()
     norm = apply_update(engine, skip=bool(skipped))
     if norm is None and not skipped:
