@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from llama_pretrain import console
 from llama_pretrain.config.compose import PROJECT_ROOT
@@ -44,6 +45,7 @@ from llama_pretrain.runs.rundir import (
     write_status,
     write_text,
 )
+from llama_pretrain.verify import verify_resume
 
 
 def run_task(
@@ -85,6 +87,9 @@ def run_task(
     refuse(check_corpus(run, plan))
     config = get_train_ds_config(run, plan.batch, run_dir=run_dir.path)
     plan = replace(plan, deepspeed_sources=trace_ds_config(config, origins))
+    if run.task is Task.verify_resume:
+        verify(run, plan, run_dir, argv=argv, machine=machine)
+        return None
     if run.task is Task.probe:
         return probe(run, plan, run_dir=run_dir, argv=argv, machine=machine)
     return pretrain(run, plan, run_dir=run_dir, argv=argv, machine=machine)
@@ -156,6 +161,26 @@ def probe(
         measured_over=len(counted),
     )
     return result
+
+
+def verify(run: Run, plan: Plan, run_dir: RunDir, *, argv: Sequence[str], machine: Machine) -> None:
+    """Prove a resume on this config, in folders of the run directory."""
+    check_unused(RunDir(run_dir.path / "whole"))
+    console.show_config(run)
+    console.show_plan(run, plan, run_dir)
+    build_operators(run, log=run_dir.path / "build.log", report=console.say)
+
+    def train(run: Run, plan: Plan, folder: RunDir, checkpoint: Path | None) -> None:
+        write_run_dir(run, plan, folder, argv=argv, machine=machine)
+        first_step = 0
+        if checkpoint is not None:
+            start = start_again(folder)
+            rewind(folder, start)
+            first_step = start.step
+        with console.follow_metrics(folder, plan, first_step=first_step):
+            launch(run, plan, folder, checkpoint=checkpoint)
+
+    verify_resume(run, plan, run_dir, train=train)
 
 
 def check_everything(run: Run, machine: Machine) -> tuple[Run, list[Problem]]:

@@ -60,11 +60,16 @@ def _update_plain(engine: Any, *, skip: bool) -> float | None:
     if math.isfinite(norm) and not skip:
         engine.step()
         return norm
-    if engine.torch_autocast_z0_gradscaler is None:  # which looks at the gradient by itself
-        engine.module.zero_grad(set_to_none=True)  # without one, no weight and no state moves
-    engine.optimizer.overflow = True  # the engine asks for it before it moves the schedule
-    engine.step()
-    del engine.optimizer.overflow
+    if engine.torch_autocast_z0_gradscaler is not None:  # it looks at the gradient by itself
+        engine.optimizer.overflow = True  # what the engine asks before it moves the schedule
+        engine.step()
+        del engine.optimizer.overflow
+        return None
+    engine.module.zero_grad(set_to_none=True)
+    engine.skipped_steps += 1
+    engine.global_steps += 1
+    engine.micro_steps += 1
+    engine.global_samples += engine.train_batch_size()
     return None
 
 

@@ -175,7 +175,7 @@ def _saves(training: Training, step: int, *, minutes: float) -> bool:
     """Whether a step is followed by a checkpoint."""
     settings = training.run.checkpoint
     if step == training.plan.steps.last:
-        return settings.at_end
+        return settings.at_end or settings.export  # an export is made of a checkpoint
     by_steps = settings.every_steps is not None and step % settings.every_steps == 0
     return by_steps or (settings.every_minutes is not None and minutes >= settings.every_minutes)
 
