@@ -46,6 +46,11 @@ def say(message: str) -> None:
     out.print(escape(message), soft_wrap=True)
 
 
+def note(message: str) -> None:
+    """One plain line on standard error, for a task whose output is something else."""
+    errors.print(escape(message))
+
+
 def show_problems(problems: Sequence[Problem]) -> None:
     """Every mistake, one a line, on standard error."""
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
@@ -420,6 +425,45 @@ def show_result(rows: Sequence[dict[str, Any]], run_dir: RunDir) -> None:
     out.print(table)
 
 
+def show_evaluation(row: dict[str, Any], run_dir: RunDir) -> None:
+    """What task=evaluate has found: losses in nats a token."""
+    table = _two_columns("evaluation")
+    table.add_row("checkpoint", row["checkpoint"])
+    table.add_row("loss", f"{row['eval_loss']:.6f}")
+    table.add_row("perplexity", f"{row['perplexity']:.4f}")
+    table.add_row("bits per byte", f"{row['bits_per_byte']:.5f}")
+    for key in row:
+        if key.startswith("eval_loss/"):
+            table.add_row(f"loss on {key[10:]}", f"{row[key]:.6f}")
+    table.add_row("tokens", f"{row['eval_tokens']:,}")
+    table.add_row("written to", str(run_dir.path))
+    out.print(table)
+
+
+def show_verification(
+    whole: Sequence[dict[str, Any]], cut: Sequence[dict[str, Any]], *, cut_at: int
+) -> None:
+    """The steps of two runs side by side, one of them cut after a step."""
+    table = Table(title="resume", title_justify="left", box=None, pad_edge=False)
+    for name in ("step", "loss", "after the cut", "gradient norm", "after the cut", "equal"):
+        table.add_column(name, justify="right")
+    after = {row["step"]: row for row in cut if "sample_hash" in row}
+    for row in whole:
+        if "sample_hash" not in row:
+            continue
+        other = after.get(row["step"], {})
+        cells = [_number(side.get(key)) for key in ("loss", "grad_norm") for side in (row, other)]
+        keys = ("loss", "grad_norm", "learning_rate", "sample_hash")
+        equal = all(row.get(key) == other.get(key) for key in keys)
+        mark = " (cut here)" if row["step"] == cut_at else ""
+        table.add_row(f"{row['step']}{mark}", *cells, "yes" if equal else "[bold red]no[/]")
+    out.print(table)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.9g}"
+
+
 @contextmanager
 def follow_metrics(run_dir: RunDir, plan: Plan, *, first_step: int) -> Iterator[None]:
     """Show metrics.jsonl as it grows: one bar on a terminal, else a line every few seconds."""
@@ -486,6 +530,8 @@ def _follow_with_bar(
                     progress.update(task, description="finishing")
             elif "eval_loss" in row:
                 progress.console.print(_eval_text(row))
+            if text := _event_text(row):
+                progress.console.print(text)
 
 
 def _follow_with_lines(
@@ -496,6 +542,8 @@ def _follow_with_lines(
     say(f"starting {plan.world_size} rank{'s' if plan.world_size > 1 else ''}")
     for row in _new_rows(path, start, done):
         now = time.monotonic()
+        if text := _event_text(row):
+            say(text)
         if "eval_loss" in row:
             say(_eval_text(row))
         elif "loss" in row and (now - said >= LINE_EVERY_S or row["step"] == plan.steps.last):
@@ -508,6 +556,21 @@ def _follow_with_lines(
                 left = timedelta(seconds=round(pace * (plan.steps.last - row["step"])))
                 text += f" eta {left}"
             say(text)
+
+
+def _event_text(row: dict[str, Any]) -> str:
+    """A line for what doesn't go straight on; empty for everything else."""
+    step = f"step {row.get('step')}"
+    if "skipped" in row:
+        why = (
+            "its loss spiked" if row["skipped"] == "spike" else f"its {row['skipped']} isn't finite"
+        )
+        return f"{step}: skipped, {why}"
+    if "rolled_back_from" in row:
+        batches = ", ".join(str(number) for number in row["left_out_batches"])
+        went = f"back to {step} from step {row['rolled_back_from']}, whose loss spiked"
+        return f"{went}; left out: global batches {batches}"
+    return f"{step}: {row['checkpoint_error']}" if "checkpoint_error" in row else ""
 
 
 def _eval_text(row: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -44,8 +45,14 @@ def checkpoint_name(step: int) -> str:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Make a checkpoint folder complete."""
-    write_text(folder / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
+    """Make a checkpoint folder complete. The last line is a hash of what stands before it."""
+    values = asdict(manifest)
+    values["sha256"] = _hash_of(values)
+    write_text(folder / MANIFEST, json.dumps(values, indent=2) + "\n")
+
+
+def _hash_of(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, indent=2).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -61,7 +68,10 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError(f"is from elsewhere: no manifest, and pickles such as {pickles[0]}")
         raise ValueError("has no manifest: its save was cut short")
     try:
-        return TypeAdapter(Manifest).validate_json(path.read_bytes())
+        values = json.loads(path.read_bytes())
+        if not isinstance(values, dict) or values.pop("sha256", None) != _hash_of(values):
+            raise ValueError("its contents have changed")
+        return TypeAdapter(Manifest).validate_python(values)
     except (ValueError, OSError) as error:
         lines = str(error).splitlines()
         raise ValueError(f"its manifest can't be read: {' '.join(lines[:3])}") from error

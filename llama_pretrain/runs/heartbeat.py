@@ -3,6 +3,7 @@
 A file, because it outlives whoever writes it and needs no connection that could hang as well.
 """
 
+import math
 import os
 import struct
 import time
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SLOT = struct.Struct("<qqd")
+STARTED = 3
+"""Beats before there is anything to lose: begun, met the others, built the engine."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,12 @@ class Beat:
     """0 before the rank has begun."""
     count: int
     at: float
-    """On this machine's monotonic clock, in seconds."""
+    """On this machine's monotonic clock, in seconds; infinite when the rank has done its work."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the rank needs nothing any more."""
+        return math.isinf(self.at)
 
 
 class Heartbeat:
@@ -34,9 +42,15 @@ class Heartbeat:
 
     def beat(self) -> None:
         """Say that something has been done: a micro batch, a batch of an evaluation, a file."""
+        self._write(time.monotonic())
+
+    def finish(self) -> None:
+        """Say that this rank has done its work, and that its end is no death."""
+        self._write(math.inf)
+
+    def _write(self, at: float) -> None:
         self._count += 1
-        content = SLOT.pack(os.getpid(), self._count, time.monotonic())
-        os.pwrite(self._file, content, self._offset)
+        os.pwrite(self._file, SLOT.pack(os.getpid(), self._count, at), self._offset)
 
 
 def read_beats(path: Path, *, world_size: int) -> list[Beat]:

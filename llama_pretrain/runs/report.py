@@ -44,7 +44,10 @@ def render_report(run_dir: RunDir) -> str:
         _header(run_dir, plan=plan),
         section("Key figures", _figures(rows, summary=summary, plan=plan)),
         section("Curves", _charts(rows, plan=plan)),
-        section("Checkpoints and skipped steps", _skipped(rows) + _checkpoints(run_dir, rows)),
+        section(
+            "Checkpoints and skipped steps",
+            _skipped(rows) + _events(rows) + _checkpoints(run_dir, rows),
+        ),
         section("Sample", _sample(run_dir)),
         section("Run it again", f"<pre>{escape(command)}</pre>"),
         section("What was planned", table(_flatten(plan))),
@@ -268,16 +271,47 @@ def _skipped(rows: Sequence[Row]) -> str:
     return f"<p>Skipped steps: {counts[-1][1]}{f' (at {named})' if steps else ''}</p>"
 
 
+def _events(rows: Sequence[Row]) -> str:
+    """What did not go straight on: skips with their reason, rollbacks, restarts, failed saves."""
+    told = [text for row in rows if (text := _event(row))]
+    more = f"<li>and {len(told) - MAX_NAMED:,} more</li>" if len(told) > MAX_NAMED else ""
+    items = "".join(f"<li>{escape(text)}</li>" for text in told[:MAX_NAMED])
+    return items and f"<ul>{items}{more}</ul>"
+
+
+def _event(row: Row) -> str:
+    step = f"step {row['step']:,}"
+    if row.get("skipped") == "spike":
+        loss, score = _show(row.get("loss"), ".4f"), _show(row.get("spike_z"), ".1f")
+        return f"{step}: skipped, the loss of {loss} spiked ({score} standard deviations)"
+    if "skipped" in row:
+        return f"{step}: skipped, its {row['skipped']} was not finite"
+    if "rolled_back_from" in row:
+        batches = ", ".join(str(number) for number in row["left_out_batches"])
+        loss = _show(row.get("spike_loss"), ".4f")
+        start = f"{step}: back from step {row['rolled_back_from']:,}, whose loss of {loss} spiked"
+        return f"{start}; left out: global batches {batches}"
+    if "restarted" in row:
+        return f"{step}: started again from here, after: {row['restarted']}"
+    if "preempted" in row:
+        return f"{step}: ended by {row['preempted']}, with a checkpoint"
+    return f"{step}: {row['checkpoint_error']}" if "checkpoint_error" in row else ""
+
+
 def _checkpoints(run_dir: RunDir, rows: Sequence[Row]) -> str:
     saves = [row for row in rows if "checkpoint" in row]
     lines = []
     for row in saves[-MAX_NAMED:]:
         kept = (run_dir.checkpoints / row["checkpoint"]).is_dir()
         seconds = _show(row.get("checkpoint_seconds"), ".2f")
-        lines.append((row["checkpoint"], f"{row['step']:,}", seconds, "yes" if kept else "no"))
+        stall = _show(row.get("checkpoint_stall_seconds"), ".2f")
+        kept_text = "yes" if kept else "no"
+        lines.append((row["checkpoint"], f"{row['step']:,}", seconds, stall, kept_text))
     earlier = len(saves) - len(lines)
     told = f"<p>{earlier:,} earlier checkpoints are not listed.</p>" if earlier else ""
-    return told + table(lines, head=("checkpoint", "step", "seconds to save", "kept"))
+    return told + table(
+        lines, head=("checkpoint", "step", "seconds to save", "seconds waited", "kept")
+    )
 
 
 def _sample(run_dir: RunDir) -> str:

@@ -138,11 +138,20 @@ def write_status(
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All lines of metrics.jsonl; a last line that was cut short is left out."""
+    """The lines of metrics.jsonl but for steps that a rollback has taken back.
+
+    A last line that was cut short is left out.
+    """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            row = json.loads(line)
+            if "rolled_back_from" in row:
+                rows = [kept for kept in rows if kept["step"] <= row["step"]]
+            rows.append(row)
+    return rows
 
 
 def cut_metrics(path: Path, *, last_step: int) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,39 @@ PROBED_TOKENS = 32
 """Tokens whose logits go into a checkpoint."""
 
 
-@torch.no_grad()
+@dataclass(frozen=True, kw_only=True)
+class LossSums:
+    """What all ranks have added up, by source."""
+
+    sources: Sequence[SourceTokens]
+    sums: list[float]
+    """Losses in nats."""
+    tokens: list[float]
+    """Targets that they are of; a target that a document mask leaves out is none."""
+
+    def describe(self) -> dict[str, float]:
+        """Mean loss in nats a token, perplexity, bits a byte of text, and each source's loss.
+
+        Bits per byte take the held-out split's bytes a token, so they are exact where all of it is
+        evaluated and close where only its first rows are.
+        """
+        num_bytes = sum(
+            total * source.heldout_bytes_per_token
+            for total, source in zip(self.tokens, self.sources, strict=True)
+        )
+        loss = sum(self.sums) / sum(self.tokens)
+        result = {
+            "eval_loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "bits_per_byte": sum(self.sums) / math.log(2) / num_bytes,
+        }
+        if len(self.sources) > 1:
+            for source, part, total in zip(self.sources, self.sums, self.tokens, strict=True):
+                if total:
+                    result[f"eval_loss/{source.name}"] = part / total
+        return result
+
+
 def evaluate(
     engine: Any,
     rows: PretrainDataset,
@@ -25,11 +58,24 @@ def evaluate(
     micro_batch_size: int,
     sources: Sequence[SourceTokens],
 ) -> dict[str, float] | None:
-    """Mean loss in nats a token, perplexity, bits a byte of text, and each source's loss.
+    """The loss of held-out rows, as `LossSums.describe` has it.
 
-    Bits per byte take the held-out split's bytes a token, so they are exact where all of it is
-    evaluated and close where only its first rows are. `None` where a rank was asked to stop.
+    `None` where a rank was asked to stop.
     """
+    found = sum_losses(engine, rows, rank, micro_batch_size=micro_batch_size, sources=sources)
+    return None if found is None else found.describe()
+
+
+@torch.no_grad()
+def sum_losses(
+    engine: Any,
+    rows: PretrainDataset,
+    rank: Rank,
+    *,
+    micro_batch_size: int,
+    sources: Sequence[SourceTokens],
+) -> LossSums | None:
+    """Run all rows through the engine, each once. `None` where a rank was asked to stop."""
     sampler = EvalSampler(
         num_rows=len(rows),
         micro_batch_size=micro_batch_size,
@@ -54,22 +100,7 @@ def evaluate(
         rank.beat()
     engine.train()
     sums = sum_over_ranks([*loss_sums, *counts], rank)
-    loss_sums, totals = sums[: len(sources)], sums[len(sources) :]
-    num_bytes = sum(
-        total * source.heldout_bytes_per_token
-        for total, source in zip(totals, sources, strict=True)
-    )
-    loss = sum(loss_sums) / sum(totals)
-    result = {
-        "eval_loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": sum(loss_sums) / math.log(2) / num_bytes,
-    }
-    if len(sources) > 1:
-        for source, loss_sum, total in zip(sources, loss_sums, totals, strict=True):
-            if total:
-                result[f"eval_loss/{source.name}"] = loss_sum / total
-    return result
+    return LossSums(sources=sources, sums=sums[: len(sources)], tokens=sums[len(sources) :])
 
 
 @torch.no_grad()

@@ -133,7 +133,7 @@ def train(training: Training, writer: MetricsWriter, progress: Progress) -> bool
             if _evaluates(training, progress.step) and not stopping:
                 stopping = _evaluate(training, writer, progress)
             if stopping or _saves(training, progress.step, minutes=done.flags.minutes):
-                writer.write_all(_save(saver, training, progress, done.sample_hash))
+                _save(saver, training, progress, writer, sample_hash=done.sample_hash)
                 saved_at = time.monotonic()
     writer.write_all(saver.finish())
     finished = progress.step >= plan.steps.last
@@ -368,7 +368,6 @@ def _roll_back(
         setattr(progress, name, getattr(restored, name))
     progress.left_out = sorted({*progress.left_out, *out})
     progress.rollbacks += 1
-    writer.go_back(last_step=progress.step)
     return {
         **_place(training, progress),
         "rolled_back_from": step,
@@ -437,21 +436,28 @@ def _evaluate(training: Training, writer: MetricsWriter, progress: Progress) -> 
 
 
 def _save(
-    saver: Saver, training: Training, progress: Progress, sample_hash: str
-) -> list[dict[str, Any]]:
+    saver: Saver,
+    training: Training,
+    progress: Progress,
+    writer: MetricsWriter,
+    *,
+    sample_hash: str,
+) -> None:
+    writer.write_all(saver.finish())  # of the checkpoint before this one
     metrics = training.run_dir.metrics
     files = {
         METRICS: metrics.read_bytes() if training.rank.is_first else b"",
         "config.json": training.engine.module.config.to_json_string(use_diff=False).encode(),
         **probe_logits(training.engine, training.heldout_set, training.rank),
     }
-    return saver.begin(
+    rows = saver.begin(
         progress.step,
         consumed_samples=progress.next_batch * training.plan.batch.global_batch_size,
         sample_hash=sample_hash,
         progress=progress.to_json(),
         files=files,
     )
+    writer.write_all(rows)
 
 
 def _mfu(training: Training, tokens_per_s: float) -> float | None:

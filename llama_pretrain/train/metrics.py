@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llama_pretrain.config.schema import Monitor
-from llama_pretrain.runs.rundir import RunDir, cut_metrics, read_metrics
+from llama_pretrain.runs.rundir import RunDir, read_metrics
 
 PEAK_TFLOPS = {
     "H200": 989.4,
@@ -41,23 +41,24 @@ class MetricsWriter:
     """
 
     def __init__(self, run_dir: RunDir, monitor: Monitor, *, active: bool):
-        self._run_dir, self._monitor, self._active = run_dir, monitor, active
+        self._run_dir, self._monitor = run_dir, monitor
         self._file: Any = None
         self._tensorboard: Any = None
         self._csv: Any = None
         self._table: Any = None
         self._wandb: Any = None
-        if active:
-            self._open()
-        if active and monitor.wandb:
+        if not active:
+            return
+        self._file = run_dir.metrics.open("a", encoding="utf-8")
+        self._start_drawing()
+        if monitor.wandb:
             import wandb
 
             self._wandb = wandb.init(project=monitor.wandb_project, dir=str(run_dir.path))
 
-    def _open(self) -> None:
-        """Open metrics.jsonl, and make curves and table anew from it."""
+    def _start_drawing(self) -> None:
+        """Make the curves and the table, from the lines that there are."""
         run_dir = self._run_dir
-        self._file = run_dir.metrics.open("a", encoding="utf-8")
         if self._monitor.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -79,21 +80,18 @@ class MetricsWriter:
             return
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        self._draw(row)
         if self._wandb is not None:
             self._wandb.log(_numbers(row), step=row["step"])
+        if "rolled_back_from" in row:  # the curves go back too
+            self._stop_drawing()
+            self._start_drawing()
+        else:
+            self._draw(row)
 
     def write_all(self, rows: Iterable[dict[str, Any]]) -> None:
         """Several lines."""
         for row in rows:
             self.write(row)
-
-    def go_back(self, *, last_step: int) -> None:
-        """Take back the lines of the steps after one."""
-        if self._active:
-            self._close_files()
-            cut_metrics(self._run_dir.metrics, last_step=last_step)
-            self._open()
 
     def _draw(self, row: dict[str, Any]) -> None:
         """Its numbers against steps and against tokens; a row of the table for a step."""
@@ -106,12 +104,14 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush everything."""
-        self._close_files()
+        self._stop_drawing()
+        if self._file is not None:
+            self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
 
-    def _close_files(self) -> None:
-        for file in (self._file, self._tensorboard, self._table):
+    def _stop_drawing(self) -> None:
+        for file in (self._tensorboard, self._table):
             if file is not None:
                 file.close()
 

@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llama_pretrain.config.schema import Model
 from llama_pretrain.config.snapshot import to_plain
+from llama_pretrain.pieces import STATE, StoredState
 
 
 def build_llama_config(
@@ -58,7 +59,8 @@ def build_model(
     """A model whose parameters are fp32 and whole, or sharded as `ds_config` has it at stage 3.
 
     Args:
-        weights: a folder with *.safetensors to read parameters from; `None` draws all of them.
+        weights: a Hugging Face model or one of our checkpoints to read parameters from; `None`
+            draws all of them.
     """
     sharded = ds_config["zero_optimization"]["stage"] == 3
     init = deepspeed.zero.Init(config_dict_or_path=ds_config) if sharded else nullcontext()
@@ -74,17 +76,21 @@ def fill_parameters(
 ) -> None:
     """Give every parameter its first value; all ranks call it."""
     modules = dict(model.named_modules())
-    source = None if weights is None else Weights(weights)
-    for name, parameter in model.named_parameters():
-        owner = modules[name.rpartition(".")[0]]
-        gather = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
-        with gather if sharded else nullcontext(), torch.no_grad():
-            if parameter.numel() == 0:  # gathered on rank 0 alone
-                continue
-            drawn = _draw(owner, name, parameter, seed=seed, std=model.config.initializer_range)
-            if source is not None:
-                source.overwrite(name, drawn)
-            parameter.copy_(drawn)
+    with nullcontext() if weights is None else Weights(weights) as source:
+        for name, parameter in model.named_parameters():
+            gather = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+            with gather if sharded else nullcontext(), torch.no_grad():
+                if parameter.numel() == 0:  # gathered on rank 0 alone
+                    continue
+                value = None if source is None else source.read(name)
+                if value is None or value.shape != parameter.shape:
+                    owner = modules[name.rpartition(".")[0]]
+                    std = model.config.initializer_range
+                    drawn = _draw(owner, name, parameter, seed=seed, std=std)
+                    if value is not None:  # the first rows: embeddings have grown
+                        drawn[: value.shape[0]] = value
+                    value = drawn
+                parameter.copy_(value)
 
 
 def _draw(
@@ -101,28 +107,45 @@ def _draw(
 
 
 class Weights:
-    """Tensors of a Hugging Face checkpoint, read one at a time."""
+    """Tensors of a Hugging Face model or of one of our checkpoints, read one at a time.
+
+    Use it in a `with` block: it keeps files of a checkpoint open.
+    """
 
     def __init__(self, folder: Path):
+        self._folder = folder
+        self._stored: StoredState | None = None
+        self._files: dict[str, str] = {}
         index = folder / "model.safetensors.index.json"
-        if index.is_file():
+        if (folder / STATE).is_file():
+            self._stored = StoredState(folder)
+        elif index.is_file():
             self._files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         else:
             with safe_open(folder / "model.safetensors", framework="pt") as file:
                 self._files = dict.fromkeys(file.keys(), "model.safetensors")
-        self._folder = folder
 
-    def overwrite(self, name: str, drawn: torch.Tensor) -> None:
-        """Copy a tensor over the first rows of `drawn`: embeddings may have grown.
+    def __enter__(self) -> "Weights":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._stored is not None:
+            self._stored.__exit__(*error)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A parameter on the CPU, in the type that it is stored in.
 
         Raises:
-            KeyError: if the checkpoint lacks the parameter.
+            KeyError: if the folder lacks it.
         """
-        if name not in self._files:
+        names = self._files if self._stored is None else self._stored.shapes
+        if name not in names:
             raise KeyError(f"{self._folder} has no weights for {name}")
+        if self._stored is not None:
+            return self._stored.weight(name)
         with safe_open(self._folder / self._files[name], framework="pt") as file:
-            stored = file.get_tensor(name)
-        drawn[: stored.shape[0]] = stored
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
 
 
 def restore_rotary(model: nn.Module, config: LlamaConfig, device: torch.device) -> None:

@@ -31,10 +31,10 @@ class StopRequest:
         self.number = number
 
 
-def die_with_parent() -> None:
-    """End this process when the launcher dies, however it dies (Linux alone)."""
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Get a signal when the launcher dies, however it dies (Linux alone)."""
     if sys.platform == "linux":
-        ctypes.CDLL("libc.so.6").prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        ctypes.CDLL("libc.so.6").prctl(1, number)  # PR_SET_PDEATHSIG
     parent = os.environ.get(PARENT)
     if parent is not None and int(parent) != os.getppid():  # it was gone before we asked
         os._exit(1)

@@ -6,6 +6,7 @@ Everything it trains with, it reads from the run directory.
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,19 @@ def main(run_dir: RunDir, stop: StopRequest, heartbeat: Heartbeat) -> None:
     from torch.distributed.elastic.multiprocessing.errors import record  # imports torch
 
     checkpoint = Path(sys.argv[2]) if len(sys.argv) > 2 else None
-    record(work)(run_dir, checkpoint, stop, heartbeat)
-    # Gloo's threads abort some processes at the interpreter's exit: leave without it, after
-    # everything is written and all ranks have said so.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    code = 1
+    try:
+        record(work)(run_dir, checkpoint, stop, heartbeat)
+        code = 0
+        heartbeat.finish()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        # Gloo's threads abort some processes at the interpreter's exit, and NCCL's wait for others:
+        # leave without it, after everything is written and all ranks have said so.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def redirect_output(log: Path) -> None:
@@ -56,6 +64,7 @@ def work(run_dir: RunDir, checkpoint: Path | None, stop: StopRequest, heartbeat:
         heartbeat=heartbeat,
     )
     dist.barrier()  # a rank that can't be reached shows here, not in the middle of building
+    rank.beat()
     if run.task is Task.evaluate:
         assert checkpoint is not None
         evaluate_rank(run, plan, run_dir, rank, checkpoint)
@@ -98,8 +107,38 @@ def train_rank(run: Any, plan: Any, run_dir: RunDir, rank: Any, checkpoint: Path
 
 
 def evaluate_rank(run: Any, plan: Any, run_dir: RunDir, rank: Any, checkpoint: Path) -> None:
-    """Evaluate a checkpoint; see llama_pretrain/finished.py."""
-    raise NotImplementedError
+    """Evaluate a checkpoint on all ranks; rank 0 writes what came out."""
+    import deepspeed
+    import torch.distributed as dist
+    from transformers import LlamaConfig
+
+    from llama_pretrain.data.dataset import create_pretrain_dataset
+    from llama_pretrain.runs.checkpoints import read_manifest
+    from llama_pretrain.runs.rundir import write_text
+    from llama_pretrain.train.evaluate import sum_losses
+    from llama_pretrain.train.model import build_model, restore_rotary
+
+    ds_config = json.loads(run_dir.ds_config.read_text(encoding="utf-8"))
+    config = LlamaConfig.from_pretrained(checkpoint, attn_implementation="sdpa")
+    model = build_model(config, seed=run.seed, weights=checkpoint, ds_config=ds_config)
+    rank.beat()
+    engine, *_ = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)
+    if run.precision.buffer_dtype is None:
+        restore_rotary(engine.module, config, rank.device)
+    rows = create_pretrain_dataset(
+        plan.corpus,
+        "heldout",
+        sequence_length=run.data.sequence_length,
+        limits=plan.steps.eval_rows_of,
+        document_mask=run.data.document_mask,
+    )
+    size, sources = plan.batch.micro_batch_size, plan.corpus.sources
+    found = sum_losses(engine, rows, rank, micro_batch_size=size, sources=sources)
+    if found is not None and rank.is_first:
+        row = {"checkpoint": checkpoint.name, "step": read_manifest(checkpoint).step}
+        row |= {**found.describe(), "eval_tokens": int(sum(found.tokens))}
+        write_text(run_dir.metrics, json.dumps(row) + "\n")
+    dist.barrier()  # no rank leaves while another still needs its shards
 
 
 def build_engine(

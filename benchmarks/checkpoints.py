@@ -1,0 +1,86 @@
+"""What a checkpoint costs: the stall of synchronous and asynchronous saves, side by side.
+
+    python benchmarks/checkpoints.py [--rounds 3] [--model 60m]
+
+Runs take turns: without checkpoints, with synchronous and with asynchronous ones. The stall is the
+time that training waits for a save; the whole is what a run takes longer than one without saves, for
+an asynchronous save also slows down the steps that it runs beside.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS, EVERY = 13, 4
+ARMS = {
+    "none": ["checkpoint.every_steps=null"],
+    "synchronous": [f"checkpoint.every_steps={EVERY}"],
+    "asynchronous": [f"checkpoint.every_steps={EVERY}", "checkpoint.asynchronous=true"],
+}
+
+
+def train(folder: Path, model: str, words: list[str]) -> tuple[list[float], float, float]:
+    """Seconds of stall a save, seconds of all steps and saves, and bytes of a checkpoint."""
+    command = [
+        sys.executable,
+        str(ROOT / "run.py"),
+        f"model={model}",
+        "model.vocab_size=8192",
+        "zero=stage2",
+        "data.sequence_length=128",
+        "batch.global_batch_size=4",
+        "batch.micro_batch_size=2",
+        f"train.max_steps={STEPS}",
+        "train.eval_every_steps=null",
+        "train.eval_rows=2",
+        "checkpoint.at_end=false",
+        "checkpoint.export=false",
+        "monitor=none",
+        f"hydra.run.dir={folder}",
+        *words,
+    ]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    stalls = [row["checkpoint_stall_seconds"] for row in rows if "checkpoint" in row]
+    tokens = 4 * 128
+    # The first step warms up.
+    steps = [tokens / row["tokens_per_s"] for row in rows if "loss" in row][1:]
+    sizes = [path.stat().st_size for path in folder.glob("checkpoints/step-*/*")]
+    saves = max(1, len(list(folder.glob("checkpoints/step-*"))))
+    return stalls, sum(steps) + sum(stalls), sum(sizes) / saves
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", default="60m")
+    given = parser.parse_args()
+    stalls: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    wholes: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    size = 0.0
+    for round_number in range(given.rounds):
+        for arm, words in ARMS.items():
+            with tempfile.TemporaryDirectory() as scratch:
+                found, whole, size_now = train(Path(scratch) / "run", given.model, words)
+            stalls[arm] += found
+            wholes[arm].append(whole)
+            size = max(size, size_now)
+            told = f"{statistics.median(found):.3f} s a save" if found else "no saves"
+            print(f"round {round_number + 1} {arm}: {told}, {whole:.1f} s of steps and saves")
+    print(f"a checkpoint of {given.model} has {size / 2**20:,.0f} MiB")
+    medians = {arm: statistics.median(values) for arm, values in stalls.items() if values}
+    for arm, value in medians.items():
+        longer = statistics.median(wholes[arm]) - statistics.median(wholes["none"])
+        saves = len(stalls[arm]) / given.rounds
+        print(f"{arm}: {value:.3f} s of stall a save (median); {longer / saves:.3f} s in all")
+    ratio = medians["asynchronous"] / medians["synchronous"]
+    print(f"the asynchronous stall is {ratio:.2f} of the synchronous one (bar: 0.25)")
+
+
+if __name__ == "__main__":
+    main()
