@@ -108,7 +108,7 @@ class Saver:
         values = {**collect_values(self._engine), "progress": progress}
         more = dict(files) if self._rank.is_first else {}
         more |= {STATE: json.dumps(values).encode()} if self._rank.is_first else {}
-        save.fault = self._make_room(step, tensors)
+        save.fault = self._make_room(step, tensors, more)
         if save.fault:
             return rows + self.finish()
         temporary = self._temporary(step)
@@ -159,9 +159,12 @@ class Saver:
     def _temporary(self, step: int) -> Path:
         return self._folder / f".tmp-{checkpoint_name(step)}"
 
-    def _make_room(self, step: int, tensors: Mapping[str, torch.Tensor]) -> str:
+    def _make_room(
+        self, step: int, tensors: Mapping[str, torch.Tensor], more: Mapping[str, bytes]
+    ) -> str:
         """Make the folder, if its disk has room. Returns what is wrong; empty if nothing is."""
         mine = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        mine += sum(len(content) for content in more.values())
         (total,) = sum_over_ranks([mine], self._rank)
         fault = ""
         if self._rank.is_first:
@@ -170,7 +173,7 @@ class Saver:
                 for torn in self._folder.glob(".tmp-*"):
                     shutil.rmtree(torn)
                 free = shutil.disk_usage(self._folder).free
-                if free < 1.02 * total + (1 << 20):
+                if free < 1.02 * total + (1 << 14):
                     fault = (
                         f"it takes {total / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free"
                     )
