@@ -273,3 +273,21 @@ def test_sizes(text: str, size: int) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match=text):
         parse_size(text)
+
+
+def test_an_asynchronous_checkpoint_takes_a_copy() -> None:
+    """fp32 weights and two moments of a rank's share: in its memory, or on a GPU's host."""
+    for device in ("cpu", "cuda"):
+        words = ["zero=stage2", "precision=bf16", f"launch.device={device}"]
+        words += ["launch.num_processes=2", "task=plan"]
+        plain, copied = (
+            build_plan(resolved(*words, f"checkpoint.asynchronous={on}"), None).memory
+            for on in ("false", "true")
+        )
+        share = count_parameters(resolved(*words).model).total * 12 // 2
+        assert plain.checkpoint == 0
+        if device == "cpu":
+            assert copied.checkpoint == pytest.approx(share, abs=16)
+        else:
+            assert (copied.checkpoint, copied.total) == (0, plain.total)
+            assert copied.host >= share

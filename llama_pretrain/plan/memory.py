@@ -64,6 +64,8 @@ class MemoryPlan:
     """Parameters that stage 3 has gathered."""
     buffers: int = 0
     """Buckets of the reduction and copies that the step makes."""
+    checkpoint: int = 0
+    """The copy of weights and optimizer state that an asynchronous checkpoint is written from."""
     allocator: int = 0
     """What the allocator loses between live tensors."""
     runtime: int = 0
@@ -118,14 +120,15 @@ def states_memory(run: Run, *, world_size: int) -> MemoryPlan:
         gradients += size.total * master_width
         if stage < 3:  # the updated partition, and a gradient on its way to the host
             buffers = _shard(size.total * width, world_size) + 2 * _largest(size) * width
+    moment_bytes = moments * (2 if precision.bf16_optimizer_states else 4)
+    saved = size.total * master_width + moment_bytes if run.checkpoint.asynchronous else 0
     return MemoryPlan(
         phase="between steps",
         weights=_shard(size.total * width, world_size if stage == 3 else 1),
         master_weights=_shard(size.total * master_width, world_size if stage else 1) * has_master,
         gradients=_shard(gradients, world_size),
-        optimizer=_shard(
-            moments * (2 if precision.bf16_optimizer_states else 4), world_size if stage else 1
-        ),
+        optimizer=_shard(moment_bytes, world_size if stage else 1),
+        checkpoint=_shard(saved, world_size),  # at stage 0 each rank writes its share
         buffers=buffers,
         runtime=RUNTIME_BYTES[run.launch.device],
         framework=FRAMEWORK_BYTES[run.launch.device],
@@ -153,7 +156,8 @@ def _offload(run: Run, phase: MemoryPlan, states: MemoryPlan) -> MemoryPlan:
         beside[zero.offload_param.device] += states.weights
     # Below stage 3 each rank first builds the whole model in fp32, on the host.
     built = size.total * 4 if zero.stage < 3 else 0
-    host = max(beside[OffloadDevice.cpu], built)
+    host = max(beside[OffloadDevice.cpu] + states.checkpoint, built)
+    left["checkpoint"] = 0
     return changed(phase, host=host, disk=beside[OffloadDevice.nvme], **left)
 
 

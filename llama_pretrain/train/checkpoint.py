@@ -68,6 +68,7 @@ class Saver:
         self._engine, self._run, self._plan, self._rank = engine, run, plan, rank
         self._folder = checkpoints
         self._pending: Save | None = None
+        self._copies: dict[str, torch.Tensor] = {}
 
     @property
     def written(self) -> bool:
@@ -113,9 +114,11 @@ class Saver:
             return rows + self.finish()
         temporary = self._temporary(step)
         if self._run.checkpoint.asynchronous:
-            copies = {key: _copy(tensor) for key, tensor in tensors.items()}
+            self._copies = {
+                key: _copy(tensor, self._copies.get(key)) for key, tensor in tensors.items()
+            }
             save.thread = threading.Thread(
-                target=_write, args=(save, temporary, self._rank, copies, more), daemon=True
+                target=_write, args=(save, temporary, self._rank, self._copies, more), daemon=True
             )
             save.thread.start()
             save.stall += time.perf_counter() - started
@@ -216,12 +219,16 @@ class Saver:
         return self._agree_on_faults(save)
 
 
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in host memory that training doesn't change."""
-    if tensor.device.type == "cpu":
-        return tensor.clone()
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return copy.copy_(tensor)
+def _copy(tensor: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
+    """A copy in host memory that training doesn't change.
+
+    Args:
+        into: the copy of an earlier save: new memory costs more than the copying.
+    """
+    if into is None:
+        on_gpu = tensor.device.type == "cuda"
+        into = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
+    return into.copy_(tensor)
 
 
 def _write(
