@@ -50,7 +50,7 @@ def _pieces(engine: Any, names: dict[Any, str]) -> Iterator[Piece]:
                 start = size * wrapper._get_param_partition_rank(parameter)
                 numel = min(size, parameter.ds_numel - start)  # the last ones are padded
                 owner = wrapper.fp32_partitioned_groups_flat[number]
-                if numel > 0:
+                if numel > 0 and not wrapper._swappable_optimizer_subgroup(number):
                     yield Piece(names[parameter], start, owner, offset, numel)
     elif hasattr(wrapper, "update_lp_params"):  # stages 1 and 2, and BF16_Optimizer
         flats = getattr(wrapper, "single_partition_of_fp32_groups", None)
@@ -100,11 +100,26 @@ def collect_tensors(engine: Any, rank: Rank) -> dict[str, torch.Tensor]:
         for kind, value in kinds.items():
             key = piece_key(piece.name, kind, piece.start + first)
             tensors[key] = piece.view(value)[first:last]
+    tensors |= _swapped_weights(engine)
     for piece in _whole_momenta(engine):
         if MOMENTUM in inner.state[piece.owner]:
             buffer = inner.state[piece.owner][MOMENTUM]
             tensors[piece_key(piece.name, MOMENTUM, 0)] = piece.view(buffer)
     return tensors
+
+
+def _swapped_weights(engine: Any) -> dict[str, torch.Tensor]:
+    """Weights that lie on nvme, without their moments: a run can't go on from there (resume.py)."""
+    wrapper, found = engine.optimizer, {}
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    if getattr(wrapper, "swap_optimizer", False):
+        for number, group in enumerate(wrapper.fp16_groups):
+            for parameter in group if wrapper._swappable_optimizer_subgroup(number) else []:
+                weight = wrapper.get_local_fp32_param(parameter).flatten().cpu().clone()
+                start = weight.numel() * wrapper._get_param_partition_rank(parameter)
+                key = piece_key(names[parameter], WEIGHT, start)
+                found[key] = weight[: max(0, parameter.ds_numel - start)]
+    return {key: weight for key, weight in found.items() if weight.numel()}
 
 
 def _whole_momenta(engine: Any) -> Iterator[Piece]:
