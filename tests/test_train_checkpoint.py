@@ -14,7 +14,7 @@ from llama_pretrain.plan.machine import detect_machine
 from llama_pretrain.plan.plan import Corpus, Plan, SourceTokens, build_plan
 from llama_pretrain.runs.checkpoints import find_fault, newest_complete
 from llama_pretrain.train.checkpoint import CheckpointError, Saver, load_checkpoint
-from tests.conftest import compose_run
+from tests.conftest import compose_run, small_disk
 from tests.test_train import own_linear, process_group, random_batches
 from tests.test_train_state import RANK, engine_at, step
 
@@ -41,17 +41,10 @@ CORPUS = Corpus(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, with room for one checkpoint and a half."""
-    folder = tmp_path / "checkpoints"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=420k", "tmpfs", str(folder)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"no right to mount: {mounted.stderr.decode()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for one checkpoint and a half."""
+    with small_disk(tmp_path / "checkpoints", "420k") as folder:
+        yield folder
 
 
 def run_and_plan(*words: str) -> tuple[Run, Plan]:
@@ -77,10 +70,10 @@ def save(saver: Saver, number: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.usefixtures("process_group")
 def test_a_full_disk_is_told_and_survived(
-    small_disk: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+    disk: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
 ) -> None:
     engine = engine_at(1)
-    saver = saver_of(engine, small_disk, f"checkpoint.asynchronous={asynchronous}")
+    saver = saver_of(engine, disk, f"checkpoint.asynchronous={asynchronous}")
     for batch in random_batches(2):
         step(engine, batch)
     rows = save(saver, 1) + saver.finish()
@@ -96,26 +89,26 @@ def test_a_full_disk_is_told_and_survived(
         "tokens": 2 * 2 * 256,
         "checkpoint_error": "step-00000002 was not written: No space left on device (rank 0)",
     }
-    assert [path.name for path in small_disk.glob("step-*")] == ["step-00000001"]
-    assert not list(small_disk.glob(".tmp-*"))
-    assert newest_complete(small_disk) == (small_disk / "step-00000001", [])
-    assert load_checkpoint(engine_at(1), small_disk / "step-00000001", RANK) == {"step": 1}
-    subprocess.run(["mount", "-o", "remount,size=2m", str(small_disk)], check=True)
+    assert [path.name for path in disk.glob("step-*")] == ["step-00000001"]
+    assert not list(disk.glob(".tmp-*"))
+    assert newest_complete(disk) == (disk / "step-00000001", [])
+    assert load_checkpoint(engine_at(1), disk / "step-00000001", RANK) == {"step": 1}
+    subprocess.run(["mount", "-o", "remount,size=2m", str(disk)], check=True)
     (row,) = save(saver, 3) + saver.finish()
     assert row["checkpoint"] == "step-00000003"
-    assert find_fault(small_disk / "step-00000003") is None
+    assert find_fault(disk / "step-00000003") is None
 
 
 @pytest.mark.usefixtures("process_group")
-def test_a_run_may_stop_for_it(small_disk: Path) -> None:
+def test_a_run_may_stop_for_it(disk: Path) -> None:
     engine = engine_at(1)
-    saver = saver_of(engine, small_disk, "checkpoint.on_error=stop")
+    saver = saver_of(engine, disk, "checkpoint.on_error=stop")
     for batch in random_batches(2):
         step(engine, batch)
     save(saver, 1)
     with pytest.raises(CheckpointError, match="step-00000002 was not written: it takes 0"):
         save(saver, 2)
-    assert find_fault(small_disk / "step-00000001") is None
+    assert find_fault(disk / "step-00000001") is None
 
 
 @pytest.mark.usefixtures("process_group")

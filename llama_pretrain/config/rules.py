@@ -14,15 +14,20 @@ from typing import Any
 
 from llama_pretrain.config.data_rules import check_data, check_tokenizer
 from llama_pretrain.config.deepspeed_rules import OWNED_KEYS, check_deepspeed
+from llama_pretrain.config.fields import parse_size
 from llama_pretrain.config.problems import Problem, UserError, refuse
 from llama_pretrain.config.schema import (
+    Export,
+    Generate,
     Model,
     PlanSettings,
     RopeType,
     Run,
     Schedule,
     ScheduleName,
+    Spike,
     Task,
+    Train,
 )
 
 OTHER_NAMES = {
@@ -138,8 +143,11 @@ def check_run(run: Run) -> Iterator[Problem]:
         check_data,
         check_tokenizer,
         _check_resume,
+        _check_finished,
         _check_schedule,
         _check_train,
+        _check_spikes,
+        _check_checkpoints,
         _check_questions,
         check_deepspeed,
     ):
@@ -283,6 +291,57 @@ def _check_train(run: Run) -> Iterator[Problem]:
         )
 
 
+def _check_spikes(run: Run) -> Iterator[Problem]:
+    """What is read where spikes are looked for."""
+    train, default = run.train, Train()
+    readers = {
+        "spike_window": (Spike.skip, Spike.rollback),
+        "spike_z": (Spike.skip, Spike.rollback),
+        "spike_batches": (Spike.rollback,),
+    }
+    for name, policies in readers.items():
+        value = getattr(train, name)
+        if value != getattr(default, name) and train.spike not in policies:
+            named = " or ".join(policy.value for policy in policies)
+            yield Problem(
+                path=f"train.{name}",
+                message=f"is read with train.spike={named} alone (got {value})",
+                hint=f"set train.spike={policies[0].value}, or leave it out",
+            )
+    settings = run.checkpoint
+    if train.spike is Spike.rollback and settings.every_steps is settings.every_minutes is None:
+        yield Problem(
+            path="train.spike",
+            message="has no checkpoint to go back to (got rollback)",
+            hint="set checkpoint.every_steps=100, or train.spike=skip",
+        )
+
+
+def _check_checkpoints(run: Run) -> Iterator[Problem]:
+    """Checkpoints that would never be written, or never be kept."""
+    every, kept = run.checkpoint.every_steps, run.checkpoint.keep_every_steps
+    if kept is not None and (every is None or kept % every):
+        message = f"should be a multiple of checkpoint.every_steps={every} (got {kept})"
+        hint = f"set checkpoint.every_steps={kept}"
+        if every is not None:
+            hint = f"set it to {-(-kept // every) * every}"
+        yield Problem(path="checkpoint.keep_every_steps", message=message, hint=hint)
+    saves = every is not None or run.checkpoint.every_minutes is not None
+    if run.checkpoint.asynchronous and not saves:
+        yield Problem(
+            path="checkpoint.asynchronous",
+            message="has nothing to go on beside: only the last step is saved (got true)",
+            hint="set checkpoint.every_steps=100, or leave it out",
+        )
+    default = type(run.resume)().verify_steps
+    if run.resume.verify_steps != default and run.task is not Task.verify_resume:
+        yield Problem(
+            path="resume.verify_steps",
+            message=f"is read by task=verify_resume alone (got task={run.task.value})",
+            hint="add task=verify_resume, or leave it out",
+        )
+
+
 def _check_resume(run: Run) -> Iterator[Problem]:
     if run.resume.allow_data_change and run.resume.run_dir is None:
         yield Problem(
@@ -290,6 +349,51 @@ def _check_resume(run: Run) -> Iterator[Problem]:
             message="is read with resume=DIR alone (got true)",
             hint="add resume=DIR, or leave it out",
         )
+
+
+def _check_finished(run: Run) -> Iterator[Problem]:
+    """Tasks about a run that there is, and their settings."""
+    if run.task.reads_a_run and run.of_run is None:
+        message = f"task={run.task.value} is about a run that there is"
+        yield Problem(path="run", message=message, hint="add run=DIR, the run's directory")
+    if run.of_run is not None and not run.task.reads_a_run:
+        yield Problem(
+            path="task",
+            message=f"run=DIR is for task=export, evaluate or generate (got {run.task.value})",
+            hint="add one of them; to train: resume=DIR goes on, reproduce=DIR starts anew",
+        )
+    try:
+        parse_size(run.export.max_shard_size)
+    except ValueError:
+        message = f"should be a size with its unit (got {run.export.max_shard_size})"
+        hint = "write it as 4GiB, 5GB or 500MiB"
+        yield Problem(path="export.max_shard_size", message=message, hint=hint)
+    readers = {
+        "export.checkpoint": (Task.export, Task.evaluate),
+        "export.target": (Task.export,),
+        **{f"generate.{item.name}": (Task.generate,) for item in fields(Generate)},
+    }
+    default = {"export": Export(), "generate": Generate()}
+    for path, tasks in readers.items():
+        section, _, name = path.partition(".")
+        value = getattr(getattr(run, section), name)
+        if value != getattr(default[section], name) and run.task not in tasks:
+            named = " and ".join(f"task={task.value}" for task in tasks)
+            yield Problem(
+                path=path,
+                message=f"is read by {named} alone (got task={run.task.value})",
+                hint=f"add {named.split()[-1]}, or leave it out",
+            )
+    if run.generate.temperature == 0:
+        for name in ("top_k", "top_p"):
+            value = getattr(run.generate, name)
+            if value not in (None, getattr(Generate(), name)):
+                yield Problem(
+                    path=f"generate.{name}",
+                    message="is not used with generate.temperature=0, which takes the likeliest"
+                    f" (got {value})",
+                    hint="leave it out, or raise generate.temperature",
+                )
 
 
 def _check_questions(run: Run) -> Iterator[Problem]:

@@ -16,7 +16,8 @@ from llama_pretrain.pieces import WEIGHT, StoredState, piece_key
 from llama_pretrain.train.distributed import Rank
 
 MOMENTUM = "momentum_buffer"
-COUNTERS = ("global_steps", "skipped_steps", "global_samples", "micro_steps")
+COUNTERS = ("global_steps", "skipped_steps", "global_samples")
+"""Of the engine. Not micro_steps: with another accumulation its boundaries lie elsewhere."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from llama_pretrain.config.snapshot import config_hash, load_snapshot
 from llama_pretrain.runs.checkpoints import find_fault, read_manifest, write_manifest
 from llama_pretrain.runs.rundir import RunDir, read_metrics
-from tests.conftest import Command, Runner
+from tests.conftest import Command, Runner, small_disk
 from tests.e2e.test_parity import at_stage
 from tests.test_checkpoints import MANIFEST
 
@@ -158,6 +158,28 @@ def test_a_lost_metrics_file_comes_from_the_checkpoint(
     done = runner.bare(f"resume={copy.path}", run_dir=copy)
     assert "going on from step-00000007" in done.output
     assert done.losses == before
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_a_full_disk(runner: Runner, tmp_path: Path) -> None:
+    """There is room for one checkpoint: it stays, others are told of, and the run completes."""
+    run_dir = RunDir(tmp_path / "full")
+    with small_disk(run_dir.checkpoints, "2500k"):
+        done = runner(
+            f"hydra.run.dir={run_dir.path}",
+            "train.max_steps=4",
+            "checkpoint.every_steps=null",
+            "checkpoint.every_minutes=1e-6",
+        )
+        assert [row["checkpoint"] for row in done.rows("checkpoint")] == ["step-00000001"]
+        told = done.rows("checkpoint_error")
+        assert [row["step"] for row in told] == [2, 3]
+        assert (
+            "step-00000002 was not written: it takes 1.7 MiB, and 0.7 MiB are free" in done.output
+        )
+        assert "step-00000003 was not written: it takes 1.7 MiB" in run_dir.report.read_text()
+        assert find_fault(run_dir.checkpoints / "step-00000001") is None
+        assert [path.name for path in run_dir.checkpoints.glob("*step*")] == ["step-00000001"]
 
 
 @pytest.mark.slow
