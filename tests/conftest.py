@@ -84,7 +84,7 @@ class Quiet:
 
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A file system of its own at a folder, of a size as in 420k; skips where none may be mounted."""
+    """A file system of its own, of a size as in 420k; skips where none may be mounted."""
     folder.mkdir(parents=True)
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     mounted = subprocess.run(command, capture_output=True, text=True)

@@ -101,9 +101,7 @@ def train(training: Training, writer: MetricsWriter, progress: Progress) -> bool
         while progress.step < plan.steps.last and not stopping:
             started = time.perf_counter()
             learning_rate = engine.get_lr()[0]
-            minutes = (time.monotonic() - saved_at) / 60
-            flags = Flags(stop=rank.stop.number, written=saver.written, minutes=minutes)
-            done = train_step(training, batches, progress, flags)
+            done = train_step(training, batches, progress, saver, saved_at=saved_at)
             seconds = time.perf_counter() - started
             tokens_per_s = plan.steps.tokens_per_step / seconds
             row = {
@@ -185,9 +183,9 @@ class Flags:
     """What ranks tell each other once a step: together, they must act on it at the same one."""
 
     stop: int
-    """A signal; of all ranks, the largest number."""
+    """A signal: the largest number of all ranks."""
     written: bool
-    """Whether the rank, or every rank, has written the checkpoint that is under way."""
+    """Whether every rank has written the checkpoint that is under way."""
     minutes: float
     """Since the last checkpoint, on rank 0's clock."""
 
@@ -220,7 +218,9 @@ def train_step(
     training: Training,
     batches: Iterator[dict[str, torch.Tensor]],
     progress: Progress,
-    flags: Flags,
+    saver: Saver,
+    *,
+    saved_at: float,
 ) -> StepResult:
     """One optimizer step, or the decision of all ranks to skip it.
 
@@ -251,7 +251,9 @@ def train_step(
         if micro == num_micro - 1:
             # Before the last gradient: all ranks must agree on whether the step is to be skipped.
             # Reading the loss waits for the device, once a step.
-            mean, hashed, agreed = _agree(training, loss_sum.item(), sample_hash, flags)
+            mean, hashed, flags = _agree(
+                training, loss_sum.item(), sample_hash, written=saver.written, saved_at=saved_at
+            )
             skipped = _judge(run, progress, mean)
             if skipped:
                 loss = loss * math.nan
@@ -270,25 +272,24 @@ def train_step(
         sample_hash=f"{hashed:016x}",
         batch=number,
         skipped=skipped,
-        flags=agreed,
+        flags=flags,
     )
     _count(training, progress, result)
     return result
 
 
 def _agree(
-    training: Training, loss_sum: float, sample_hash: int, flags: Flags
+    training: Training, loss_sum: float, sample_hash: int, *, written: bool, saved_at: float
 ) -> tuple[float, int, Flags]:
     """The mean loss, the hash of the global batch, and what the ranks' flags come to."""
     rank = training.rank
-    minutes = flags.minutes if rank.is_first else 0.0
+    minutes = (time.monotonic() - saved_at) / 60 if rank.is_first else 0.0
     signals = [0.0] * rank.world_size
-    signals[rank.index] = flags.stop
-    sums = sum_over_ranks([loss_sum, sample_hash, float(flags.written), minutes, *signals], rank)
+    signals[rank.index] = rank.stop.number
+    sums = sum_over_ranks([loss_sum, sample_hash, float(written), minutes, *signals], rank)
     mean = sums[0] / (training.plan.batch.gradient_accumulation_steps * rank.world_size)
-    written = sums[2] == rank.world_size
-    agreed = Flags(stop=int(max(sums[4:])), written=written, minutes=sums[3])
-    return mean, int(sums[1]), agreed
+    every = sums[2] == rank.world_size
+    return mean, int(sums[1]), Flags(stop=int(max(sums[4:])), written=every, minutes=sums[3])
 
 
 def _any_rank(number: int, rank: Rank) -> int:
