@@ -68,12 +68,18 @@ def find_start(run: Run, plan: Plan, run_dir: RunDir) -> Start:
         raise UserError(problems)
     manifest = read_manifest(folder)
     problems += _check_manifest(manifest, run, plan, run_dir, name=folder.name)
-    if manifest.step >= plan.steps.total and not auto:
+    if has_finished(run_dir, manifest.step, plan) and not auto:
         message = f"the run has done its {plan.steps.total} steps"
         hint = "raise train.max_steps or train.max_tokens"
         problems.append(Problem(path="resume", message=message, hint=hint))
     refuse(problems)
     return Start(folder, manifest.step)
+
+
+def has_finished(run_dir: RunDir, step: int, plan: Plan) -> bool:
+    """Whether a run has done all its steps and the evaluation after the last."""
+    said = any("finished" in row for row in read_metrics(run_dir.metrics))
+    return step >= plan.steps.total and said
 
 
 def pick_checkpoint(run_dir: RunDir, *, run_hash: str | None = None) -> Path | None:

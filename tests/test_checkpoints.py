@@ -42,7 +42,7 @@ def write_checkpoint(checkpoints: Path, step: int, *, config_hash: str = "0" * 6
     """A whole one of two ranks."""
     folder = checkpoints / checkpoint_name(step)
     folder.mkdir(parents=True)
-    files = {}
+    files: dict[str, list[int | str]] = {}
     for rank in range(2):
         values = torch.randn(50)
         tensors = {

@@ -81,7 +81,7 @@ def test_a_full_disk_is_told_and_survived(
     (told,) = save(saver, 2) + saver.finish()
     assert told["checkpoint_error"].startswith("step-00000002 was not written: it takes 0.")
     # The disk is filled between the look and the write.
-    plenty = shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)  # type: ignore[attr-defined]
+    plenty = shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: plenty)
     (told,) = save(saver, 2) + saver.finish()
     assert told == {

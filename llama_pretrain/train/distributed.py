@@ -86,3 +86,8 @@ def largest_over_ranks(value: float, rank: Rank) -> float:
     largest = torch.tensor(value, dtype=torch.float64, device=rank.device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return float(largest.item())
+
+
+def signal_of_any(rank: Rank) -> int:
+    """The signal by which any rank was asked to stop; 0 if none was. Every rank calls it."""
+    return int(largest_over_ranks(rank.stop.number, rank))

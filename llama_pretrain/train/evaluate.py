@@ -10,7 +10,7 @@ import torch
 from llama_pretrain.data.dataset import IGNORED, EvalSampler, PretrainDataset, build_loader
 from llama_pretrain.pieces import LOGITS, tensor_parts
 from llama_pretrain.plan.plan import SourceTokens
-from llama_pretrain.train.distributed import Rank, largest_over_ranks, sum_over_ranks
+from llama_pretrain.train.distributed import Rank, signal_of_any, sum_over_ranks
 from llama_pretrain.train.loss import token_losses
 
 PROBED_TOKENS = 32
@@ -87,7 +87,7 @@ def sum_losses(
     loss_sums, counts = [0.0] * len(sources), [0] * len(sources)
     bounds = torch.tensor(rows.ends)
     for cpu_batch in loader:
-        if largest_over_ranks(rank.stop.number, rank) > 0:
+        if signal_of_any(rank):
             engine.train()
             return None
         batch = {key: value.to(rank.device) for key, value in cpu_batch.items()}

@@ -136,7 +136,7 @@ def evaluate_rank(run: Any, plan: Any, run_dir: RunDir, rank: Any, checkpoint: P
     found = sum_losses(engine, rows, rank, micro_batch_size=size, sources=sources)
     if found is not None and rank.is_first:
         row = {"checkpoint": checkpoint.name, "step": read_manifest(checkpoint).step}
-        row |= {**found.describe(), "eval_tokens": int(sum(found.tokens))}
+        row |= {**found.describe(), "eval_tokens": int(sum(found.tokens)), "finished": True}
         write_text(run_dir.metrics, json.dumps(row) + "\n")
     dist.barrier()  # no rank leaves while another still needs its shards
 
