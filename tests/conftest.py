@@ -40,6 +40,36 @@ OPERATORS = {
 """Compiled operators are kept between test sessions: two minutes each."""
 
 
+@pytest.fixture(scope="session")
+def world_of_one() -> Iterator[None]:
+    """A process group of this process alone. One a session: DeepSpeed keeps the first it sees."""
+    import deepspeed
+    import torch.distributed as dist
+
+    with pytest.MonkeyPatch.context() as patch:
+        _describe_rank(patch)
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        store = dist.HashStore()  # type: ignore[attr-defined]  # torch does not list it
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def process_group(world_of_one: None) -> Iterator[None]:
+    """A world of one rank in this process, and what its environment says of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        _describe_rank(patch)
+        yield
+
+
+def _describe_rank(patch: pytest.MonkeyPatch) -> None:
+    values = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (values | OPERATORS | {"MASTER_PORT": "0", "DS_ACCELERATOR": "cpu"}).items():
+        patch.setenv(name, value)
+
+
 @dataclass(frozen=True)
 class Command:
     """A finished `python run.py`."""

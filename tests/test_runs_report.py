@@ -65,7 +65,9 @@ ROWS = [
     eval_row(0, eval_loss=8.0, perplexity=2980.958, bits_per_byte=3.25),
     step_row(1),
     step_row(2, loss=math.nan, skipped_steps=1),
-    eval_row(2, checkpoint="step-00000002", checkpoint_seconds=1.234),
+    eval_row(
+        2, checkpoint="step-00000002", checkpoint_seconds=1.234, checkpoint_stall_seconds=0.25
+    ),
     step_row(3, grad_norm=None, skipped_steps=1),
     step_row(4, skipped_steps=2),
     eval_row(4, eval_loss=5.0, perplexity=148.413, bits_per_byte=2.125),
@@ -158,12 +160,37 @@ def test_key_figures(run_dir: RunDir) -> None:
 def test_checkpoints_skipped_steps_plan_and_provenance(run_dir: RunDir) -> None:
     page = Page(render_report(run_dir))
     saves, plan, provenance = page.found["table"]
-    assert saves == "checkpointstepseconds to savekeptstep-0000000221.23nostep-0000000442.00yes"
+    assert saves == (
+        "checkpointstepseconds to saveseconds waitedkept"
+        "step-0000000221.230.25nostep-0000000442.00yes"
+    )
     assert "<p>Skipped steps: 2 (at 2, 4)</p>" in page.text
     assert "memory · weights100 MiB" in plan
     assert "steps · epochsnone" in plan
     assert provenance == "whatvaluegit commitabc123machine · cores2machine · memory bytes8.0 GiB"
     assert {attributes.get("scope") for attributes in page.attributes("th")} == {"row", "col"}
+
+
+def test_what_did_not_go_straight_on_is_told(run_dir: RunDir) -> None:
+    events = [
+        eval_row(3, skipped="loss"),
+        eval_row(5, skipped="spike", loss=7.25, spike_z=9.87),
+        eval_row(4, rolled_back_from=9, spike_loss=8.5, spike_z=7.0, left_out_batches=[7, 8]),
+        eval_row(4, restarted="rank 1 failed: ended by SIGKILL"),
+        eval_row(6, checkpoint_error="step-00000006 was not written: No space left (rank 0)"),
+        eval_row(7, preempted="SIGTERM"),
+    ]
+    write_metrics(run_dir, events)
+    assert re.findall("<li>(.*?)</li>", render_report(run_dir)) == [
+        "step 3: skipped, its loss was not finite",
+        "step 4: back from step 9, whose loss of 8.5000 spiked; left out: global batches 7, 8",
+        "step 4: started again from here, after: rank 1 failed: ended by SIGKILL",
+        "step 6: step-00000006 was not written: No space left (rank 0)",
+        "step 7: ended by SIGTERM, with a checkpoint",
+    ]  # step 5's spike was taken back by the rollback to step 4
+    write_metrics(run_dir, [event for event in events if "rolled_back_from" not in event])
+    spike = "step 5: skipped, the loss of 7.2500 spiked (9.9 standard deviations)"
+    assert spike in render_report(run_dir)
 
 
 def test_the_status_is_what_status_json_says(run_dir: RunDir) -> None:

@@ -15,10 +15,10 @@ from llama_pretrain.plan.plan import Corpus, Plan, SourceTokens, build_plan
 from llama_pretrain.runs.checkpoints import find_fault, newest_complete
 from llama_pretrain.train.checkpoint import CheckpointError, Saver, load_checkpoint
 from tests.conftest import compose_run, small_disk
-from tests.test_train import own_linear, process_group, random_batches
+from tests.test_train import own_linear, random_batches
 from tests.test_train_state import RANK, engine_at, step
 
-__all__ = ["own_linear", "process_group"]  # fixtures
+__all__ = ["own_linear"]  # a fixture
 
 SOURCE = SourceTokens(
     name="stdlib",

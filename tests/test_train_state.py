@@ -25,9 +25,9 @@ from llama_pretrain.train.model import build_model
 from llama_pretrain.train.optimizer import build_optimizer, get_optimizer_grouped_parameters
 from llama_pretrain.train.progress import Progress, spike_score
 from llama_pretrain.train.state import collect_tensors, collect_values, restore
-from tests.test_train import CONFIG, own_linear, process_group, random_batches
+from tests.test_train import CONFIG, own_linear, random_batches
 
-__all__ = ["own_linear", "process_group"]  # fixtures
+__all__ = ["own_linear"]  # a fixture
 
 RANK = Rank(index=0, local_index=0, world_size=1, device=torch.device("cpu"))
 FORMS = [(stage, bf16) for stage in (0, 1, 2, 3) for bf16 in (False, True)]

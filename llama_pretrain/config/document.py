@@ -217,6 +217,12 @@ def read_schema(source: str) -> SchemaDoc:
                     for item in node.body
                     if isinstance(item, ast.Assign)
                 }
+        elif (
+            isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Call)
+            and _name(node.value.func) == "Enum"
+        ):
+            enums[_name(node.targets[0])] = ast.literal_eval(node.value.args[1])
         elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript | ast.Call):
             aliases[_name(node.targets[0])] = node.value
     return SchemaDoc(classes=classes, enums=enums, aliases=aliases)
@@ -320,6 +326,8 @@ def _render_default(schema: SchemaDoc, node: ast.expr | None) -> str:
         return "???"
     if isinstance(node, ast.Attribute):  # a member of an enum
         return schema.enums[_name(node.value)][node.attr]
+    if isinstance(node, ast.Subscript):  # one whose name is a word of Python
+        return schema.enums[_name(node.value)][ast.literal_eval(node.slice)]
     if isinstance(node, ast.Call):  # field(default_factory=...)
         factory = next(item.value for item in node.keywords if item.arg == "default_factory")
         if isinstance(factory, ast.Lambda):
