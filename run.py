@@ -3,38 +3,25 @@
 import contextlib
 import gc
 import os
-import signal
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import hydra
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import DictConfig, open_dict
-
-from llama_pretrain.config.compose import (
-    COMPOSE_ERRORS,
-    PROJECT_ROOT,
-    SNAPSHOT_NAME,
-    read_config,
-    register,
-    rewrite_argv,
-    trace_settings,
-)
-from llama_pretrain.config.help import render_help
+from llama_pretrain.launch.signals import catch_signals, leave_at_signals
 
 
 def main() -> int:
-    """Run, and turn every ending into a few lines and an exit code."""
-    if {"--help", "-h"} & set(sys.argv[1:]):  # Hydra's own page takes a second to make
+    """Do what the command line says. Returns the exit code."""
+    leave_at_signals()  # before Hydra and whatever else takes a while
+    argv = sys.argv[1:]
+    if {"--help", "-h"} & set(argv):  # Hydra's own page takes a second to make
+        from llama_pretrain.config.help import render_help
+
         print(render_help())
         return 0
-    from llama_pretrain import endings  # after Hydra's own flags have had their quick answer
+    from llama_pretrain import endings
 
-    argv = sys.argv[1:]
     if any(word.startswith("import_deepspeed=") for word in argv):  # of files: nothing is composed
         from llama_pretrain.plan.import_deepspeed import run_command
 
@@ -46,6 +33,25 @@ def main() -> int:
         return 0
     if "task=plan" in argv and plan_at_once(argv):
         return 0
+    return run_hydra(argv)
+
+
+def run_hydra(argv: list[str]) -> int:
+    """A run or a sweep, through Hydra; every ending becomes a few lines and an exit code."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import DictConfig
+
+    from llama_pretrain import endings
+    from llama_pretrain.config.compose import (
+        SNAPSHOT_NAME,
+        read_config,
+        register,
+        rewrite_argv,
+        trace_settings,
+    )
+
     failures: list[Exception] = []
     composed: list[DictConfig] = []
     points: list[Any] = []
@@ -76,8 +82,8 @@ def main() -> int:
                 folder.rmdir()
 
     register()
+    requests = catch_signals()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's errors come to us, who know more to say
-    signal.signal(signal.SIGTERM, endings.stop)
     with tempfile.TemporaryDirectory() as scratch:
         try:
             sys.argv[1:] = rewrite_argv(argv, scratch=Path(scratch))
@@ -87,7 +93,7 @@ def main() -> int:
 
                 return show_points(points)
         except BaseException as error:
-            return endings.end(error, sys.argv[1:], composing=not composed)
+            return endings.end(error, sys.argv[1:], composing=not composed, requests=requests)
     return 1 if failures else 0
 
 
@@ -101,6 +107,18 @@ def plan_at_once(argv: list[str]) -> bool:
     if any(word.startswith(theirs) for word in argv):
         return False
     gc.disable()  # a process of a second that makes many objects and drops few
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+    from omegaconf import open_dict
+
+    from llama_pretrain.config.compose import (
+        COMPOSE_ERRORS,
+        PROJECT_ROOT,
+        read_config,
+        register,
+        trace_settings,
+    )
     from llama_pretrain.config.problems import UserError
     from llama_pretrain.runs.rundir import RunDir
     from llama_pretrain.tasks import run_task

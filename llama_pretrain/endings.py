@@ -1,21 +1,16 @@
 """How a command ends: expected errors as lines, signals as codes, bugs as tracebacks."""
 
 from collections.abc import Sequence
-from types import FrameType
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from llama_pretrain.config.compose import explain
 from llama_pretrain.config.problems import Problem, UserError
-from llama_pretrain.launch.local import RankError, Stopped
+from llama_pretrain.launch.signals import PREEMPTED_CODE, Preempted, Requests, Stopped
+from llama_pretrain.launch.watch import RankError
 
 EXPECTED = (UserError, RankError)
-
-
-def stop(number: int, _frame: FrameType | None) -> None:
-    """A signal handler: end as Ctrl-C does, with every status written."""
-    raise Stopped(number)
 
 
 def tell(error: Exception) -> None:
@@ -28,19 +23,23 @@ def tell(error: Exception) -> None:
         console.show_failure(str(error))
 
 
-def end(error: BaseException, argv: Sequence[str], *, composing: bool) -> int:
+def end(error: BaseException, argv: Sequence[str], *, composing: bool, requests: Requests) -> int:
     """Tell how it ended. Returns the exit code; raises what nobody expected.
 
     Args:
         composing: whether Hydra was still composing the config: then any error is the config's.
+        requests: signals that have come; what a library made of one is no error of its own.
     """
+    if requests.numbers and not isinstance(error, (Preempted, Stopped)):
+        error = Preempted(requests.numbers[0])
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(bool(error.code))
-    if isinstance(error, (Stopped, KeyboardInterrupt)):
+    if isinstance(error, (Preempted, Stopped)):
         from llama_pretrain import console
 
-        console.show_failure("stopped; all ranks have ended")
-        return 128 + (error.number if isinstance(error, Stopped) else 2)
+        lines = [f"{error}; all processes have ended", *getattr(error, "__notes__", [])]
+        console.show_failure("\n".join(lines))
+        return PREEMPTED_CODE if isinstance(error, Preempted) else 128 + error.number
     if isinstance(error, EXPECTED):
         tell(error)
         return 1

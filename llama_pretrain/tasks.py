@@ -16,8 +16,10 @@ from llama_pretrain.config.rules import check_run
 from llama_pretrain.config.schema import Resume, Run, Task
 from llama_pretrain.config.snapshot import render_snapshot
 from llama_pretrain.finished import do_with_run, export_at_end
-from llama_pretrain.launch.local import Preempted, RankError, Stopped, launch
+from llama_pretrain.launch.local import launch
 from llama_pretrain.launch.operators import build_operators
+from llama_pretrain.launch.signals import Preempted, Stopped, how_to_go_on
+from llama_pretrain.launch.watch import RankError
 from llama_pretrain.plan.choices import describe_choices, resolve_choices
 from llama_pretrain.plan.cost import estimate_cost
 from llama_pretrain.plan.ds_config import get_train_ds_config, trace_ds_config
@@ -34,7 +36,8 @@ from llama_pretrain.plan.plan import (
     check_plan,
     render_plan,
 )
-from llama_pretrain.resume import Start, find_start, note_restart, rewind, start_again
+from llama_pretrain.resume import Start, find_start, has_finished, note_restart, rewind, start_again
+from llama_pretrain.runs.checkpoints import newest_of
 from llama_pretrain.runs.provenance import collect_provenance, render_provenance
 from llama_pretrain.runs.report import render_report
 from llama_pretrain.runs.rundir import (
@@ -215,7 +218,7 @@ def _pretrain(
         check_unused(run_dir)
     else:
         start = find_start(run, plan, run_dir)
-        if start.step >= plan.steps.total:
+        if start.step and has_finished(run_dir, start.step, plan):
             console.say(f"{run_dir.path} has done its {plan.steps.total} steps")
             return _objective(run_dir)
         resumed = run_dir.snapshot.exists()
@@ -232,7 +235,9 @@ def _pretrain(
         while True:
             try:
                 with console.follow_metrics(run_dir, plan, first_step=start.step):
-                    launch(run, plan, run_dir, checkpoint=start.checkpoint)
+                    late = launch(
+                        run, plan, run_dir, checkpoint=start.checkpoint, report=console.say
+                    )
                 break
             except RankError as error:
                 if restarts == run.launch.max_restarts or not error.may_pass:
@@ -250,8 +255,15 @@ def _pretrain(
         write_text(run_dir.report, render_report(run_dir))
     except BaseException as error:
         _write_ending(run_dir, error, restarts=restarts)
+        if isinstance(error, (Preempted, Stopped)):
+            newest = newest_of(run_dir.checkpoints)
+            error.add_note(how_to_go_on(run_dir.path, checkpoint=newest))
         raise
     console.show_result(read_metrics(run_dir.metrics), run_dir)
+    if late:  # a sweep must not go on
+        ended = Preempted(late)
+        ended.add_note("the run has completed")
+        raise ended
     return objective
 
 
@@ -275,7 +287,7 @@ def _write_ending(run_dir: RunDir, error: BaseException, *, restarts: int) -> No
     elif isinstance(error, Preempted):
         write_status(run_dir, Status.preempted, error=str(error), restarts=restarts)
     elif isinstance(error, (Stopped, KeyboardInterrupt)):
-        write_status(run_dir, Status.stopped, error="stopped by a signal", restarts=restarts)
+        write_status(run_dir, Status.stopped, error=str(error) or "stopped", restarts=restarts)
     else:
         told = f"{type(error).__name__}: {error}"
         write_status(run_dir, Status.failed, error=told, restarts=restarts)

@@ -88,7 +88,8 @@ def trained(tmp_path: Path, tokenizer_dir: Path) -> Trained:
         **changes: Any,
     ) -> tuple[LlamaForCausalLM, RunDir, Run]:
         torch.manual_seed(5)
-        model = LlamaForCausalLM(config_of(vocab_size, initializer_range=0.5, **changes)).eval()
+        model: Any = LlamaForCausalLM(config_of(vocab_size, initializer_range=0.5, **changes))
+        model.eval()
         run_dir = RunDir(tmp_path / "run")
         run_dir.path.mkdir()
         run_dir.tokenizer.symlink_to(tokenizer_dir)
@@ -98,6 +99,21 @@ def trained(tmp_path: Path, tokenizer_dir: Path) -> Trained:
         return model, run_dir, Run(model=shape, precision=cast)
 
     return write
+
+
+def manifest_of(precision: str, files: dict[str, list[int | str]]) -> Manifest:
+    return Manifest(
+        step=3,
+        consumed_samples=12,
+        global_batch_size=4,
+        world_size=3,
+        zero_stage=3,
+        precision=precision,
+        config_hash="",
+        data={},
+        sample_hash="",
+        files=files,
+    )
 
 
 def write_checkpoint(
@@ -125,23 +141,12 @@ def write_checkpoint(
     tokens = torch.arange(40, 48)[None]
     dtype = torch.bfloat16 if precision is PrecisionName.bf16 else torch.float32
     with torch.no_grad(), torch.autocast("cpu", enabled=autocast):
-        rounded = LlamaForCausalLM(model.config).to(dtype).eval()
+        rounded: Any = LlamaForCausalLM(model.config)
+        rounded.to(dtype).eval()
         rounded.load_state_dict(model.state_dict())
         logits = rounded(input_ids=tokens, use_cache=False).logits.float()
     write_tensors(folder / LOGITS, {"input_ids": tokens, "logits": logits})
-    manifest = Manifest(
-        step=3,
-        consumed_samples=12,
-        global_batch_size=4,
-        world_size=3,
-        zero_stage=3,
-        precision=precision.value,
-        config_hash="",
-        data={},
-        sample_hash="",
-        files={},
-    )
-    write_manifest(folder, manifest)
+    write_manifest(folder, manifest_of(precision.value, {}))
 
 
 def export(run_dir: RunDir, run: Run, **settings: Any) -> Any:
@@ -378,14 +383,18 @@ def touch(folder: Path, *names: str) -> None:
     [
         (
             ["config.json", "pytorch_model.bin"],
-            "has pickled weights, which are not opened: pytorch_model.bin; save it again with"
-            " transformers' save_pretrained, which writes safetensors",
+            (
+                "has pickled weights, which are not opened: pytorch_model.bin; save it again with"
+                " transformers' save_pretrained, which writes safetensors"
+            ),
         ),
         (
             ["latest", "global_step9/mp_rank_00_model_states.pt"],
-            "is another program's DeepSpeed checkpoint, of pickles such as"
-            " mp_rank_00_model_states.pt, which are not opened; write its weights with DeepSpeed's"
-            " zero_to_fp32.py --safe_serialization",
+            (
+                "is another program's DeepSpeed checkpoint, of pickles such as"
+                " mp_rank_00_model_states.pt, which are not opened; write its weights with"
+                " DeepSpeed's zero_to_fp32.py --safe_serialization"
+            ),
         ),
         (["config.json", "rank00000.safetensors"], "has no manifest: its save was cut short"),
         (["config.json"], "no model.safetensors in "),
@@ -406,21 +415,7 @@ def test_weights_that_cannot_be_read_are_refused(
 def test_a_torn_checkpoint_is_refused(trained: Trained) -> None:
     _, run_dir, _ = trained()
     folder = run_dir.checkpoints / STEP
-    manifest = Manifest(
-        **{
-            "step": 3,
-            "consumed_samples": 0,
-            "global_batch_size": 1,
-            "world_size": 1,
-            "zero_stage": 0,
-            "precision": "fp32",
-            "config_hash": "",
-            "data": {},
-            "sample_hash": "",
-            "files": {"rank00001.safetensors": [17, ""]},
-        }
-    )
-    write_manifest(folder, manifest)
+    write_manifest(folder, manifest_of("fp32", {"rank00001.safetensors": [17, ""]}))
     run = compose_run(["model=pretrained", f"model.path={folder}"])
     with pytest.raises(UserError, match=r"rank00001\.safetensors is missing, or not of 17 bytes"):
         resolve_choices(run, detect_machine())

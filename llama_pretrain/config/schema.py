@@ -341,7 +341,10 @@ class Export:
     """The model in Hugging Face format: at a run's end, and task=export."""
 
     checkpoint: str | None = None
-    """Name of the checkpoint, as in step-00000100; `null` = the newest complete one."""
+    """Name of the checkpoint, as in step-00000100, for task=evaluate too; `null` = the newest
+    complete one."""
+    target: str | None = None
+    """Folder to write to, for task=export; `null` = export/ in the run's directory."""
     max_shard_size: str = "4GiB"
     """Largest file of weights."""
     logit_tolerance: PositiveFloat | None = None
@@ -450,8 +453,12 @@ class Run:
     the run would take; `prepare` stops after the data; `inspect` shows the data; `verify_resume`
     proves that a cut run equals an uncut one. Of a run that there is, `run=DIR`: `export` its
     model, `evaluate` it, `generate` text."""
+    of_run: str | None = None
+    """What `run=DIR` sets: the directory of the run that `export`, `evaluate` or `generate` is
+    about."""
     seed: Annotated[int, Interval(ge=0, lt=2**63)] = 1234
-    """Seed of the initial weights, the order of the data and dropout."""
+    """Seed of the initial weights, the order of the data and dropout, and of text that is
+    generated."""
     resume: Resume = field(default_factory=Resume)
     """Going on with a run."""
     model: Model = field(default_factory=Model)

@@ -108,7 +108,7 @@ def run_tasks(
         children = multiprocessing.active_children()
         pool.shutdown(wait=False, cancel_futures=True)
         for child in children:
-            child.terminate()
+            child.kill()
 
 
 def _as_completed(
@@ -126,8 +126,9 @@ _OWN: list[Any] = []
 
 
 def _start(work: Any, job: Any, counter: SharedCounter, parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all: the parent decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Ctrl-C and `timeout` reach all processes: the parent decides, and ends the others.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:

@@ -1,81 +1,138 @@
 """Ranks on this machine, through torch's elastic agent: fresh interpreters, own rendezvous."""
 
-import contextlib
+import json
 import logging
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from llama_pretrain.config.schema import Run
 from llama_pretrain.launch.environment import worker_environment
+from llama_pretrain.launch.signals import Preempted, receive_signals
+from llama_pretrain.launch.watch import WORKER, RankError, Watch
+from llama_pretrain.plan.advice import advise_memory, is_out_of_memory
 from llama_pretrain.plan.plan import Plan
 from llama_pretrain.runs.rundir import RunDir
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+LOOK_EVERY_S = 0.1
+LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Socket closed",
+    "Timed out waiting",
+    "remote process exited",
+    "remote error",
+)
+"""What gloo and NCCL say in a rank whose neighbour has died."""
 
 
-class RankError(Exception):
-    """A rank ended with an error; the others were stopped."""
-
-    def __init__(self, *, rank: int, error: str, log: Path):
-        self.rank, self.error, self.log = rank, error, log
-        self.may_pass = not error.startswith(("NonFiniteError", "CheckpointError"))
-        """Whether the same may go well another time."""
-        super().__init__(f"rank {rank} failed: {error}\n  its log: {log}")
-
-
-class Stopped(BaseException):
-    """A signal asked the launcher to end; the ranks were stopped."""
-
-    def __init__(self, number: int):
-        self.number = number
-        super().__init__(signal.Signals(number).name)
-
-
-class Preempted(BaseException):
-    """A signal asked the run to end; it has finished its step and written a checkpoint."""
-
-    def __init__(self, number: int):
-        self.number = number
-        super().__init__(f"preempted by {signal.Signals(number).name}")
-
-
-def launch(run: Run, plan: Plan, run_dir: RunDir, *, checkpoint: Path | None) -> None:
+def launch(
+    run: Run,
+    plan: Plan,
+    run_dir: RunDir,
+    *,
+    checkpoint: Path | None,
+    report: Callable[[str], None] = print,
+) -> int:
     """Start the ranks of a written run directory and wait for all of them.
 
-    Raises:
-        RankError: with the error of the rank that failed first.
-        Stopped: if a signal came; all ranks have ended by then.
-    """
-    # torch takes 2 s to import, which planning and --help need not pay
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import elastic_launch
+    The first signal asks them to finish their step and save, a second one ends them at once.
+    However this ends, no rank is left.
 
-    # What it would say on a terminal, we say: which rank failed, why, and where its log is. Each
-    # of its loggers has a level of its own.
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed.elastic"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-    variables = [f"{key}={value}" for key, value in worker_environment(run).items()]
-    module = [sys.executable, "-u", "-m", "llama_pretrain.train.worker", str(run_dir.path)]
-    words = [*variables, *module, *([] if checkpoint is None else [str(checkpoint)])]
-    with tempfile.TemporaryDirectory() as early_logs, _own_signal_handlers():
-        config = _launch_config(run, run_dir, early_logs=early_logs)
+    Args:
+        report: for a line to the user.
+
+    Returns:
+        A signal that came when there was nothing left to do before the end; 0 for none.
+
+    Raises:
+        RankError: with the error of the rank that failed first, or of one that hangs.
+        Preempted: after a signal: the ranks have saved, or had nothing to save.
+        Stopped: after a second one.
+    """
+    seen = run_dir.metrics.stat().st_size if run_dir.metrics.is_file() else 0
+    run_dir.heartbeats.unlink(missing_ok=True)  # of an earlier launch: its ids may be others' now
+    with tempfile.TemporaryDirectory() as early_logs, receive_signals() as requests:
+        agent = Agent(run, run_dir, checkpoint=checkpoint, early_logs=early_logs)
+        watch = Watch(
+            run_dir,
+            world_size=plan.world_size,
+            timeout_s=run.launch.timeout_s,
+            requests=requests,
+            report=report,
+        )
+        agent.start()
+        try:
+            while agent.is_alive():
+                agent.join(LOOK_EVERY_S)
+                watch.look()
+        finally:
+            while agent.is_alive():  # it ends when all ranks have
+                watch.kill()
+                agent.join(LOOK_EVERY_S)
+        if agent.failures:
+            raise describe_failure(
+                agent.failures,
+                run,
+                plan,
+                run_dir,
+                killed=watch.killed,
+                stopping=watch.signal > 0,
+                early_logs=Path(early_logs),
+            )
+        if agent.error is not None:
+            raise agent.error
+        ending = _last_row(run_dir.metrics, since=seen)
+        if "preempted" in ending:
+            raise Preempted(watch.signal or signal.Signals[ending["preempted"]])
+        if watch.signal and "finished" not in ending:
+            raise Preempted(watch.signal)
+        return watch.signal
+
+
+class Agent(threading.Thread):
+    """torch's elastic agent in a thread, where it takes no signal: what they mean, we decide.
+
+    A rank dies with the thread that started it (PR_SET_PDEATHSIG), so the thread outlives them.
+    """
+
+    def __init__(self, run: Run, run_dir: RunDir, *, checkpoint: Path | None, early_logs: str):
+        super().__init__(name="agent", daemon=True)
+        self.failures: Mapping[int, Any] = {}
+        """Of ranks, by number: torch's ProcessFailure."""
+        self.error: BaseException | None = None
+        """Of the agent itself."""
+        self._config = _launch_config(run, run_dir, early_logs=early_logs)
+        variables = [f"{key}={value}" for key, value in worker_environment(run).items()]
+        module = [sys.executable, "-u", "-m", WORKER, str(run_dir.path)]
+        self._words = [*variables, *module, *([] if checkpoint is None else [str(checkpoint)])]
+
+    def run(self) -> None:
+        """Start the ranks, and wait for them."""
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import elastic_launch
+
+        # What it would say on a terminal, we say: which rank failed, why, and where its log is.
+        # Each of its loggers has a level of its own.
+        for name in list(logging.root.manager.loggerDict):
+            if name.startswith("torch.distributed.elastic"):
+                logging.getLogger(name).setLevel(logging.CRITICAL)
         try:
             # `env` sets the ranks' environment without touching ours, and becomes the worker
-            elastic_launch(config, "env")(*words)
+            elastic_launch(self._config, "env")(*self._words)
         except ChildFailedError as error:
-            raise _first_failure(error, run_dir, early_logs=Path(early_logs)) from error
-        except SignalException as error:
-            # An Exception to Hydra, which would go on with the next job of a sweep.
-            raise Stopped(error.sigval) from error
+            self.failures = error.failures
+        except BaseException as error:
+            self.error = error
 
 
 def _launch_config(run: Run, run_dir: RunDir, *, early_logs: str) -> Any:
+    # torch takes 2 s to import, which planning and --help need not pay
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig
 
@@ -88,34 +145,85 @@ def _launch_config(run: Run, run_dir: RunDir, *, early_logs: str) -> Any:
         rdzv_endpoint="localhost:0",
         local_addr="localhost",  # the host's own name may not resolve
         max_restarts=0,
-        monitor_interval=0.1,
+        monitor_interval=LOOK_EVERY_S,
         # What a rank says before it has opened its own log, which is next to nothing.
         logs_specs=DefaultLogsSpecs(log_dir=early_logs, redirects=Std.ALL),
     )
 
 
-def _first_failure(error: Any, run_dir: RunDir, *, early_logs: Path) -> RankError:
-    rank, failure = error.get_first_failure()
-    message = failure.message
-    if isinstance(message, dict):
-        message = message.get("message", message)
-    text = str(message)
-    if failure.exitcode < 0:
-        text = f"ended by {signal.Signals(-failure.exitcode).name}"
-        if failure.exitcode == -signal.SIGKILL:
+def describe_failure(
+    failures: Mapping[int, Any],
+    run: Run,
+    plan: Plan,
+    run_dir: RunDir,
+    *,
+    killed: Collection[int],
+    stopping: bool,
+    early_logs: Path,
+) -> RankError:
+    """The failure that caused the others.
+
+    Args:
+        failures: torch's ProcessFailure, by rank.
+        killed: ranks that were ended because another had failed.
+        stopping: whether a signal had asked the run to end.
+    """
+    rank = find_first(failures, killed=killed)
+    text, code, log = _message(failures[rank]), failures[rank].exitcode, run_dir.rank_log(rank)
+    advice = ""
+    if code < 0:
+        text = f"ended by {signal.Signals(-code).name}"
+        if code == -signal.SIGKILL:
             text += " (by hand, or by the system for want of memory)"
-    elif not run_dir.rank_log(rank).exists():
+            advice = advise_memory(run, plan)
+    elif not log.exists():
         early = [path.read_text(errors="replace") for path in early_logs.rglob("stderr.log")]
         text = "\n".join(content[-2000:] for content in early)
-    return RankError(rank=rank, error=text, log=run_dir.rank_log(rank))
+    elif not text:  # it could not write its error down
+        lines = log.read_text(errors="replace").splitlines()
+        text = next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
+    if is_out_of_memory(text):
+        advice = advise_memory(run, plan)
+    return RankError(rank=rank, error=text, log=log, advice=advice, stopping=stopping)
 
 
-@contextlib.contextmanager
-def _own_signal_handlers() -> Iterator[None]:
-    """The agent leaves its signal handlers installed: put ours back."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def find_first(failures: Mapping[int, Any], *, killed: Collection[int]) -> int:
+    """The rank whose failure is not for want of another.
+
+    Times don't tell: torch keeps them in seconds, and of a killed rank it has the time when that
+    was noticed.
+    """
+
+    def order(rank: int) -> tuple[int, int, int]:
+        failure = failures[rank]
+        degree = 0
+        if failure.exitcode == -signal.SIGABRT:  # gloo's threads abort where a neighbour is lost
+            degree = 1
+        if any(text in _message(failure) for text in LOST_PEER):
+            degree = 2
+        if failure.exitcode == -signal.SIGTERM or (
+            failure.exitcode == -signal.SIGKILL and rank in killed
+        ):
+            degree = 3
+        return degree, failure.timestamp, rank
+
+    return min(failures, key=order)
+
+
+def _message(failure: Any) -> str:
+    """What the rank wrote down of its error; empty if it could not."""
+    recorded = failure.error_file_data.get("message")
+    if isinstance(recorded, dict):
+        return str(recorded.get("message", ""))
+    return "" if recorded in (None, "<NONE>") else str(recorded)
+
+
+def _last_row(metrics: Path, *, since: int) -> dict[str, Any]:
+    """The last line that this launch has written; empty if none."""
+    if not metrics.is_file():
+        return {}
+    with metrics.open("rb") as file:
+        file.seek(since)
+        lines = file.read().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n")]
+    return dict(json.loads(whole[-1])) if whole else {}

@@ -12,6 +12,7 @@ from pathlib import Path
 from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.config.schema import Device, OptimName, Run
 from llama_pretrain.launch.environment import extensions_dir, worker_environment
+from llama_pretrain.launch.processes import kill_session
 from llama_pretrain.runs.provenance import cpu_name
 
 BUILDERS = {
@@ -24,6 +25,8 @@ BUILDERS = {
 }
 BUILD = """
 import sys
+from llama_pretrain.launch.processes import end_session_with_parent
+end_session_with_parent()
 from deepspeed.accelerator import get_accelerator
 get_accelerator().create_op_builder(sys.argv[1]).load(verbose=False)
 """
@@ -53,13 +56,19 @@ def build_operators(run: Run, *, log: Path, report: Callable[[str], None]) -> No
         report(f"compiling DeepSpeed's {name}, once on this machine: a minute or two")
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as output:
-            done = subprocess.run(
+            process = subprocess.Popen(
                 [sys.executable, "-c", BUILD, BUILDERS[run.optim.name]],
                 env=os.environ | worker_environment(run),
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
-        if done.returncode == 0:
+            try:
+                code = process.wait()
+            finally:  # at a signal, its ninja and their compilers as well
+                kill_session(process.pid)
+                process.wait()
+        if code == 0:
             built.touch()
             return
     hint = "add optim=torch_adamw" if run.launch.device is Device.cpu else "see the log"

@@ -50,6 +50,8 @@ DEFAULT_ROWS = 16
 GPU_BYTES = 80 << 30
 """Memory of a GPU that isn't here, where nothing is said of it."""
 
+PICKLES = (".bin", ".pt", ".pth")
+
 LLAMA_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
 """What transformers' LlamaConfig takes where config.json is silent, and our Model does not."""
 
@@ -87,7 +89,7 @@ def resolve_choices(run: Run, machine: Machine) -> Run:
             run.tokenizer,
             path=None if run.tokenizer.path is None else _absolute(run.tokenizer.path),
         ),
-        model=_read_pretrained(run.model) if run.model.path is not None else run.model,
+        model=_read_pretrained(run.model) if _starts_from(run) else run.model,
     )
     run = replace(
         run,
@@ -102,7 +104,7 @@ def resolve_choices(run: Run, machine: Machine) -> Run:
     if batch == Batch():
         replicas = count_replicas(run)  # as many rows each: nobody asked for a size
         batch = replace(batch, global_batch_size=-(-DEFAULT_ROWS // replicas) * replicas)
-    return replace(run, train=train, batch=batch, zero=_resolve_zero(run))
+    return replace(run, train=train, batch=batch, zero=resolve_zero(run))
 
 
 def describe_choices(before: Run, after: Run) -> dict[str, str]:
@@ -114,7 +116,8 @@ def describe_choices(before: Run, after: Run) -> dict[str, str]:
     return {f"batch.{n}": triangle for n in sizes if are[f"batch.{n}"] is None} | described
 
 
-def _resolve_zero(run: Run) -> Zero:
+def resolve_zero(run: Run) -> Zero:
+    """The section `zero`, with what follows from the stage and the model's width."""
     zero, width = run.zero, run.model.hidden_size
     if zero.stage == 0:
         return zero
@@ -191,14 +194,59 @@ def _choose_optimizer(run: Run) -> OptimName:
     return run.optim.name
 
 
+def _starts_from(run: Run) -> bool:
+    """Whether a run reads a pretrained model; a task about a finished one needs it no more."""
+    return run.model.path is not None and not run.task.reads_a_run
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuse a folder whose weights can't be read: pickles, which could run code, or none.
+
+    Raises:
+        UserError: naming what is there.
+    """
+    hint = "give a directory that save_pretrained wrote, or a run's export/ or checkpoints/step-N"
+    has_config = (folder / "config.json").is_file()
+    whole = [folder / name for name in ("model.safetensors", "model.safetensors.index.json")]
+    if any(folder.glob("rank*.safetensors")):  # one of our checkpoints
+        message = _find_fault(folder)
+    elif has_config and any(path.is_file() for path in whole):
+        message = ""
+    else:
+        files = sorted(path.name for path in folder.rglob("*") if path.suffix in PICKLES)
+        message = f"no {'model.safetensors' if has_config else 'config.json'} in {folder}"
+        if any(name.endswith(("_model_states.pt", "_optim_states.pt")) for name in files):
+            message = f"{folder} is another program's DeepSpeed checkpoint, of pickles such as"
+            message += f" {files[0]}, which are not opened"
+            hint = "write its weights with DeepSpeed's zero_to_fp32.py --safe_serialization, and"
+            hint += " put the model's config.json beside them"
+        elif files:
+            message = f"{folder} has pickled weights, which are not opened: {files[0]}"
+            hint = "save it again with transformers' save_pretrained, which writes safetensors"
+    if message:
+        raise UserError([Problem(path="model.path", message=message, hint=hint)])
+
+
+def _find_fault(folder: Path) -> str:
+    """Why a checkpoint of ours can't be used, by its manifest and its files' sizes; or nothing."""
+    from llama_pretrain.runs.checkpoints import read_manifest  # pydantic: 0.1 s
+
+    try:
+        manifest = read_manifest(folder)
+    except ValueError as error:
+        return f"{folder} {error}"
+    for name, (size, _) in manifest.files.items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+            return f"{folder}: {name} is missing, or not of {size} bytes"
+    return ""
+
+
 def _read_pretrained(model: Model) -> Model:
-    """The shape of a Hugging Face checkpoint, from its config.json."""
+    """The shape of a Hugging Face model or of one of our checkpoints, from its config.json."""
     assert model.path is not None
     folder = Path(model.path).expanduser().resolve()
+    _check_weights(folder)
     config_file = folder / "config.json"
-    if not config_file.is_file():
-        hint = "give a directory that save_pretrained wrote"
-        raise UserError([Problem(path="model.path", message=f"no {config_file}", hint=hint)])
     try:
         values = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -211,10 +259,6 @@ def _read_pretrained(model: Model) -> Model:
     if values["hidden_act"] != "silu":
         message = f"only hidden_act silu is supported (got {values['hidden_act']} in {config_file})"
         raise UserError([Problem(path="model.path", message=message)])
-    if not list(folder.glob("*.safetensors")):
-        message = f"no *.safetensors in {folder}"
-        hint = "pickled weights are not opened; save it again with save_pretrained"
-        raise UserError([Problem(path="model.path", message=message, hint=hint)])
     default = Model()
     given: dict[str, Any] = {name: values[name] for name in SHAPE if values.get(name) is not None}
     problems = [

@@ -1,0 +1,360 @@
+"""Signals, deaths, hangs and want of memory, as they happen to a running run."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from benchmarks.faults import listening_sockets, numbers, pieces, processes_of, sockets_of
+from llama_pretrain.launch.processes import list_processes
+from llama_pretrain.runs.checkpoints import checkpoint_name
+from llama_pretrain.runs.heartbeat import Beat, read_beats
+from llama_pretrain.runs.rundir import RunDir, read_metrics
+from tests.conftest import OPERATORS, ROOT, SMALL, Runner
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="they are ended through /proc")
+
+STEPS = 240
+LONG = (
+    f"train.max_steps={STEPS}",
+    "train.eval_every_steps=null",
+    "launch.num_processes=2",
+    "checkpoint.every_steps=40",
+    "checkpoint.at_end=true",
+)
+"""A run of some five seconds of training."""
+
+
+def heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+class Started:
+    """A `python run.py` that is under way."""
+
+    def __init__(self, runner: Runner, *words: str, run_dir: RunDir | None = None):
+        self.run_dir = run_dir or RunDir(runner.folder / "run")
+        if run_dir is None:
+            place = f"hydra.run.dir={self.run_dir.path}"
+            paths = f"data.paths=['{runner.corpus}/*.py']"
+            words = (*SMALL, paths, f"data.cache_dir={runner.cache_dir}", *words, place)
+        self.run_dir.heartbeats.unlink(missing_ok=True)
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "run.py"), *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            cwd=runner.folder,
+            env=os.environ | {"COLUMNS": "200"} | OPERATORS,
+            # Where pytest runs in the background, SIGINT is ignored by all below.
+            preexec_fn=heed_interrupts,
+        )
+        self._family: set[int] = set()
+        self._sockets: set[str] = set()
+
+    @property
+    def beats(self) -> list[Beat]:
+        return read_beats(self.run_dir.heartbeats, world_size=2)
+
+    @property
+    def steps(self) -> int:
+        return max((row["step"] for row in read_metrics(self.run_dir.metrics)), default=0)
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Poll until it holds, while the run lives."""
+        end = time.monotonic() + 90
+        while not condition():
+            assert self.process.poll() is None, self.process.communicate()[0]
+            assert time.monotonic() < end, "waited in vain"
+            time.sleep(0.02)
+        self.note_family()
+
+    def note_family(self) -> None:
+        """Remember what belongs to the run by now: it must be gone in the end."""
+        parents = {process.pid: process.parent for process in list_processes()}
+        mine = {self.process.pid, *processes_of(self.run_dir.path)}
+        while more := {pid for pid, parent in parents.items() if parent in mine} - mine:
+            mine |= more
+        self._family |= mine
+        self._sockets |= set[str]().union(*(sockets_of(pid) for pid in mine))
+
+    def end(self, *, limit_s: float = 60) -> str:
+        """Wait for its end. Returns its output; nothing of it is left, neither process nor port."""
+        output = self.process.communicate(timeout=limit_s)[0]
+        end = time.monotonic() + 5
+        while left := self._left():
+            assert time.monotonic() < end, f"left: {left}\n{output}"
+            time.sleep(0.05)
+        assert "Traceback" not in output
+        assert "torch/distributed" not in output
+        return output
+
+    def _left(self) -> set[object]:
+        alive = {each.pid for each in list_processes() if each.state not in "ZX"}
+        named = set(processes_of(self.run_dir.path))
+        return named | (alive & self._family) | (self._sockets & listening_sockets())
+
+    @property
+    def status(self) -> dict[str, object]:
+        return dict(json.loads(self.run_dir.status.read_text()))
+
+
+@contextmanager
+def started(runner: Runner, *words: str, run_dir: RunDir | None = None) -> Iterator[Started]:
+    run = Started(runner, *words, run_dir=run_dir)
+    try:
+        yield run
+    finally:
+        run.note_family()
+        run.process.kill()
+        run.process.wait()
+        for pid in processes_of(run.run_dir.path):  # only where a test fails
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def whole(shared_runner: Runner) -> RunDir:
+    """The run that nothing happens to."""
+    return shared_runner(*LONG).run_dir
+
+
+def check_same(run_dir: RunDir, whole: RunDir) -> None:
+    """Every step once, with the same losses, and the same weights in the end, to the bit."""
+    assert numbers(run_dir) == numbers(whole)
+    name = checkpoint_name(STEPS)
+    assert pieces(run_dir.checkpoints / name) == pieces(whole.checkpoints / name)
+
+
+def test_a_run_that_signals_have_cut_equals_the_whole_one(runner: Runner, whole: RunDir) -> None:
+    words: tuple[str, ...] = LONG
+    run_dir: RunDir | None = None
+    for number, from_step in ((signal.SIGTERM, 20), (signal.SIGINT, 90), (signal.SIGUSR1, 150)):
+        with started(runner, *words, run_dir=run_dir) as run:
+            run.wait_for(lambda run=run, step=from_step: run.steps >= step)  # type: ignore[misc]
+            run.process.send_signal(number)
+            output = run.end()
+        assert run.process.returncode == 75, output
+        (line,) = re.findall(rf"^{number.name}: (.*)$", output, re.MULTILINE)
+        assert line == "finishing the step and writing a checkpoint; once more to leave at once"
+        last = read_metrics(run.run_dir.metrics)[-1]
+        assert last["preempted"] == number.name
+        assert run.steps == last["step"] < STEPS
+        go_on = f"python run.py resume={run.run_dir.path}"
+        assert output.splitlines()[-2:] == [
+            f"preempted by {number.name}; all processes have ended",
+            f"to go on from {checkpoint_name(last['step'])}: {go_on}",
+        ]
+        assert run.status["status"] == "preempted"
+        run_dir = run.run_dir
+        words = (f"resume={run_dir.path}",)
+    assert run_dir is not None
+    done = runner.bare(*words, run_dir=run_dir)
+    assert json.loads(done.run_dir.status.read_text())["status"] == "completed"
+    check_same(run_dir, whole)
+
+
+def test_a_killed_rank_is_gone_on_without(runner: Runner, whole: RunDir) -> None:
+    with started(runner, *LONG, "launch.max_restarts=1") as run:
+        run.wait_for(lambda: run.steps >= 60)
+        os.kill(run.beats[1].pid, signal.SIGKILL)
+        output = run.end()
+    assert run.process.returncode == 0, output
+    assert (
+        "rank 1 failed: ended by SIGKILL (by hand, or by the system for want of memory)" in output
+    )
+    assert "restart 1 of 1" in output
+    assert (run.status["status"], run.status["restarts"]) == ("completed", 1)
+    check_same(run.run_dir, whole)
+
+
+def test_no_process_survives_a_killed_parent(runner: Runner) -> None:
+    with started(runner, *LONG) as run:
+        run.wait_for(lambda: run.steps >= 3)
+        run.process.kill()
+        run.end()
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_run_at_once(runner: Runner) -> None:
+    with started(runner, *LONG) as run:
+        run.wait_for(lambda: run.steps >= 3)
+        with pytest.raises(subprocess.TimeoutExpired):  # and while it runs, nobody else may go on
+            run.process.communicate(timeout=0.01)
+        refused = runner.bare(f"resume={run.run_dir.path}", expect=1)
+        assert f"another process is training in {run.run_dir.path}" in refused.output
+        run.note_family()
+        os.kill(run.beats[1].pid, signal.SIGKILL)
+        before = time.monotonic()
+        output = run.end()
+        assert time.monotonic() - before < 5
+    assert run.process.returncode == 1
+    assert "rank 1 failed: ended by SIGKILL" in output
+    assert "  memory: the plan expects " in output
+    assert (run.status["status"], run.status["rank"]) == ("failed", 1)
+    assert str(run.status["log"]).endswith("ranks/rank1.log")
+
+
+@pytest.mark.slow
+def test_the_second_signal_leaves_at_once(runner: Runner) -> None:
+    with started(runner, *LONG, "checkpoint.every_steps=2", "train.max_steps=100000") as run:
+        run.wait_for(lambda: run.steps >= 10)
+        os.kill(run.beats[1].pid, signal.SIGSTOP)  # its step never ends
+        run.process.send_signal(signal.SIGINT)
+        time.sleep(1.2)
+        assert run.process.poll() is None
+        run.process.send_signal(signal.SIGINT)
+        output = run.end(limit_s=5)
+    assert run.process.returncode == 130
+    assert "stopped at once by SIGINT; all processes have ended\nto go on from step-" in output
+    assert run.status["status"] == "stopped"
+
+
+@pytest.mark.slow
+def test_a_signal_while_ranks_start(runner: Runner) -> None:
+    with started(runner, *LONG) as run:
+        run.wait_for(lambda: min(beat.count for beat in run.beats) >= 1)
+        run.process.send_signal(signal.SIGTERM)
+        output = run.end(limit_s=5)
+    assert run.process.returncode == 75
+    assert "SIGTERM: leaving; no step has been begun\n" in output
+    assert output.splitlines()[-1] == (
+        f"it has no checkpoint yet; to start it anew: python run.py reproduce={run.run_dir.path}"
+    )
+    assert run.status["status"] == "preempted"
+
+
+@pytest.mark.slow
+def test_a_signal_in_an_evaluation(runner: Runner) -> None:
+    """It ends the evaluation; the resumed run makes it up."""
+    long = ("train.max_steps=2", "train.eval_rows=null", "data.sequence_length=16")
+    with started(runner, *LONG, *long, "train.eval_every_steps=1") as run:
+        run.wait_for(lambda: any("loss" in row for row in read_metrics(run.run_dir.metrics)))
+        rows = read_metrics(run.run_dir.metrics)
+        run.process.send_signal(signal.SIGTERM)
+        output = run.end()
+    assert run.process.returncode == 75, output
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0]
+    assert [row["step"] for row in read_metrics(run.run_dir.metrics) if "eval_loss" in row] == [0]
+    done = runner.bare(f"resume={run.run_dir.path}", run_dir=run.run_dir)
+    assert [row["step"] for row in done.rows("eval_loss")] == [0, 1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_while_data_is_prepared(runner: Runner, tmp_path: Path, processes: int) -> None:
+    """The processes that encode are gone; the next command goes on from what they have done."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    text = (runner.corpus / "message.py").read_text() * 20
+    for number in range(40):
+        (folder / f"{number}.txt").write_text(f"{number} {text}")
+    words = [*SMALL, f"data.paths=['{folder}/*.txt']", f"data.prepare_processes={processes}"]
+    words += ["task=prepare", f"data.cache_dir={tmp_path}/cache"]
+    run_dir = RunDir(tmp_path / "prepare")
+    with started(runner, *words, run_dir=run_dir) as run:
+        run.wait_for(lambda: any((tmp_path / "cache").rglob("*partial*")))
+        time.sleep(0.5)
+        run.note_family()
+        run.process.send_signal(signal.SIGUSR1)
+        output = run.end(limit_s=10)
+    assert run.process.returncode == 75, output
+    assert output.splitlines()[-1] == "preempted by SIGUSR1; all processes have ended"
+    runner.bare(*words)
+
+
+@pytest.mark.parametrize("delay_s", [0.08, 0.3, 0.6])
+def test_a_signal_before_anything_is_begun(runner: Runner, delay_s: float) -> None:
+    with started(runner, "task=prepare") as run:
+        time.sleep(delay_s)
+        run.process.send_signal(signal.SIGUSR1)
+        output = run.end(limit_s=10)
+    assert run.process.returncode == 75, output
+    assert output.splitlines()[-1].startswith("preempted by SIGUSR1; ")
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_found(runner: Runner) -> None:
+    with started(runner, *LONG, "launch.timeout_s=10", "launch.max_restarts=1") as run:
+        run.wait_for(lambda: run.steps >= 50)
+        os.kill(run.beats[1].pid, signal.SIGSTOP)
+        output = run.end()
+    assert run.process.returncode == 0, output
+    text = r"rank 1 failed: nothing was heard of it for 1\d s \(launch.timeout_s=10\)"
+    assert re.search(text, output)
+    assert "it wrote no stack: it is stopped, or stuck in the system" in output
+    assert f"stacks of all ranks are at the end of {run.run_dir.ranks}/rank*.log" in output
+    log = run.run_dir.rank_log(0).read_text()
+    assert "(most recent call first):" in log
+    assert "in train_step" in log
+    assert (run.status["status"], run.status["restarts"]) == ("completed", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("prlimit") is None, reason="needs util-linux")
+def test_a_rank_without_memory_says_what_to_lower(runner: Runner) -> None:
+    with started(runner, *LONG, "train.max_steps=100000", "batch.global_batch_size=64") as run:
+        run.wait_for(lambda: run.steps >= 3)
+        pid = run.beats[1].pid
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        (kib,) = [line.split()[1] for line in lines if line.startswith("VmSize")]
+        subprocess.run(["prlimit", f"--as={int(kib) * 1024}", "--pid", str(pid)], check=True)
+        output = run.end()
+    assert run.process.returncode == 1
+    assert re.search(r"rank 1 failed: .*(allocate memory|MemoryError|bad_alloc)", output)
+    assert "  to need less, best first:\n    batch.micro_batch_size=16" in output
+    assert (run.status["status"], run.status["rank"]) == ("failed", 1)
+
+
+@pytest.mark.slow
+def test_no_compiler_survives_a_signal_or_a_killed_parent(
+    runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not shutil.which("c++"):
+        pytest.skip("needs a C++ compiler")
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        monkeypatch.setitem(OPERATORS, "TORCH_EXTENSIONS_DIR", str(tmp_path / number.name))
+        with started(runner, *LONG, "optim=cpu_adam") as run:
+            run.wait_for(lambda run=run: compiles(run.process.pid))  # type: ignore[misc]
+            run.process.send_signal(number)
+            run.end(limit_s=10)
+        assert run.process.returncode == (75 if number == signal.SIGTERM else -9)
+        shutil.rmtree(run.run_dir.path)
+
+
+def compiles(pid: int) -> bool:
+    """Whether there is a compiler somewhere below a process."""
+    parents = {process.pid: process.parent for process in list_processes()}
+    for child in parents:
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{child}/comm").read_text().strip() == "cc1plus":
+                above = child
+                while above in parents and above != pid:
+                    above = parents[above]
+                if above == pid:
+                    return True
+    return False
+
+
+@pytest.mark.slow
+def test_a_few_kills_of_the_benchmark() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "faults.py"), "--kills", "4"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "with the weights of the uninterrupted run, to the bit" in done.stdout
