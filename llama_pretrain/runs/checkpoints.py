@@ -136,7 +136,7 @@ def forget_after(checkpoints: Path, *, step: int) -> None:
     """Delete checkpoints of steps that are about to be done again: passed over, or foreign."""
     for folder in checkpoints.glob("step-*"):
         if folder.name > checkpoint_name(step):
-            shutil.rmtree(folder)
+            discard(folder)
 
 
 def prune(checkpoints: Path, *, keep_last: int, keep_every_steps: int | None = None) -> None:
@@ -145,4 +145,12 @@ def prune(checkpoints: Path, *, keep_last: int, keep_every_steps: int | None = N
     for folder in complete[:-keep_last]:
         step = int(folder.name.removeprefix("step-"))
         if keep_every_steps is None or step % keep_every_steps:
-            shutil.rmtree(folder)
+            discard(folder)
+
+
+def discard(folder: Path) -> None:
+    """Delete a checkpoint. Its name goes first: killed in the middle, no half of one is left."""
+    doomed = folder.with_name(f".tmp-discarded-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)

@@ -26,6 +26,7 @@ from llama_pretrain.runs.checkpoints import (
     LATEST,
     Manifest,
     checkpoint_name,
+    discard,
     prune,
     write_manifest,
 )
@@ -206,7 +207,7 @@ class Saver:
             try:
                 write_manifest(temporary, Manifest(**save.manifest, files=files))
                 if final.exists():  # left by a run that was resumed before it
-                    shutil.rmtree(final)
+                    discard(final)
                 os.rename(temporary, final)
                 write_text(self._folder / LATEST, final.name + "\n")
                 prune(
