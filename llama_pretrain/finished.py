@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -25,6 +24,7 @@ from llama_pretrain.plan.plan import Plan, build_plan, load_plan, render_plan
 from llama_pretrain.runs.checkpoints import (
     LATEST,
     checkpoint_name,
+    discard,
     find_fault,
     newest_complete,
     newest_of,
@@ -171,7 +171,7 @@ def export_at_end(run: Run, run_dir: RunDir) -> None:
 
 def _forget(run_dir: RunDir, checkpoint: Path) -> None:
     """Delete the newest checkpoint; `latest` names the one before it, if there is one."""
-    shutil.rmtree(checkpoint)
+    discard(checkpoint)
     before = newest_of(run_dir.checkpoints)
     latest = run_dir.checkpoints / LATEST
     if before is None:
