@@ -181,7 +181,9 @@ def verify(run: Run, plan: Plan, run_dir: RunDir, *, argv: Sequence[str], machin
             rewind(folder, start)
             first_step = start.step
         with console.follow_metrics(folder, plan, first_step=first_step):
-            launch(run, plan, folder, checkpoint=checkpoint)
+            late = launch(run, plan, folder, checkpoint=checkpoint, report=console.say)
+        if late:
+            raise Preempted(late)
 
     verify_resume(run, plan, run_dir, train=train)
 

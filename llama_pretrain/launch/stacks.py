@@ -46,7 +46,7 @@ class RankState:
 
 
 def read_stacks(text: str) -> list[list[Frame]]:
-    """The threads in what faulthandler has written: it lists the newest first, the main one last."""
+    """The threads in what faulthandler has written: the newest first, the main one last."""
     stacks: list[list[Frame]] = []
     for line in text.splitlines():
         if line.endswith("(most recent call first):"):

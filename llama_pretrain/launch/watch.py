@@ -111,7 +111,8 @@ class Watch:
         absent = [rank for rank, beat in enumerate(beats) if not beat.pid]
         if absent:
             error = f"it did not begin within {self._timeout_s} s (launch.timeout_s)"
-            raise RankError(rank=absent[0], error=error, log=self._run_dir.rank_log(absent[0]))
+            log = self._run_dir.rank_log(absent[0])
+            raise RankError(rank=absent[0], error=error, log=log, stopping=self.signal > 0)
         states = self._ask_for_stacks(beats)
         hanging = find_hanging(states)
         where = "it wrote no stack: it is stopped, or stuck in the system"
@@ -123,6 +124,7 @@ class Watch:
             f" (launch.timeout_s={self._timeout_s}); {where}\n  stacks of all ranks are at the end"
             f" of {self._run_dir.ranks}/rank*.log",
             log=self._run_dir.rank_log(hanging.rank),
+            stopping=self.signal > 0,
         )
 
     def _ask_for_stacks(self, beats: Sequence[Beat]) -> list[RankState]:

@@ -4,13 +4,10 @@ import json
 import math
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -463,106 +460,6 @@ def test_multirun_goes_on_after_a_bad_point(runner: Runner, tmp_path: Path) -> N
     (point,) = sweep.glob("*/status.json")
     assert point.parent.name.startswith("1-")
     assert len(point.parent.name) <= 83
-
-
-@contextmanager
-def training(runner: Runner) -> Iterator[tuple["subprocess.Popen[str]", RunDir, list[int]]]:
-    """An endless run in its third step: the parent, its directory, the process ids of its ranks."""
-    folder = runner.folder / "endless"
-    words = [*SMALL, f"data.paths=['{runner.corpus}/*.py']", f"data.cache_dir={runner.cache_dir}"]
-    words += ["train.max_steps=100000", "launch.num_processes=2", f"hydra.run.dir={folder}"]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "run.py"), *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=runner.folder,
-    )
-    try:
-        wait_for(lambda: len(Command(0, "", RunDir(folder)).losses) > 2)
-        workers = children_of(process.pid)
-        assert len(workers) == 2
-        yield process, RunDir(folder), workers
-    finally:
-        process.kill()
-        process.wait()
-    wait_for(lambda: not any(is_running(pid) for pid in workers), seconds=30)
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_stops_every_process(runner: Runner, number: int, code: int) -> None:
-    with training(runner) as (process, run_dir, workers):
-        process.send_signal(number)
-        output, _ = process.communicate(timeout=60)
-        assert not any(is_running(pid) for pid in workers)
-    assert process.returncode == code
-    assert output.endswith("stopped; all ranks have ended\n")
-    assert "Traceback" not in output
-    assert "torch/distributed" not in output
-    assert json.loads(run_dir.status.read_text())["status"] == "stopped"
-
-
-def test_a_running_run_is_not_resumed(runner: Runner) -> None:
-    with training(runner) as (_, run_dir, _workers):
-        done = runner.bare(f"resume={run_dir.path}", expect=1)
-    assert f"another process is training in {run_dir.path}" in done.output
-
-
-def test_a_killed_rank_ends_the_run(runner: Runner) -> None:
-    with training(runner) as (process, run_dir, workers):
-        victim = next(pid for pid in workers if b"RANK=1" in environment_of(pid))
-        os.kill(victim, signal.SIGKILL)
-        output, _ = process.communicate(timeout=60)
-        assert not any(is_running(pid) for pid in workers)
-    assert process.returncode == 1
-    assert "rank 1 failed: ended by SIGKILL" in output
-    status = json.loads(run_dir.status.read_text())
-    assert (status["status"], status["rank"]) == ("failed", 1)
-    assert status["log"].endswith("ranks/rank1.log")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
-def test_no_rank_survives_a_killed_parent(runner: Runner) -> None:
-    with training(runner) as (process, _, workers):
-        process.kill()
-        wait_for(lambda: not any(is_running(pid) for pid in workers), seconds=30)
-
-
-def environment_of(pid: int) -> list[bytes]:
-    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-
-
-def wait_for(condition: Callable[[], bool], *, seconds: float = 90.0) -> None:
-    """Poll until it holds."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.2)
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
-
-
-def children_of(pid: int) -> list[int]:
-    """Worker processes below a launcher."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            command = (entry / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if parent == pid and b"train.worker" in command:
-            found.append(int(entry.name))
-    return found
 
 
 LIGHT = [
