@@ -17,13 +17,13 @@ from llama_pretrain.data.dataset import (
 )
 from llama_pretrain.data.order import SampleOrder, stretches
 from llama_pretrain.plan.plan import Plan
-from llama_pretrain.runs.checkpoints import METRICS, newest_of
+from llama_pretrain.runs.checkpoints import METRICS, newest_of, read_manifest
 from llama_pretrain.runs.rundir import RunDir
 from llama_pretrain.train.checkpoint import Saver, load_checkpoint
 from llama_pretrain.train.distributed import Rank, largest_over_ranks, signal_of_any
 from llama_pretrain.train.evaluate import evaluate, probe_logits
 from llama_pretrain.train.metrics import MetricsWriter, peak_flops, peak_memory_bytes
-from llama_pretrain.train.progress import Progress
+from llama_pretrain.train.progress import MAX_ROLLBACKS, Progress
 from llama_pretrain.train.step import StepResult, Training, train_step
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -161,24 +161,24 @@ def _roll_back(
 ) -> dict[str, Any] | None:
     """Go back to the newest checkpoint and leave out the batches of a spike.
 
-    Returns a line for the metrics; `None` where the step was only skipped, for want of a
-    checkpoint or of another policy.
+    Returns a line for the metrics; `None` where the step was only skipped: by the policy, for want
+    of a checkpoint, or because the same one has not helped before.
     """
     run, rank = training.run, training.rank
     if run.train.spike is not Spike.rollback:
         return None
     writer.write_all(saver.finish())
     folder = newest_of(training.run_dir.checkpoints)
-    if folder is None:
+    if folder is None or progress.rollbacks.count(read_manifest(folder).step) >= MAX_ROLLBACKS:
         return None
     spiked, step = done.batch, progress.step
     restored = Progress(**load_checkpoint(training.engine, folder, rank))
+    restored.rollbacks = [*progress.rollbacks, restored.step]
     first = max(restored.next_batch, spiked - run.train.spike_batches + 1)
     out = [number for number in range(first, spiked + 1) if number not in progress.left_out]
     for name in vars(restored):
         setattr(progress, name, getattr(restored, name))
     progress.left_out = sorted({*progress.left_out, *out})
-    progress.rollbacks += 1
     return {
         **_place(training, progress),
         "rolled_back_from": step,

@@ -4,6 +4,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+MAX_ROLLBACKS = 3
+"""To one checkpoint; a run that spikes after that is not mended by leaving out data."""
 RECENT = 20
 """Losses that the run's final training loss is the mean of."""
 
@@ -22,8 +24,8 @@ class Progress:
     """The last step that was evaluated."""
     nonfinite_in_a_row: int = 0
     """Steps that were skipped, one after another up to now, for a loss or gradient not finite."""
-    rollbacks: int = 0
-    """How often the run has gone back."""
+    rollbacks: list[int] = field(default_factory=list)
+    """Steps that the run has gone back to."""
     window: list[float] = field(default_factory=list)
     """Losses of the last applied steps: what a spike is measured against."""
     recent: list[float] = field(default_factory=list)
