@@ -2,7 +2,6 @@
 
 import json
 import os
-import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -245,17 +244,11 @@ def _without_training(run: Run) -> Run:
 
 def _prepare(run: Run) -> Any:
     """The tokens to evaluate on, made or found."""
+    from llama_pretrain.data.cache import disk_problems
     from llama_pretrain.data.corpus import prepare_corpus  # tokenizers
 
-    try:
+    with disk_problems(run.data.cache_dir):
         return prepare_corpus(run, report=console.DataReport())
-    except OSError as error:
-        message = f"{error.strerror}: {error.filename}"
-        raise UserError([Problem(path="data", message=message)]) from error
-    except sqlite3.Error as error:
-        message = f"its hashes.sqlite can't be used: {error} (got {run.data.cache_dir})"
-        hint = "delete that file, or name a folder that can be written to"
-        raise UserError([Problem(path="data.cache_dir", message=message, hint=hint)]) from error
 
 
 def write_evaluation(run: Run, plan: Plan, run_dir: RunDir) -> None:

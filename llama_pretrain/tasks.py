@@ -1,9 +1,9 @@
 """The stations of a run, called one after another in the parent process."""
 
+import contextlib
 import json
 import os
 import shutil
-import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -74,15 +74,10 @@ def run_task(
     if run.task.reads_a_run:
         return do_with_run(run, run_dir, argv=argv)
     refuse(check_fits(run, build_plan(run, None)))
-    try:
+    from llama_pretrain.data.cache import disk_problems  # numpy: not for a plan
+
+    with disk_problems(run.data.cache_dir):
         corpus = prepare_data(run, run_dir)
-    except OSError as error:  # a file that may not be read, a cache that may not be written
-        message = f"{error.strerror}: {error.filename}"
-        raise UserError([Problem(path="data", message=message)]) from error
-    except sqlite3.Error as error:
-        message = f"its hashes.sqlite can't be used: {error} (got {run.data.cache_dir})"
-        hint = "delete that file, or name a folder that can be written to"
-        raise UserError([Problem(path="data.cache_dir", message=message, hint=hint)]) from error
     plan = build_plan(run, corpus)
     if not run.task.trains:
         console.show_corpus(run, plan)
@@ -293,6 +288,8 @@ def _write_ending(run_dir: RunDir, error: BaseException, *, restarts: int) -> No
     else:
         told = f"{type(error).__name__}: {error}"
         write_status(run_dir, Status.failed, error=told, restarts=restarts)
+    with contextlib.suppress(OSError):  # the disk may be what has failed
+        write_text(run_dir.report, render_report(run_dir))
 
 
 def check_unused(run_dir: RunDir) -> None:

@@ -3,11 +3,13 @@
 import fcntl
 import hashlib
 import json
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.data.pool import Report
 
 
@@ -28,3 +30,21 @@ def claim(recipe: Any, cache_dir: Path, report: Report) -> Iterator[tuple[Path, 
             report.say("another process is preparing the same data: waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield target, partial, digest
+
+
+@contextmanager
+def disk_problems(cache_dir: str) -> Iterator[None]:
+    """Tell as the user's problem a file that may not be read, or a cache that can't be written.
+
+    Raises:
+        UserError: in place of the system's and sqlite's errors.
+    """
+    try:
+        yield
+    except OSError as error:
+        message = f"{error.strerror}: {error.filename}"
+        raise UserError([Problem(path="data", message=message)]) from error
+    except sqlite3.Error as error:
+        message = f"its hashes.sqlite can't be used: {error} (got {cache_dir})"
+        hint = "delete that file, or name a folder that can be written to"
+        raise UserError([Problem(path="data.cache_dir", message=message, hint=hint)]) from error
