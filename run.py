@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from llama_pretrain.launch.signals import catch_signals, leave_at_signals
+from llama_pretrain.launch.signals import Requests, catch_signals, leave_at_signals
 
 
 def main() -> int:
@@ -59,6 +59,7 @@ def run_hydra(argv: list[str]) -> int:
     @hydra.main(config_path="conf", config_name="config", version_base="1.3")
     def run(config: DictConfig) -> float | None:
         composed.append(config)
+        requests.check()
         from llama_pretrain.runs.rundir import RunDir
         from llama_pretrain.tasks import plan_point, run_task
 
@@ -71,6 +72,7 @@ def run_hydra(argv: list[str]) -> int:
                 points.append(plan_point(read, words))
                 return None
             is_snapshot = own.job.config_name == SNAPSHOT_NAME
+            requests.check()
             origins = trace_settings(words, {} if is_snapshot else own.runtime.choices)
             return run_task(read, run_dir=RunDir(folder), argv=argv, origins=origins)
         except endings.EXPECTED as error:  # a sweep goes on with its next point
@@ -82,10 +84,11 @@ def run_hydra(argv: list[str]) -> int:
                 folder.rmdir()
 
     register()
-    requests = catch_signals()
+    requests = Requests()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's errors come to us, who know more to say
     with tempfile.TemporaryDirectory() as scratch:
         try:
+            catch_signals(requests)  # here, where what it raises is caught
             sys.argv[1:] = rewrite_argv(argv, scratch=Path(scratch))
             run()
             if points:

@@ -3,8 +3,8 @@
     python benchmarks/checkpoints.py [--rounds 3] [--model 60m]
 
 Runs take turns: without checkpoints, with synchronous and with asynchronous ones. The stall is the
-time that training waits for a save; the whole is what a run takes longer than one without saves, for
-an asynchronous save also slows down the steps that it runs beside.
+time that training waits for a save; the whole is what a run takes longer than one without saves,
+for an asynchronous save also slows down the steps that it runs beside.
 """
 
 import argparse

@@ -162,6 +162,7 @@ class Case:
             seconds: that an uninterrupted run takes.
             training: seconds of it from the first step on.
         """
+        unfinished = self._being_saved()
         process = self.start()
         phase = self.chance.choice(PHASES)
         self._wait(process, phase, seconds=seconds, training=training)
@@ -180,6 +181,8 @@ class Case:
         if killed:
             self.tally.counts[f"killed: {who}"] += 1
             self.tally.counts[f"killed in: {phase}"] += 1
+            if self._being_saved() - unfinished:
+                self.tally.counts["saves that were cut"] += 1
         self._check_gone(at, sockets)
         return not killed
 
@@ -195,14 +198,25 @@ class Case:
         end = time.monotonic() + self.chance.uniform(0, seconds)
         if phase != "any time":
             self._wait_for_steps(process)
-            end = time.monotonic() + self.chance.uniform(0, training)
+            # A save is waited for, so that its wait begins earlier.
+            share = 0.5 if phase == "a save" else 1.0
+            end = time.monotonic() + self.chance.uniform(0, share * training)
         while process.poll() is None and time.monotonic() < end:
             time.sleep(0.005)
         if phase == "a save":
             # The end of the run comes if no save does.
-            while process.poll() is None and not list(self.run_dir.checkpoints.glob(".tmp-*")):
+            before = self._being_saved()  # one may lie there from an earlier kill
+            while process.poll() is None and self._being_saved() <= before:
                 time.sleep(0.001)
             time.sleep(self.chance.uniform(0, 0.03))
+
+    def _being_saved(self) -> set[tuple[str, int]]:
+        """Checkpoints that are not whole, by name and inode."""
+        found = set()
+        for folder in self.run_dir.checkpoints.glob(".tmp-step-*"):
+            with contextlib.suppress(FileNotFoundError):  # it has its name by now
+                found.add((folder.name, folder.stat().st_ino))
+        return found
 
     def _wait_for_steps(self, process: "subprocess.Popen[bytes]") -> None:
         """Until there is something to lose, or the run's end."""

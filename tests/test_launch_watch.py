@@ -178,16 +178,12 @@ def test_the_others_end_soon_after_a_rank_has_died(tmp_path: Path) -> None:
         run_dir, world_size=2, timeout_s=10, requests=Requests(), report=lambda line: None
     )
     process = beating(run_dir, beats=9)
-    dead = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import sys; from pathlib import Path\n"
-            "from llama_pretrain.runs.heartbeat import Heartbeat\n"
-            "Heartbeat(Path(sys.argv[1]), 1)",
-            str(run_dir.heartbeats),
-        ]
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from llama_pretrain.runs.heartbeat import Heartbeat\n"
+        "Heartbeat(Path(sys.argv[1]), 1)"
     )
+    dead = subprocess.Popen([sys.executable, "-c", code, str(run_dir.heartbeats)])
     dead.wait()
     watch.look()
     assert process.poll() is None  # it may have words to write down

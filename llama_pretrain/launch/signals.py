@@ -52,6 +52,15 @@ class Requests:
         self.numbers.append(number)
         return True
 
+    def check(self) -> None:
+        """Act on a signal whose exception was lost: one that comes in an import may be.
+
+        Raises:
+            Preempted: if there was one.
+        """
+        if self.numbers:
+            raise Preempted(self.numbers[0])
+
 
 def leave_at_signals() -> None:
     """From here on a signal ends this process, which has begun nothing: SIGUSR1 would just kill it.
@@ -67,13 +76,15 @@ def leave_at_signals() -> None:
         signal.signal(number, leave)
 
 
-def catch_signals() -> Requests:
+def catch_signals(requests: Requests) -> None:
     """From here on a signal ends the command at once, with every child and every status seen to.
 
     That is for what can be done again: composing, preparing data, compiling, planning, exporting.
-    While ranks run, `receive_signals` takes over. Returns the signals that have come.
+    While ranks run, `receive_signals` takes over.
+
+    Args:
+        requests: where the signals that come are noted.
     """
-    requests = Requests()
 
     def end(number: int, _frame: FrameType | None) -> None:
         if requests.add(number):
@@ -81,7 +92,6 @@ def catch_signals() -> Requests:
 
     for number in _heeded():
         signal.signal(number, end)
-    return requests
 
 
 @contextmanager

@@ -50,7 +50,8 @@ def test_run_directory_is_complete(full: Command) -> None:
         "report.html",
         "sample.txt",
     }
-    assert {path.name for path in full.run_dir.ranks.iterdir()} == {"rank0.log", "rank1.log"}
+    ranks = {path.name for path in full.run_dir.ranks.iterdir()}
+    assert ranks == {"rank0.log", "rank1.log", "heartbeats"}
     status = json.loads(full.run_dir.status.read_text())
     assert status["status"] == "completed"
     assert status["objective"] == full.rows("eval_loss")[-1]["eval_loss"]
