@@ -214,6 +214,21 @@ def test_spikes_are_measured_against_a_full_window() -> None:
     assert spike_score(2.0, [1.0] * 8, size=8) > 1e5  # without spread, anything above is one
 
 
+def test_a_rollback_keeps_what_earlier_ones_have_left_out() -> None:
+    """Three, to the checkpoint of step 30, whose next batch is 32."""
+    kept = {"step": 30, "next_batch": 32, "left_out": [7, 8], "window": [1.0], "recent": [1.0]}
+    progress = Progress(step=33, next_batch=35, left_out=[7, 8], window=[1.0, 2.0])
+    assert progress.go_back(Progress(**kept), spiked=34, batches=2) == [33, 34]
+    assert (progress.step, progress.next_batch, progress.window) == (30, 32, [1.0])
+    assert progress.take_batch() == 32
+    assert progress.go_back(Progress(**kept), spiked=32, batches=2) == [32]  # not before it
+    assert progress.take_batch() == 35
+    assert progress.go_back(Progress(**kept), spiked=35, batches=2) == [35]  # 34 is out already
+    assert progress.left_out == [7, 8, 32, 33, 34, 35]
+    assert progress.rollbacks == [30, 30, 30]
+    assert progress.take_batch() == 36
+
+
 def test_batches_that_are_left_out_are_never_taken() -> None:
     from llama_pretrain.data.order import stretches
 

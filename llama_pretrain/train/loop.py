@@ -171,14 +171,9 @@ def _roll_back(
     folder = newest_of(training.run_dir.checkpoints)
     if folder is None or progress.rollbacks.count(read_manifest(folder).step) >= MAX_ROLLBACKS:
         return None
-    spiked, step = done.batch, progress.step
+    step = progress.step
     restored = Progress(**load_checkpoint(training.engine, folder, rank))
-    restored.rollbacks = [*progress.rollbacks, restored.step]
-    first = max(restored.next_batch, spiked - run.train.spike_batches + 1)
-    out = [number for number in range(first, spiked + 1) if number not in progress.left_out]
-    for name in vars(restored):
-        setattr(progress, name, getattr(restored, name))
-    progress.left_out = sorted({*progress.left_out, *out})
+    out = progress.go_back(restored, spiked=done.batch, batches=run.train.spike_batches)
     return {
         **_place(training, progress),
         "rolled_back_from": step,

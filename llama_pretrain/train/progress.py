@@ -49,6 +49,18 @@ class Progress:
         if applied:
             self.window = [*self.window, loss][-window:]
 
+    def go_back(self, to: "Progress", *, spiked: int, batches: int) -> list[int]:
+        """Become what a checkpoint has kept, without the batches that end with a spike's.
+
+        Returns the numbers of those that were still in.
+        """
+        first = max(to.next_batch, spiked - batches + 1)
+        out = [number for number in range(first, spiked + 1) if number not in self.left_out]
+        left_out, rollbacks = sorted({*self.left_out, *out}), [*self.rollbacks, to.step]
+        vars(self).update(asdict(to))
+        self.left_out, self.rollbacks = left_out, rollbacks
+        return out
+
 
 def spike_score(loss: float, window: list[float], *, size: int) -> float:
     """How many standard deviations a loss lies above the mean of a full window; else 0."""
