@@ -216,7 +216,13 @@ def test_spikes_are_measured_against_a_full_window() -> None:
 
 def test_a_rollback_keeps_what_earlier_ones_have_left_out() -> None:
     """Three, to the checkpoint of step 30, whose next batch is 32."""
-    kept = {"step": 30, "next_batch": 32, "left_out": [7, 8], "window": [1.0], "recent": [1.0]}
+    kept: dict[str, Any] = {
+        "step": 30,
+        "next_batch": 32,
+        "left_out": [7, 8],
+        "window": [1.0],
+        "recent": [1.0],
+    }
     progress = Progress(step=33, next_batch=35, left_out=[7, 8], window=[1.0, 2.0])
     assert progress.go_back(Progress(**kept), spiked=34, batches=2) == [33, 34]
     assert (progress.step, progress.next_batch, progress.window) == (30, 32, [1.0])

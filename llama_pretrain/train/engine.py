@@ -1,9 +1,65 @@
-"""What DeepSpeed's engine does that a run must not notice."""
+"""The training engine: how it is built, and what DeepSpeed does that a run must not notice."""
 
 import math
+from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
+from deepspeed.utils.logging import set_log_level_from_string
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoTokenizer
+
+from llama_pretrain.config.schema import Run
+from llama_pretrain.plan.plan import Plan
+from llama_pretrain.train.distributed import Rank, print_rank_0
+from llama_pretrain.train.model import build_llama_config, build_model, restore_rotary
+from llama_pretrain.train.optimizer import (
+    audit_groups,
+    build_optimizer,
+    get_optimizer_grouped_parameters,
+    learning_rate_factor,
+)
+from llama_pretrain.train.recompute import recompute_activations
+
+
+def build_engine(
+    run: Run, plan: Plan, ds_config: dict[str, Any], rank: Rank, *, tokenizer_dir: Path
+) -> Any:
+    """Model, optimizer and schedule in a DeepSpeed engine, its weights as they were drawn."""
+    if "log_level" not in ds_config:
+        # DeepSpeed hides what steps_per_print, dump_state and comms_logger ask it to say.
+        set_log_level_from_string("info")
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    config = build_llama_config(
+        run.model,
+        vocab_size=plan.vocab_size,
+        special_ids={
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+    )
+    weights = None if run.model.path is None else Path(run.model.path)
+    model = build_model(config, seed=run.seed, weights=weights, ds_config=ds_config)
+    if run.train.gradient_checkpointing:
+        recompute_activations(model, ds_config)
+    groups = get_optimizer_grouped_parameters(model, run.optim.weight_decay)
+    print_rank_0(audit_groups(groups, planned=plan.parameters), rank)
+    optimizer = build_optimizer(model, groups, run.optim)
+    factor = learning_rate_factor(run.schedule, plan.steps)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=LambdaLR(optimizer, factor),
+        config=ds_config,
+        dist_init_required=False,
+    )
+    undo_initial_step(engine)
+    if run.precision.buffer_dtype is None:  # else they are asked for in another type
+        restore_rotary(engine.module, config, rank.device)
+    engine.train()
+    return engine
 
 
 def undo_initial_step(engine: Any) -> None:

@@ -80,6 +80,7 @@ def train_rank(run: Any, plan: Any, run_dir: RunDir, rank: Any, checkpoint: Path
 
     from llama_pretrain.train.checkpoint import load_checkpoint
     from llama_pretrain.train.distributed import print_rank_0
+    from llama_pretrain.train.engine import build_engine
     from llama_pretrain.train.loop import prepare_training, train
     from llama_pretrain.train.mask import prove_document_mask
     from llama_pretrain.train.metrics import MetricsWriter, resident_memory_bytes
@@ -139,61 +140,6 @@ def evaluate_rank(run: Any, plan: Any, run_dir: RunDir, rank: Any, checkpoint: P
         row |= {**found.describe(), "eval_tokens": int(sum(found.tokens)), "finished": True}
         write_text(run_dir.metrics, json.dumps(row) + "\n")
     dist.barrier()  # no rank leaves while another still needs its shards
-
-
-def build_engine(
-    run: Any, plan: Any, ds_config: dict[str, Any], rank: Any, *, tokenizer_dir: Path
-) -> Any:
-    """Model, optimizer and schedule in a DeepSpeed engine, its weights as they were drawn."""
-    import deepspeed
-    from deepspeed.utils.logging import set_log_level_from_string
-    from torch.optim.lr_scheduler import LambdaLR
-    from transformers import AutoTokenizer
-
-    from llama_pretrain.train.distributed import print_rank_0
-    from llama_pretrain.train.engine import undo_initial_step
-    from llama_pretrain.train.model import build_llama_config, build_model, restore_rotary
-    from llama_pretrain.train.optimizer import (
-        audit_groups,
-        build_optimizer,
-        get_optimizer_grouped_parameters,
-        learning_rate_factor,
-    )
-    from llama_pretrain.train.recompute import recompute_activations
-
-    if "log_level" not in ds_config:
-        # DeepSpeed hides what steps_per_print, dump_state and comms_logger ask it to say.
-        set_log_level_from_string("info")
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    config = build_llama_config(
-        run.model,
-        vocab_size=plan.vocab_size,
-        special_ids={
-            "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-        },
-    )
-    weights = None if run.model.path is None else Path(run.model.path)
-    model = build_model(config, seed=run.seed, weights=weights, ds_config=ds_config)
-    if run.train.gradient_checkpointing:
-        recompute_activations(model, ds_config)
-    groups = get_optimizer_grouped_parameters(model, run.optim.weight_decay)
-    print_rank_0(audit_groups(groups, planned=plan.parameters), rank)
-    optimizer = build_optimizer(model, groups, run.optim)
-    factor = learning_rate_factor(run.schedule, plan.steps)
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        lr_scheduler=LambdaLR(optimizer, factor),
-        config=ds_config,
-        dist_init_required=False,
-    )
-    undo_initial_step(engine)
-    if run.precision.buffer_dtype is None:  # else they are asked for in another type
-        restore_rotary(engine.module, config, rank.device)
-    engine.train()
-    return engine
 
 
 if __name__ == "__main__":
