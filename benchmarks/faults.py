@@ -155,17 +155,16 @@ class Case:
                 self.tally.counts["torn checkpoints"] += 1
                 self.tally.wrong.append(f"{folder} {fault}")
 
-    def kill_once(self, *, seconds: float, training: float) -> bool:
-        """Start it and kill one of its processes. Returns whether it has completed before that.
+    def kill_once(self, *, seconds: float) -> bool:
+        """Start it and kill one of its processes. Returns whether its steps are done.
 
         Args:
             seconds: that an uninterrupted run takes.
-            training: seconds of it from the first step on.
         """
         unfinished = self._being_saved()
         process = self.start()
         phase = self.chance.choice(PHASES)
-        self._wait(process, phase, seconds=seconds, training=training)
+        self._wait(process, phase, seconds=seconds)
         ranks = [beat.pid for beat in self._beats() if beat.pid]
         who, victim = "the parent", process.pid
         if self.chance.randint(0, len(ranks)):
@@ -177,38 +176,44 @@ class Case:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
         at = time.monotonic()
-        killed = process.wait(60) != 0 and running  # 0: it was past whatever a rank does
+        code = process.wait(60)
+        killed = running and code != 0  # 0: it was past whatever a rank does
+        if code != 0 and not running:
+            self.tally.wrong.append(f"{self.run_dir.path}: left alone, it ended with {code}")
         if killed:
             self.tally.counts[f"killed: {who}"] += 1
             self.tally.counts[f"killed in: {phase}"] += 1
             if self._being_saved() - unfinished:
                 self.tally.counts["saves that were cut"] += 1
         self._check_gone(at, sockets)
+        picked, _ = newest_complete(self.run_dir.checkpoints)
+        if killed and picked is not None and picked.name == checkpoint_name(STEPS):
+            self.tally.counts["killed behind the last save"] += 1
+            self._check_checkpoints()
+            return True  # there is nothing left to train
         return not killed
 
-    def _wait(
-        self,
-        process: "subprocess.Popen[bytes]",
-        phase: str,
-        *,
-        seconds: float,
-        training: float,
-    ) -> None:
+    def _wait(self, process: "subprocess.Popen[bytes]", phase: str, *, seconds: float) -> None:
         """Until a random moment of a phase, or the run's end."""
-        end = time.monotonic() + self.chance.uniform(0, seconds)
-        if phase != "any time":
-            self._wait_for_steps(process)
-            # A save is waited for, so that its wait begins earlier.
-            share = 0.5 if phase == "a save" else 1.0
-            end = time.monotonic() + self.chance.uniform(0, share * training)
-        while process.poll() is None and time.monotonic() < end:
+        if phase == "any time":
+            end = time.monotonic() + self.chance.uniform(0, seconds)
+            while process.poll() is None and time.monotonic() < end:
+                time.sleep(0.005)
+            return
+        self._wait_for_steps(process)
+        step = self.chance.randint(self._step(), STEPS - 1)
+        while process.poll() is None and self._step() < step:
             time.sleep(0.005)
-        if phase == "a save":
-            # The end of the run comes if no save does.
-            before = self._being_saved()  # one may lie there from an earlier kill
-            while process.poll() is None and self._being_saved() <= before:
-                time.sleep(0.001)
-            time.sleep(self.chance.uniform(0, 0.03))
+        if phase == "training":
+            time.sleep(self.chance.uniform(0, 0.2))  # a step's time or two
+            return
+        before = self._being_saved()  # one may lie there from an earlier kill
+        while process.poll() is None and self._being_saved() <= before:
+            time.sleep(0.001)
+        time.sleep(self.chance.uniform(0, 0.03))  # a save takes about so long
+
+    def _step(self) -> int:
+        return max((row["step"] for row in read_metrics(self.run_dir.metrics)), default=0)
 
     def _being_saved(self) -> set[tuple[str, int]]:
         """Checkpoints that are not whole, by name and inode."""
@@ -240,18 +245,15 @@ class Case:
         for pid in left:
             os.kill(pid, signal.SIGKILL)
 
-    def finish(self) -> tuple[float, float]:
-        """Let it complete. Returns the seconds that it took, and those from the first step on."""
+    def finish(self) -> float:
+        """Let it complete. Returns the seconds that it took."""
         started = time.monotonic()
-        process = self.start()
-        self._wait_for_steps(process)
-        first_step = time.monotonic()
-        code = process.wait(300)
+        code = self.start().wait(300)
         if code != 0:
             self.tally.wrong.append(f"{self.run_dir.path}: left alone, it ended with {code}")
         now = time.monotonic()
         self._check_gone(now, set())
-        return now - started, now - first_step
+        return now - started
 
     def compare(self, whole: RunDir) -> None:
         """With the uninterrupted run: pieces of the last checkpoint, and every step once."""
@@ -287,8 +289,8 @@ def run_cases(folder: Path, *, kills: int, seed: int) -> tuple[Tally, int]:
     """All of them. Returns what has happened, and the number of runs."""
     chance, tally = random.Random(seed), Tally()
     whole = Case("each step", RunDir(folder / "whole"), chance, tally)
-    seconds, training = whole.finish()
-    print(f"an uninterrupted run: {seconds:.1f} s, {training:.1f} s of training", flush=True)
+    seconds = whole.finish()
+    print(f"an uninterrupted run: {seconds:.1f} s", flush=True)
     number = 0
     while tally.kills < kills and not tally.wrong:
         kind = list(KINDS)[number % len(KINDS)]
@@ -296,7 +298,7 @@ def run_cases(folder: Path, *, kills: int, seed: int) -> tuple[Tally, int]:
         number += 1
         tally.counts[f"runs: {kind}"] += 1
         for _ in range(min(chance.randint(2, 5), kills - tally.kills)):
-            if case.kill_once(seconds=seconds, training=training):
+            if case.kill_once(seconds=seconds):
                 break
         else:
             case.finish()
