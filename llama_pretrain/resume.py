@@ -18,7 +18,7 @@ from llama_pretrain.runs.checkpoints import (
     newest_complete,
     read_manifest,
 )
-from llama_pretrain.runs.rundir import RunDir, cut_metrics, read_metrics
+from llama_pretrain.runs.rundir import RunDir, Status, cut_metrics, read_metrics, read_status
 
 AUTO = "auto"
 
@@ -77,9 +77,8 @@ def find_start(run: Run, plan: Plan, run_dir: RunDir) -> Start:
 
 
 def has_finished(run_dir: RunDir, step: int, plan: Plan) -> bool:
-    """Whether a run has done all its steps and the evaluation after the last."""
-    said = any("finished" in row for row in read_metrics(run_dir.metrics))
-    return step >= plan.steps.total and said
+    """Whether a run has done all its steps, and all that comes after them: evaluation, export."""
+    return step >= plan.steps.total and read_status(run_dir) is Status.completed
 
 
 def pick_checkpoint(run_dir: RunDir, *, run_hash: str | None = None) -> Path | None:

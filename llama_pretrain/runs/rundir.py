@@ -137,6 +137,14 @@ def write_status(
     write_text(run_dir.status, json.dumps(values, indent=2) + "\n")
 
 
+def read_status(run_dir: RunDir) -> Status | None:
+    """What status.json says; `None` where it says nothing that can be read."""
+    try:
+        return Status(json.loads(run_dir.status.read_text(encoding="utf-8"))["status"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl but for steps that a rollback has taken back.
 

@@ -161,6 +161,25 @@ def test_a_lost_metrics_file_comes_from_the_checkpoint(
 
 
 @pytest.mark.slow
+def test_what_comes_after_the_last_step_is_made_up_for(runner: Runner) -> None:
+    """Killed between its last step and its end: nothing is trained again, and the rest is done."""
+    done = runner("train.max_steps=2", "checkpoint.at_end=true", "checkpoint.export=true")
+    before, evaluations = done.losses, done.rows("eval_loss")
+    shutil.rmtree(done.run_dir.export)
+    done.run_dir.report.unlink()
+    status = json.loads(done.run_dir.status.read_text())
+    done.run_dir.status.write_text(json.dumps(status | {"status": "running"}))
+    again = runner.bare(f"resume={done.run_dir.path}", run_dir=done.run_dir)
+    assert (again.losses, again.rows("eval_loss")) == (before, evaluations)
+    assert len(again.rows("finished")) == 1
+    assert (done.run_dir.export / "model.safetensors").is_file()
+    assert done.run_dir.report.is_file()
+    assert json.loads(done.run_dir.status.read_text())["status"] == "completed"
+    refused = runner.bare(f"resume={done.run_dir.path}", run_dir=done.run_dir, expect=1)
+    assert "resume: the run has done its 2 steps; raise train.max_steps" in refused.output
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_with_a_full_disk(runner: Runner, tmp_path: Path) -> None:
     """There is room for one checkpoint: it stays, others are told of, and the run completes."""
     run_dir = RunDir(tmp_path / "full")
