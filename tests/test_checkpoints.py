@@ -55,7 +55,9 @@ def write_checkpoint(checkpoints: Path, step: int, *, config_hash: str = "0" * 6
     return folder
 
 
-def damage(folder: Path, kind: str, generator: random.Random) -> str:
+def damage(
+    folder: Path, kind: str, generator: random.Random, *, config_hash: str = "0" * 64
+) -> str:
     """Spoil a checkpoint. Returns what must be said of it."""
     victim = generator.choice(sorted(folder.glob("*")))
     if kind == "no manifest":
@@ -77,7 +79,7 @@ def damage(folder: Path, kind: str, generator: random.Random) -> str:
         return "is of another run"
     if kind == "renamed":
         shutil.rmtree(folder)
-        write_checkpoint(folder.parent, 1).rename(folder)
+        write_checkpoint(folder.parent, 1, config_hash=config_hash).rename(folder)
         return "is of step 1"
     if kind == "pickles":
         shutil.rmtree(folder)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,16 @@ import pytest
 from safetensors import safe_open
 
 from llama_pretrain.config.snapshot import config_hash, load_snapshot
-from llama_pretrain.runs.checkpoints import find_fault, read_manifest, write_manifest
+from llama_pretrain.runs.checkpoints import (
+    find_fault,
+    newest_complete,
+    read_manifest,
+    write_manifest,
+)
 from llama_pretrain.runs.rundir import RunDir, read_metrics
 from tests.conftest import Command, Runner, small_disk
 from tests.e2e.test_parity import at_stage
-from tests.test_checkpoints import MANIFEST
+from tests.test_checkpoints import KINDS, MANIFEST, damage
 
 IN_HOST_MEMORY = "zero.offload_optimizer.device=cpu"
 POINTS = [
@@ -146,6 +152,29 @@ def test_a_checkpoint_holds_all_that_is_needed(with_checkpoints: Command) -> Non
     assert (manifest.step, manifest.world_size, manifest.zero_stage) == (7, 2, 1)
     assert manifest.consumed_samples == 7 * manifest.global_batch_size == 28
     assert manifest.config_hash == config_hash(load_snapshot(with_checkpoints.run_dir.snapshot))
+
+
+def test_thirty_damages_are_named_and_passed_over(
+    runner: Runner, with_checkpoints: Command, tmp_path: Path
+) -> None:
+    """Of a real checkpoint, one damage after another; a resume says so and takes the one before."""
+    run_hash = config_hash(load_snapshot(with_checkpoints.run_dir.snapshot))
+    named = 0
+    for number, kind in enumerate(KINDS):
+        copy = RunDir(tmp_path / f"damaged{number}")
+        shutil.copytree(with_checkpoints.run_dir.path, copy.path)
+        spoilt, chance = copy.checkpoints / "step-00000007", random.Random(number)
+        told = damage(spoilt, kind, chance, config_hash=run_hash)
+        found, lines = newest_complete(copy.checkpoints, config_hash=run_hash)
+        assert found == copy.checkpoints / "step-00000006"
+        assert len(lines) == 1
+        assert lines[0].startswith(f"step-00000007 is passed over: {told}")
+        named += 1
+    print(f"{named} of {len(KINDS)} damaged checkpoints named and passed over")
+    done = runner.bare(f"resume={copy.path}", run_dir=copy)
+    assert lines[0] in done.output
+    assert "going on from step-00000006" in done.output
+    assert done.losses == with_checkpoints.losses
 
 
 def test_a_lost_metrics_file_comes_from_the_checkpoint(
