@@ -48,9 +48,9 @@ def run_hydra(argv: list[str]) -> int:
         SNAPSHOT_NAME,
         read_config,
         register,
-        rewrite_argv,
         trace_settings,
     )
+    from llama_pretrain.config.rewrite import rewrite_argv
 
     failures: list[Exception] = []
     composed: list[DictConfig] = []

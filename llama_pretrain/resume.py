@@ -8,6 +8,7 @@ from pathlib import Path
 from llama_pretrain import console
 from llama_pretrain.config.deepspeed import OffloadDevice
 from llama_pretrain.config.problems import Problem, UserError, refuse
+from llama_pretrain.config.rewrite import AUTO
 from llama_pretrain.config.schema import Run
 from llama_pretrain.config.snapshot import config_hash, load_snapshot
 from llama_pretrain.plan.plan import Plan
@@ -19,8 +20,6 @@ from llama_pretrain.runs.checkpoints import (
     read_manifest,
 )
 from llama_pretrain.runs.rundir import RunDir, Status, cut_metrics, read_metrics, read_status
-
-AUTO = "auto"
 
 
 @dataclass(frozen=True)

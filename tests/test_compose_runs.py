@@ -13,15 +13,14 @@ from llama_pretrain.config.compose import (
     COMPOSE_ERRORS,
     SNAPSHOT_NAME,
     explain,
-    find_unfinished,
     list_groups,
     read_config,
     register,
-    rewrite_argv,
     trace_settings,
 )
 from llama_pretrain.config.deepspeed import Zero
 from llama_pretrain.config.problems import Problem, UserError
+from llama_pretrain.config.rewrite import find_unfinished, rewrite_argv
 from llama_pretrain.config.rules import check_run
 from llama_pretrain.config.schema import Run
 from llama_pretrain.config.snapshot import load_snapshot, render_snapshot

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from llama_pretrain.config.compose import name_run, rewrite_argv
+from llama_pretrain.config.compose import name_run
 from llama_pretrain.config.problems import UserError
+from llama_pretrain.config.rewrite import rewrite_argv
 from llama_pretrain.config.rules import unknown_key
 from llama_pretrain.config.snapshot import load_snapshot, render_snapshot
 from tests.conftest import compose_run

@@ -90,7 +90,7 @@ class Saver:
         Args:
             files: more files, from rank 0.
         """
-        rows = self.finish()
+        assert self._pending is None, "the checkpoint before has to be finished first"
         started = time.perf_counter()
         assert self._plan.corpus is not None
         manifest = {
@@ -112,7 +112,7 @@ class Saver:
         more |= {STATE: json.dumps(values).encode()} if self._rank.is_first else {}
         save.fault = self._make_room(step, tensors, more)
         if save.fault:
-            return rows + self.finish()
+            return self.finish()
         temporary = self._temporary(step)
         if self._run.checkpoint.asynchronous:
             self._copies = {
@@ -123,9 +123,9 @@ class Saver:
             )
             save.thread.start()
             save.stall += time.perf_counter() - started
-            return rows
+            return []
         _write(save, temporary, self._rank, tensors, more)
-        return rows + self.finish()
+        return self.finish()
 
     def finish(self) -> list[dict[str, Any]]:
         """Wait for the checkpoint that is being written, and make it whole."""

@@ -73,7 +73,7 @@ def work(run_dir: RunDir, checkpoint: Path | None, stop: StopRequest, heartbeat:
 
 
 def train_rank(run: Any, plan: Any, run_dir: RunDir, rank: Any, checkpoint: Path | None) -> None:
-    """Train to the end, or to a signal; then save what an export needs."""
+    """Train to the end, or to a signal."""
     import deepspeed
     import torch
     import torch.distributed as dist
