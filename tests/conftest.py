@@ -40,9 +40,9 @@ OPERATORS = {
 """Compiled operators are kept between test sessions: two minutes each."""
 
 
-@pytest.fixture(scope="session")
-def world_of_one() -> Iterator[None]:
-    """A process group of this process alone. One a session: DeepSpeed keeps the first it sees."""
+@pytest.fixture(scope="module")
+def process_group() -> Iterator[None]:
+    """A world of one rank in this process, and what its environment says of it."""
     import deepspeed
     import torch.distributed as dist
 
@@ -52,16 +52,13 @@ def world_of_one() -> Iterator[None]:
         store = dist.HashStore()  # type: ignore[attr-defined]  # torch does not list it
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def process_group(world_of_one: None) -> Iterator[None]:
-    """A world of one rank in this process, and what its environment says of it."""
-    with pytest.MonkeyPatch.context() as patch:
-        _describe_rank(patch)
         yield
+        dist.destroy_process_group()
+        # DeepSpeed keeps the groups that it has seen, for the next module too.
+        deepspeed.comm.comm.cdb = None
+        for name, value in list(vars(deepspeed.utils.groups).items()):
+            if isinstance(value, dist.ProcessGroup):
+                setattr(deepspeed.utils.groups, name, None)
 
 
 def _describe_rank(patch: pytest.MonkeyPatch) -> None:
