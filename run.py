@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from llama_pretrain.launch.signals import Requests, catch_signals, leave_at_signals
+from llama_pretrain.launch.signals import Requests, catch_signals, ignore_signals, leave_at_signals
 
 
 def main() -> int:
@@ -147,4 +147,6 @@ def plan_at_once(argv: list[str]) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    ignore_signals()
+    sys.exit(exit_code)

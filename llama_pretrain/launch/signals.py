@@ -94,6 +94,12 @@ def catch_signals(requests: Requests) -> None:
         signal.signal(number, end)
 
 
+def ignore_signals() -> None:
+    """From here on nothing is left to end; the interpreter would put handlers back that kill."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def receive_signals() -> Iterator[Requests]:
     """Collect signals instead of acting on them."""
