@@ -6,7 +6,6 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from llama_pretrain.launch.signals import Requests, catch_signals, ignore_signals, leave_at_signals
 
@@ -40,7 +39,6 @@ def run_hydra(argv: list[str]) -> int:
     """A run or a sweep, through Hydra; every ending becomes a few lines and an exit code."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
     from omegaconf import DictConfig
 
     from llama_pretrain import endings
@@ -50,27 +48,23 @@ def run_hydra(argv: list[str]) -> int:
         register,
         trace_settings,
     )
-    from llama_pretrain.config.rewrite import rewrite_argv
+    from llama_pretrain.config.rewrite import is_sweep, rewrite_argv
 
     failures: list[Exception] = []
     composed: list[DictConfig] = []
-    points: list[Any] = []
 
     @hydra.main(config_path="conf", config_name="config", version_base="1.3")
     def run(config: DictConfig) -> float | None:
         composed.append(config)
         requests.check()
         from llama_pretrain.runs.rundir import RunDir
-        from llama_pretrain.tasks import plan_point, run_task
+        from llama_pretrain.tasks import run_task
 
         own = HydraConfig.get()
         folder = Path(own.runtime.output_dir)
         words = list(own.overrides.task)
         try:
             read = read_config(config)
-            if own.mode is RunMode.MULTIRUN and config.task == "plan":  # one table at the end
-                points.append(plan_point(read, words))
-                return None
             is_snapshot = own.job.config_name == SNAPSHOT_NAME
             requests.check()
             origins = trace_settings(words, {} if is_snapshot else own.runtime.choices)
@@ -89,12 +83,17 @@ def run_hydra(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             catch_signals(requests)  # here, where what it raises is caught
-            sys.argv[1:] = rewrite_argv(argv, scratch=Path(scratch))
-            run()
-            if points:
-                from llama_pretrain.console import show_points
+            words = rewrite_argv(argv, scratch=Path(scratch))
+            if is_sweep(words):
+                from llama_pretrain.sweep.command import SWEPT_TASKS, run_sweep
+                from llama_pretrain.sweep.points import read_command
 
-                return show_points(points)
+                command = read_command(words)
+                composed.append(command.base)
+                if command.base.task in SWEPT_TASKS:
+                    return run_sweep(argv, command)
+            sys.argv[1:] = words
+            run()
         except BaseException as error:
             return endings.end(error, sys.argv[1:], composing=not composed, requests=requests)
     return 1 if failures else 0

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from llama_pretrain.config.compose import PROJECT_ROOT
 from llama_pretrain.config.fields import parse_size
 from llama_pretrain.config.problems import Problem, UserError, refuse
 from llama_pretrain.config.rules import check_run
-from llama_pretrain.config.schema import Resume, Run, Task
+from llama_pretrain.config.schema import Resume, Run, SweepSettings, Task
 from llama_pretrain.config.snapshot import render_snapshot
 from llama_pretrain.finished import do_with_run, export_at_end
 from llama_pretrain.launch.local import launch
@@ -29,7 +29,6 @@ from llama_pretrain.plan.machine import Machine, detect_machine
 from llama_pretrain.plan.plan import (
     Corpus,
     Plan,
-    Point,
     build_plan,
     check_corpus,
     check_fits,
@@ -78,19 +77,28 @@ def run_task(
 
     with disk_problems(run.data.cache_dir):
         corpus = prepare_data(run, run_dir)
-    plan = build_plan(run, corpus)
     if not run.task.trains:
-        console.show_corpus(run, plan)
+        console.show_corpus(run, build_plan(run, corpus))
         return None
-    refuse(check_corpus(run, plan))
-    config = get_train_ds_config(run, plan.batch, run_dir=run_dir.path)
-    plan = replace(plan, deepspeed_sources=trace_ds_config(config, origins))
+    plan = plan_training(run, corpus, run_dir=run_dir, origins=origins)
     if run.task is Task.verify_resume:
         verify(run, plan, run_dir, argv=argv, machine=machine)
         return None
     if run.task is Task.probe:
         return probe(run, plan, run_dir=run_dir, argv=argv, machine=machine)
     return pretrain(run, plan, run_dir=run_dir, argv=argv, machine=machine)
+
+
+def plan_training(run: Run, corpus: Corpus, *, run_dir: RunDir, origins: Mapping[str, str]) -> Plan:
+    """The plan of a run that is to train on a corpus.
+
+    Raises:
+        UserError: if it may not.
+    """
+    plan = build_plan(run, corpus)
+    refuse(check_corpus(run, plan))
+    config = get_train_ds_config(run, plan.batch, run_dir=run_dir.path)
+    return replace(plan, deepspeed_sources=trace_ds_config(config, origins))
 
 
 def prepare_data(run: Run, run_dir: RunDir) -> Corpus:
@@ -106,14 +114,6 @@ def prepare_data(run: Run, run_dir: RunDir) -> Corpus:
         write_text(run_dir.inspection, render_page_of(run, inspection))
         console.show_inspection(inspection, run_dir.inspection)
     return corpus
-
-
-def plan_point(run: Run, words: Sequence[str]) -> Point:
-    """One point of a sweep with task=plan, without a line of output."""
-    run, problems = check_everything(run, detect_machine())
-    if problems:
-        return Point(words=words, problem="; ".join(str(problem) for problem in problems))
-    return Point(words=words, plan=build_plan(run, None))
 
 
 def show_plan(run: Run, machine: Machine, origins: Mapping[str, str]) -> None:
@@ -195,20 +195,44 @@ def check_everything(run: Run, machine: Machine) -> tuple[Run, list[Problem]]:
     return run, problems + list(check_plan(run))
 
 
+class BusyError(UserError):
+    """Another process is training in the run directory."""
+
+
+class PrunedError(Exception):
+    """A point of a sweep was ended because it fell behind the others."""
+
+
 def pretrain(
-    run: Run, plan: Plan, *, run_dir: RunDir, argv: Sequence[str], machine: Machine
+    run: Run,
+    plan: Plan,
+    *,
+    run_dir: RunDir,
+    argv: Sequence[str],
+    machine: Machine,
+    launch: Callable[..., int] = launch,
 ) -> float | None:
-    """Write the run directory, train in it, and say how it ended."""
+    """Write the run directory, train in it, and say how it ended.
+
+    Args:
+        launch: starts ranks and waits for them, as launch/local.py has it.
+    """
     try:
         with hold(run_dir):
-            return _pretrain(run, plan, run_dir=run_dir, argv=argv, machine=machine)
+            return _pretrain(run, plan, run_dir=run_dir, argv=argv, machine=machine, launch=launch)
     except BlockingIOError as error:
         message = f"another process is training in {run_dir.path}"
-        raise UserError([Problem(path="hydra.run.dir", message=message)]) from error
+        raise BusyError([Problem(path="hydra.run.dir", message=message)]) from error
 
 
 def _pretrain(
-    run: Run, plan: Plan, *, run_dir: RunDir, argv: Sequence[str], machine: Machine
+    run: Run,
+    plan: Plan,
+    *,
+    run_dir: RunDir,
+    argv: Sequence[str],
+    machine: Machine,
+    launch: Callable[..., int],
 ) -> float | None:
     start, resumed = Start(), run.resume.run_dir is not None
     if not resumed:
@@ -219,7 +243,7 @@ def _pretrain(
             console.say(f"{run_dir.path} has done its {plan.steps.total} steps")
             return _objective(run_dir)
         resumed = run_dir.snapshot.exists()
-    run = replace(run, resume=Resume())
+    run = as_written(run)
     console.show_config(run)
     console.show_plan(run, plan, run_dir)
     write_run_dir(run, plan, run_dir, argv=argv, machine=machine)
@@ -264,6 +288,11 @@ def _pretrain(
     return objective
 
 
+def as_written(run: Run) -> Run:
+    """A run without what says how it was come by: resumed, or one of a sweep's."""
+    return replace(run, resume=Resume(), sweep=SweepSettings())
+
+
 def _objective(run_dir: RunDir) -> float | None:
     """The last evaluation loss."""
     rows = read_metrics(run_dir.metrics)
@@ -281,6 +310,9 @@ def _write_ending(run_dir: RunDir, error: BaseException, *, restarts: int) -> No
             log=error.log,
             restarts=restarts,
         )
+    elif isinstance(error, PrunedError):
+        objective = _objective(run_dir)
+        write_status(run_dir, Status.pruned, objective=objective, error=str(error))
     elif isinstance(error, Preempted):
         write_status(run_dir, Status.preempted, error=str(error), restarts=restarts)
     elif isinstance(error, (Stopped, KeyboardInterrupt)):
@@ -304,6 +336,11 @@ def check_unused(run_dir: RunDir) -> None:
         raise UserError([Problem(path="hydra.run.dir", message=message, hint=hint)])
 
 
+def snapshot_of(run: Run, corpus: Corpus) -> str:
+    """The snapshot of a run on a corpus, which it names by its hash."""
+    return render_snapshot(replace(run, data=replace(run.data, hash=corpus.content_hash)))
+
+
 def write_run_dir(
     run: Run, plan: Plan, run_dir: RunDir, *, argv: Sequence[str], machine: Machine
 ) -> None:
@@ -314,8 +351,7 @@ def write_run_dir(
     write_text(run_dir.ds_config, json.dumps(config, indent=2) + "\n")
     write_text(run_dir.plan, render_plan(plan))
     assert plan.corpus is not None
-    data = replace(run.data, hash=plan.corpus.content_hash)
-    write_text(run_dir.snapshot, render_snapshot(replace(run, data=data)))
+    write_text(run_dir.snapshot, snapshot_of(run, plan.corpus))
     shutil.copytree(plan.corpus.tokenizer_dir, run_dir.tokenizer, dirs_exist_ok=True)
     for folder in (run_dir.ranks, run_dir.checkpoints):
         os.makedirs(folder, exist_ok=True)

@@ -39,7 +39,7 @@ def register() -> None:
 def name_run(overrides: Sequence[str]) -> str:
     """A folder name for a sweep's point: safe characters, at most 80, and a hash where cut."""
     text = ",".join(overrides)
-    safe = re.sub(r"[^A-Za-z0-9=.,_-]+", "-", text).strip("-") or "run"
+    safe = re.sub(r"[^A-Za-z0-9=.,+_-]+", "-", text).strip("-") or "run"
     if len(safe) <= 80:
         return safe
     return f"{safe[:71]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -97,6 +97,15 @@ def rewrite_argv(argv: Sequence[str], *, scratch: Path) -> list[str]:
     return words
 
 
+def is_sweep(argv: Sequence[str]) -> bool:
+    """Whether a command line asks for several runs."""
+    return any(
+        word in ("-m", "--multirun", "hydra.mode=MULTIRUN") or word.startswith("sweep=")
+        for word in argv
+        if word not in ("sweep=null", "sweep=")
+    )
+
+
 def _place_of_task(task: str, folder: Path, settings: Mapping[str, str]) -> list[str]:
     """Where a task about the run in `folder` writes: an evaluation in a folder of its own.
 

@@ -6,6 +6,7 @@ docs/configuration.md is made from it). OmegaConf drops the `Annotated` part. Th
 are in config/data.py, DeepSpeed's own in config/deepspeed.py.
 """
 
+import math
 from dataclasses import field
 from enum import Enum
 from typing import Annotated
@@ -128,6 +129,16 @@ class OptimName(str, Enum):
     muon = "muon"
 
 
+class BatchScaling(str, Enum):
+    none = "none"
+    sqrt = "sqrt"
+    linear = "linear"
+
+    def factor(self, ratio: float) -> float:
+        """What a learning rate is multiplied by where the batch is so many times as large."""
+        return {"none": 1.0, "sqrt": math.sqrt(ratio), "linear": ratio}[self.value]
+
+
 @schema
 class Optim:
     """The optimizer and its numbers."""
@@ -140,6 +151,11 @@ class Optim:
     cpu_ ones update state in host memory."""
     learning_rate: PositiveFloat = 3e-4
     """Peak learning rate, reached at the end of warm-up."""
+    scale_by_batch: BatchScaling = BatchScaling.none
+    """How the learning rates follow the global batch: not, with the square root of its size (arXiv
+    2405.14578), or in proportion to it (arXiv 1706.02677). A snapshot has the scaled ones."""
+    scale_from_rows: PositiveInt | None = None
+    """`scale_by_batch`: rows of the global batch that the learning rates are given for."""
     betas: Annotated[list[float], Len(2, 2)] = field(default_factory=lambda: [0.9, 0.95])
     """Decay rates of the first and second moment (not Adagrad)."""
     eps: PositiveFloat = 1e-8
@@ -279,6 +295,9 @@ class Train:
     """Optimizer steps of the run; with max_tokens too, the shorter one."""
     max_tokens: PositiveInt | None = None
     """Training tokens of the run, rounded up to whole steps."""
+    tokens_per_parameter: PositiveFloat | None = None
+    """Training tokens as a multiple of the model's parameters: 20 is near the best loss for the
+    compute (arXiv 2203.15556). A snapshot has it as max_tokens; with max_steps, the shorter one."""
     eval_every_steps: PositiveInt | None = 100
     """Evaluate each so many steps; `null` = only before the first and after the last step."""
     eval_rows: PositiveInt | None = 64
@@ -444,6 +463,36 @@ class Resume:
     """Go on although the data is not what the checkpoint was trained on."""
 
 
+class Objective(str, Enum):
+    eval_loss = "eval_loss"
+    train_loss = "train_loss"
+    tokens_per_s = "tokens_per_s"
+    peak_memory_bytes = "peak_memory_bytes"
+
+    @property
+    def more_is_better(self) -> bool:
+        """Whether the largest value is the best."""
+        return self is Objective.tokens_per_s
+
+
+@schema
+class SweepSettings:
+    """What a sweep, with `-m`, does with its points; no single run has a use for it."""
+
+    objective: Objective = Objective.eval_loss
+    """What points are ranked by, and what Optuna is told: the last evaluation's loss, the mean loss
+    of the last steps, the median throughput (the most is best) or the largest rank's peak memory.
+    """
+    prune: bool = False
+    """End a point whose evaluation loss is worse than the median of the finished points' at as many
+    tokens."""
+    prune_after: PositiveInt = 4
+    """`prune`: points that must have finished before one is ended."""
+    fork: bool = True
+    """Fork the ranks of each point from a process that has imported everything, once; `false` = a
+    fresh interpreter for each, some seconds a point."""
+
+
 @schema
 class Run:
     """A whole run."""
@@ -491,6 +540,8 @@ class Run:
     """Processes and machines."""
     plan: PlanSettings = field(default_factory=PlanSettings)
     """Questions to the plan."""
+    sweep: SweepSettings = field(default_factory=SweepSettings)
+    """Points of a sweep."""
     deepspeed: DeepSpeed = field(default_factory=DeepSpeed)
     """The rest of DeepSpeed."""
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from llama_pretrain.config.compose import PROJECT_ROOT
 from llama_pretrain.config.schema import Device, Run
-from llama_pretrain.train.signals import PARENT
 
 
 def extensions_dir(run: Run) -> Path:
@@ -21,7 +20,6 @@ def worker_environment(run: Run) -> dict[str, str]:
     """What ranks need beside our own environment."""
     paths = [str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")]
     values = {
-        PARENT: str(os.getpid()),
         # ninja, which compiles operators, may lie beside the interpreter and off the PATH
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),

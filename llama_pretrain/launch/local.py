@@ -1,23 +1,29 @@
-"""Ranks on this machine, through torch's elastic agent: fresh interpreters, own rendezvous."""
+"""Ranks on this machine: of fresh interpreters through torch's elastic agent, or forked."""
 
+import contextlib
 import json
 import logging
+import os
 import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llama_pretrain.config.schema import Run
 from llama_pretrain.launch.environment import worker_environment
+from llama_pretrain.launch.forks import ForkAgent, ForkServers
+from llama_pretrain.launch.processes import PROC, list_processes
 from llama_pretrain.launch.signals import Preempted, receive_signals
-from llama_pretrain.launch.watch import WORKER, RankError, Watch
+from llama_pretrain.launch.watch import RankError, Watch
 from llama_pretrain.plan.advice import advise_memory, is_out_of_memory
 from llama_pretrain.plan.plan import Plan
 from llama_pretrain.runs.rundir import RunDir
+from llama_pretrain.train.signals import PARENT
 
+WORKER = "llama_pretrain.train.worker"
 LOOK_EVERY_S = 0.1
 LOST_PEER = (
     "Connection closed by peer",
@@ -38,6 +44,8 @@ def launch(
     *,
     checkpoint: Path | None,
     report: Callable[[str], None] = print,
+    forks: ForkServers | None = None,
+    look: Callable[[], None] = lambda: None,
 ) -> int:
     """Start the ranks of a written run directory and wait for all of them.
 
@@ -46,6 +54,8 @@ def launch(
 
     Args:
         report: for a line to the user.
+        forks: ranks are forked from these where they may be; `None` = fresh interpreters.
+        look: called a few times a second; what it raises ends the ranks.
 
     Returns:
         A signal that came when there was nothing left to do before the end; 0 for none.
@@ -58,19 +68,28 @@ def launch(
     seen = run_dir.metrics.stat().st_size if run_dir.metrics.is_file() else 0
     run_dir.heartbeats.unlink(missing_ok=True)  # of an earlier launch: its ids may be others' now
     with tempfile.TemporaryDirectory() as early_logs, receive_signals() as requests:
-        agent = Agent(run, run_dir, checkpoint=checkpoint, early_logs=early_logs)
+        words = [str(run_dir.path), *([] if checkpoint is None else [str(checkpoint)])]
+        agent: Agent | ForkAgent
+        if forks is None:
+            agent = Agent(run, run_dir, words=words, early_logs=early_logs)
+        else:
+            server = forks.of_environment(worker_environment(run))
+            size = plan.world_size
+            agent = ForkAgent(server, words=words, world_size=size, early_logs=Path(early_logs))
         watch = Watch(
             run_dir,
             world_size=plan.world_size,
             timeout_s=run.launch.timeout_s,
             requests=requests,
             report=report,
+            workers=agent.workers,
         )
         agent.start()
         try:
             while agent.is_alive():
                 agent.join(LOOK_EVERY_S)
                 watch.look()
+                look()
         finally:
             while agent.is_alive():  # it ends when all ranks have
                 watch.kill()
@@ -101,7 +120,7 @@ class Agent(threading.Thread):
     A rank dies with the thread that started it (PR_SET_PDEATHSIG), so the thread outlives them.
     """
 
-    def __init__(self, run: Run, run_dir: RunDir, *, checkpoint: Path | None, early_logs: str):
+    def __init__(self, run: Run, run_dir: RunDir, *, words: Sequence[str], early_logs: str):
         super().__init__(name="agent", daemon=True)
         self.failures: Mapping[int, Any] = {}
         """Of ranks, by number: torch's ProcessFailure."""
@@ -109,8 +128,8 @@ class Agent(threading.Thread):
         """Of the agent itself."""
         self._config = _launch_config(run, run_dir, early_logs=early_logs)
         variables = [f"{key}={value}" for key, value in worker_environment(run).items()]
-        module = [sys.executable, "-u", "-m", WORKER, str(run_dir.path)]
-        self._words = [*variables, *module, *([] if checkpoint is None else [str(checkpoint)])]
+        variables.append(f"{PARENT}={os.getpid()}")
+        self._words = [*variables, sys.executable, "-u", "-m", WORKER, *words]
 
     def run(self) -> None:
         """Start the ranks, and wait for them."""
@@ -129,6 +148,16 @@ class Agent(threading.Thread):
             self.failures = error.failures
         except BaseException as error:
             self.error = error
+
+    def workers(self) -> list[int]:
+        """The ids of the ranks, those that have not registered yet too."""
+        found = []
+        for process in list_processes():
+            if process.parent == os.getpid():
+                with contextlib.suppress(OSError):
+                    if WORKER.encode() in (PROC / str(process.pid) / "cmdline").read_bytes():
+                        found.append(process.pid)
+        return found
 
 
 def _launch_config(run: Run, run_dir: RunDir, *, early_logs: str) -> Any:

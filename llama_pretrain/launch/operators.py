@@ -14,6 +14,7 @@ from llama_pretrain.config.schema import Device, OptimName, Run
 from llama_pretrain.launch.environment import extensions_dir, worker_environment
 from llama_pretrain.launch.processes import kill_session
 from llama_pretrain.runs.provenance import cpu_name
+from llama_pretrain.train.signals import PARENT
 
 BUILDERS = {
     OptimName.cpu_adam: "CPUAdamBuilder",
@@ -58,7 +59,7 @@ def build_operators(run: Run, *, log: Path, report: Callable[[str], None]) -> No
         with log.open("w") as output:
             process = subprocess.Popen(
                 [sys.executable, "-c", BUILD, BUILDERS[run.optim.name]],
-                env=os.environ | worker_environment(run),
+                env=os.environ | worker_environment(run) | {PARENT: str(os.getpid())},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -4,7 +4,7 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -101,12 +101,17 @@ def ignore_signals() -> None:
 
 
 @contextmanager
-def receive_signals() -> Iterator[Requests]:
-    """Collect signals instead of acting on them."""
+def receive_signals(tell: Callable[[int], None] = lambda number: None) -> Iterator[Requests]:
+    """Collect signals instead of acting on them.
+
+    Args:
+        tell: called with each that is a new request.
+    """
     requests = Requests()
 
     def note(number: int, _frame: FrameType | None) -> None:
-        requests.add(number)
+        if requests.add(number):
+            tell(number)
 
     before = {number: signal.signal(number, note) for number in _heeded()}
     try:

@@ -4,17 +4,16 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from llama_pretrain.launch.processes import PROC, is_alive, kill_session, list_processes
+from llama_pretrain.launch.processes import is_alive, kill_session
 from llama_pretrain.launch.signals import Preempted, Requests, Stopped
 from llama_pretrain.launch.stacks import RankState, describe_stack, find_hanging, read_stacks
 from llama_pretrain.runs.heartbeat import STARTED, Beat, read_beats
 from llama_pretrain.runs.rundir import RunDir
 from llama_pretrain.train.signals import DUMP
 
-WORKER = "llama_pretrain.train.worker"
 LAST_WORDS_S = 1.0
 """What the others have when a rank has ended with an error, to write down their own."""
 DUMP_S = 2.0
@@ -47,9 +46,10 @@ class Watch:
         timeout_s: int,
         requests: Requests,
         report: Callable[[str], None],
+        workers: Callable[[], Iterable[int]] = tuple,
     ):
         self._run_dir, self._world_size, self._timeout_s = run_dir, world_size, timeout_s
-        self._requests, self._report = requests, report
+        self._requests, self._report, self._workers = requests, report, workers
         self._began = time.monotonic()
         self._asked: set[int] = set()
         self._first_death: float | None = None
@@ -147,16 +147,5 @@ class Watch:
         """End all ranks at once, and what they have started."""
         beats = read_beats(self._run_dir.heartbeats, world_size=self._world_size)
         self.killed |= {rank for rank, beat in enumerate(beats) if beat.pid and is_alive(beat.pid)}
-        for pid in {beat.pid for beat in beats if beat.pid} | set(_workers()):
+        for pid in {beat.pid for beat in beats if beat.pid} | set(self._workers()):
             kill_session(pid)  # each rank leads a session of its own
-
-
-def _workers() -> list[int]:
-    """Ranks that this process has started, those that have not registered yet too."""
-    found = []
-    for process in list_processes():
-        if process.parent == os.getpid():
-            with contextlib.suppress(OSError):
-                if WORKER.encode() in (PROC / str(process.pid) / "cmdline").read_bytes():
-                    found.append(process.pid)
-    return found

@@ -5,6 +5,7 @@ elsewhere.
 """
 
 import json
+import math
 import os
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,19 +16,23 @@ from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.config.rules import flatten
 from llama_pretrain.config.schema import (
     Batch,
+    BatchScaling,
     Device,
     Launch,
     Model,
+    Optim,
     OptimName,
     PrecisionName,
     RopeParameters,
     RopeType,
     Run,
     Task,
+    Train,
 )
 from llama_pretrain.config.snapshot import to_plain
-from llama_pretrain.plan.batch import count_replicas
+from llama_pretrain.plan.batch import count_replicas, solve_batch
 from llama_pretrain.plan.machine import Machine
+from llama_pretrain.plan.model_size import count_parameters
 
 SHAPE = (
     "vocab_size",
@@ -64,6 +69,9 @@ CHOSEN = {
     "batch.global_batch_size": "chosen: 16 rows, or the next number that the ranks divide",
     "precision.name": "chosen: bf16 where the device computes in it natively",
     "optim.name": "chosen: for the device and the offload",
+    "optim.learning_rate": "derived: optim.scale_by_batch of the global batch",
+    "optim.muon_learning_rate": "derived: optim.scale_by_batch of the global batch",
+    "train.max_tokens": "derived: train.tokens_per_parameter * parameters",
     "train.gradient_clipping": "chosen: 1.0, but 0 with Muon",
     "zero.reduce_scatter": "chosen: true, but for Muon at stage 3",
     "zero.reduce_bucket_size": "derived: hidden_size^2 at stage 3, else 5e8",
@@ -104,7 +112,45 @@ def resolve_choices(run: Run, machine: Machine) -> Run:
     if batch == Batch():
         replicas = count_replicas(run)  # as many rows each: nobody asked for a size
         batch = replace(batch, global_batch_size=-(-DEFAULT_ROWS // replicas) * replicas)
-    return replace(run, train=train, batch=batch, zero=resolve_zero(run))
+    run = replace(run, train=train, batch=batch, zero=resolve_zero(run))
+    return replace(run, optim=_scale_rates(run), train=_count_tokens(run))
+
+
+def _scale_rates(run: Run) -> Optim:
+    """The optimizer with the learning rates that the batch asks for.
+
+    Raises:
+        UserError: if it isn't said which batch they are given for.
+    """
+    optim = run.optim
+    if optim.scale_by_batch is BatchScaling.none:
+        return replace(optim, scale_from_rows=None)
+    if optim.scale_from_rows is None:
+        message = "scale_by_batch needs the batch that learning_rate is for (got null)"
+        hint = "set it to rows of a step: optim.scale_from_rows=16, say"
+        raise UserError([Problem(path="optim.scale_from_rows", message=message, hint=hint)])
+    batch = solve_batch(
+        run.batch, sequence_length=run.data.sequence_length, replicas=count_replicas(run)
+    )
+    factor = optim.scale_by_batch.factor(batch.global_batch_size / optim.scale_from_rows)
+    return replace(
+        optim,
+        learning_rate=optim.learning_rate * factor,
+        muon_learning_rate=optim.muon_learning_rate
+        * (factor if optim.name is OptimName.muon else 1.0),
+        scale_by_batch=BatchScaling.none,
+        scale_from_rows=None,
+    )
+
+
+def _count_tokens(run: Run) -> Train:
+    """The section `train` with a length in tokens for one in tokens a parameter."""
+    train = run.train
+    if train.tokens_per_parameter is None:
+        return train
+    tokens = math.ceil(train.tokens_per_parameter * count_parameters(run.model).total)
+    shortest = tokens if train.max_tokens is None else min(tokens, train.max_tokens)
+    return replace(train, max_tokens=shortest, tokens_per_parameter=None)
 
 
 def describe_choices(before: Run, after: Run) -> dict[str, str]:

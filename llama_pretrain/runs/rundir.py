@@ -1,8 +1,10 @@
 """What lies where in a run directory, and how its files are written and read."""
 
+import contextlib
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,6 +95,9 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+LOOKS = 5
+
+
 @contextmanager
 def hold(run_dir: RunDir) -> Iterator[None]:
     """Keep a run directory to this process; the system lets go of it however the process ends.
@@ -102,8 +107,26 @@ def hold(run_dir: RunDir) -> Iterator[None]:
     """
     run_dir.path.mkdir(parents=True, exist_ok=True)
     with (run_dir.path / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for _ in range(LOOKS):
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.02)  # whoever asks whether it is held holds it for a moment
+        else:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+
+
+def is_held(run_dir: RunDir) -> bool:
+    """Whether a process is training in a run directory. Nothing is written, nothing kept."""
+    try:
+        with (run_dir.path / ".lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 class Status(str, Enum):
@@ -112,6 +135,11 @@ class Status(str, Enum):
     failed = "failed"
     stopped = "stopped"
     preempted = "preempted"
+    pruned = "pruned"
+
+
+FINISHED = (Status.completed, Status.pruned)
+"""A point of a sweep that is one of these is not run again."""
 
 
 def write_status(

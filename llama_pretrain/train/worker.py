@@ -7,19 +7,37 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from llama_pretrain.runs.heartbeat import Heartbeat
 from llama_pretrain.runs.rundir import RunDir
 from llama_pretrain.train.signals import StopRequest, die_with_parent
 
 
-def main(run_dir: RunDir, stop: StopRequest, heartbeat: Heartbeat) -> None:
+def begin(words: Sequence[str]) -> NoReturn:
+    """Be a rank: of a fresh interpreter, or of one that was forked.
+
+    Args:
+        words: the run directory, and the checkpoint to go on from, if there is one.
+    """
+    # Before anything is imported that takes a while: a signal must find its handler.
+    die_with_parent()
+    request = StopRequest()
+    request.install()
+    run_dir, number = RunDir(Path(words[0])), int(os.environ["RANK"])
+    checkpoint = Path(words[1]) if len(words) > 1 else None
+    redirect_output(run_dir.rank_log(number))
+    main(run_dir, checkpoint, request, Heartbeat(run_dir.heartbeats, number))
+
+
+def main(
+    run_dir: RunDir, checkpoint: Path | None, stop: StopRequest, heartbeat: Heartbeat
+) -> NoReturn:
     """Work, and leave the error where the launcher looks for it."""
     from torch.distributed.elastic.multiprocessing.errors import record  # imports torch
 
-    checkpoint = Path(sys.argv[2]) if len(sys.argv) > 2 else None
     code = 1
     try:
         record(work)(run_dir, checkpoint, stop, heartbeat)
@@ -143,10 +161,4 @@ def evaluate_rank(run: Any, plan: Any, run_dir: RunDir, rank: Any, checkpoint: P
 
 
 if __name__ == "__main__":
-    # Before anything is imported that takes a while: a signal must find its handler.
-    die_with_parent()
-    request = StopRequest()
-    request.install()
-    directory, number = RunDir(Path(sys.argv[1])), int(os.environ["RANK"])
-    redirect_output(directory.rank_log(number))
-    main(directory, request, Heartbeat(directory.heartbeats, number))
+    begin(sys.argv[1:])

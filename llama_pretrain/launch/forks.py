@@ -1,0 +1,190 @@
+"""Ranks that are forked from a process that has imported everything: a sweep starts many.
+
+A fresh interpreter imports for some seconds, in each rank of each point. Here that is done once, by
+a server that does nothing else; each rank begins as a copy of it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llama_pretrain.launch.processes import kill_session
+from llama_pretrain.train.signals import PARENT
+
+SERVER = "llama_pretrain.train.forkserver"
+LAST_WORDS_S = 1.0
+"""What the others have, when a rank has failed that never registered, to end by themselves."""
+
+
+class ForkServers:
+    """A server for each environment that ranks were wanted with; use it in a `with` block.
+
+    What an environment says is read while modules are imported, so it can't be changed later.
+    """
+
+    def __init__(self) -> None:
+        self._servers: dict[tuple[tuple[str, str], ...], ForkServer] = {}
+
+    def __enter__(self) -> "ForkServers":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for server in self._servers.values():
+            server.end()
+
+    def of_environment(self, values: Mapping[str, str]) -> "ForkServer":
+        """The server whose environment is ours with these values; a new one where it has ended.
+
+        Call it in the main thread: the server ends with the thread that has started it.
+        """
+        key = tuple(sorted(values.items()))
+        server = self._servers.get(key)
+        if server is None or server.has_ended:
+            server = self._servers[key] = ForkServer(values)
+        return server
+
+
+class ForkServer:
+    """The process of train/forkserver.py."""
+
+    def __init__(self, values: Mapping[str, str]):
+        # The device is looked for through NVML: a process with a CUDA context can't be forked.
+        self.values = {**values, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the server
+        self._process = subprocess.Popen(
+            [sys.executable, "-u", "-m", SERVER],
+            env=os.environ | self.values | {PARENT: str(os.getpid())},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            start_new_session=True,  # signals of a terminal are ours to pass on
+        )
+        self._is_ready = False
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Send a request, and wait for its answer."""
+        if not self._is_ready:
+            self.wait()
+            self._is_ready = True
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
+        self._process.stdin.flush()
+        return self.wait()
+
+    def wait(self) -> dict[str, Any]:
+        """The next answer.
+
+        Raises:
+            ChildProcessError: if the server has ended.
+        """
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self._log.seek(0)
+            said = self._log.read().decode(errors="replace").strip()[-2000:]
+            raise ChildProcessError(f"the process that forks ranks has ended: {said}")
+        values: dict[str, Any] = json.loads(line)
+        return values
+
+    def end(self) -> None:
+        """End it, and any rank that it has."""
+        kill_session(self.pid)
+        self._process.wait()
+        for file in (self._process.stdin, self._process.stdout, self._log):
+            assert file is not None
+            file.close()
+
+
+class ForkAgent(threading.Thread):
+    """Has ranks forked, and waits for them: the part that torch's elastic agent has otherwise."""
+
+    def __init__(
+        self, server: ForkServer, *, words: Sequence[str], world_size: int, early_logs: Path
+    ):
+        super().__init__(name="agent", daemon=True)
+        self.failures: dict[int, Any] = {}
+        """Of ranks, by number: torch's ProcessFailure."""
+        self.error: BaseException | None = None
+        """Of the server."""
+        self._server, self._words, self._world_size = server, list(words), world_size
+        self._error_files = [early_logs / f"error{rank}.json" for rank in range(world_size)]
+        self._pids: list[int] = []
+        self._ended: set[int] = set()
+
+    def workers(self) -> list[int]:
+        """The ids of ranks that live, as far as the server has told."""
+        return [pid for pid in self._pids if pid not in self._ended]
+
+    def run(self) -> None:
+        """Have them forked, and wait until all have ended."""
+        import torch.distributed as dist  # 2 s, while the server imports as well
+
+        try:
+            # As torch's agent does: where the ranks meet lies in this process, at a free port.
+            store = dist.TCPStore(  # type: ignore[attr-defined]  # torch does not list it
+                "localhost", 0, is_master=True, wait_for_workers=False
+            )
+            environments = [self._environment(rank, store.port) for rank in range(self._world_size)]
+            cores = sorted(os.sched_getaffinity(0))  # as a process has that we start
+            request = {"words": self._words, "ranks": environments, "cores": cores}
+            self._pids = self._server.ask(request)["started"]
+            while len(self._ended) < self._world_size:
+                self._note_end(self._server.wait())
+        except BaseException as error:
+            self.error = error
+            for pid in self.workers():
+                kill_session(pid)
+
+    def _environment(self, rank: int, port: int) -> dict[str, str]:
+        """What torch's agent sets."""
+        return {
+            **os.environ,
+            **self._server.values,
+            PARENT: str(self._server.pid),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(self._world_size),
+            "LOCAL_WORLD_SIZE": str(self._world_size),
+            "GROUP_RANK": "0",
+            "GROUP_WORLD_SIZE": "1",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+            "TORCHELASTIC_ERROR_FILE": str(self._error_files[rank]),
+        }
+
+    def _note_end(self, answer: Mapping[str, Any]) -> None:
+        from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+        pid, code = answer["ended"], answer["code"]
+        self._ended.add(pid)
+        if code == 0:
+            return
+        rank = self._pids.index(pid)
+        file = str(self._error_files[rank])
+        self.failures[rank] = ProcessFailure(rank, pid, code, file)
+        if len(self.failures) == 1 and self.workers():
+            threading.Thread(target=self._end_others, daemon=True).start()
+
+    def _end_others(self) -> None:
+        """The watch does it for ranks that have registered; here it is for one that never has."""
+        time.sleep(2 * LAST_WORDS_S)
+        for pid in self.workers():
+            kill_session(pid)

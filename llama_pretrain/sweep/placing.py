@@ -1,0 +1,75 @@
+"""Several points at a time on one machine: each has cores and GPUs that no other has."""
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from llama_pretrain.plan.machine import Machine
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+def share(machine: Machine, slots: int) -> Machine:
+    """What one of several points has of a machine."""
+    return replace(
+        machine,
+        cores=max(1, machine.cores // slots),
+        memory_bytes=machine.memory_bytes // slots,
+        num_gpus=machine.num_gpus // slots,
+    )
+
+
+def count_slots(machine: Machine, wanted: int) -> int:
+    """How many points may run at a time: each needs a core, and a GPU where there are any."""
+    most = machine.num_gpus or machine.cores
+    return most if wanted < 0 else max(1, min(wanted, most))
+
+
+@contextlib.contextmanager
+def claim_slot(folder: Path, slots: int, machine: Machine) -> Iterator[int | None]:
+    """Be the only point in a slot: this process, and all that it starts, keep to its cores.
+
+    The system gives the slot back however the process ends. With fewer than two slots there is
+    nothing to share.
+
+    Args:
+        machine: the share of one slot.
+    """
+    if slots < 2:
+        yield None
+        return
+    cores, visible = os.sched_getaffinity(0), os.environ.get(VISIBLE)
+    with contextlib.ExitStack() as stack:
+        number = _wait_for_slot(folder, slots, stack)
+        mine = sorted(cores)[number * machine.cores : (number + 1) * machine.cores]
+        os.sched_setaffinity(0, mine or cores)
+        if machine.num_gpus:
+            gpus = (visible or ",".join(map(str, range(slots * machine.num_gpus)))).split(",")
+            own = gpus[number * machine.num_gpus : (number + 1) * machine.num_gpus]
+            os.environ[VISIBLE] = ",".join(own)
+        try:
+            yield number
+        finally:
+            os.sched_setaffinity(0, cores)
+            if machine.num_gpus:
+                os.environ.pop(VISIBLE)
+                if visible is not None:
+                    os.environ[VISIBLE] = visible
+
+
+def _wait_for_slot(folder: Path, slots: int, stack: contextlib.ExitStack) -> int:
+    while True:
+        for number in range(slots):
+            lock = (folder / f".slot{number}").open("w")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.close()
+                continue
+            stack.enter_context(lock)
+            return number
+        time.sleep(0.1)

@@ -1,0 +1,138 @@
+"""A process that has imported all that ranks need, and forks them: `launch/forks.py` starts it.
+
+It reads a request as a JSON line from standard input, `{"ranks": [ENVIRONMENT, ...], "words":
+[...], "cores": [...]}`, and answers with a line of ids, then with one for each rank that has ended.
+It trains nothing itself: each rank begins with what was imported and with nothing else.
+"""
+
+import gc
+import json
+import os
+import select
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from llama_pretrain.train.signals import die_with_parent
+from llama_pretrain.train.worker import begin
+
+
+def import_everything() -> None:
+    """What a rank would import, bit by bit."""
+    import deepspeed  # noqa: F401
+    from torch.distributed.elastic.multiprocessing.errors import record  # noqa: F401
+    from transformers import LlamaForCausalLM  # noqa: F401
+
+    import llama_pretrain.train.evaluate
+    import llama_pretrain.train.loop
+    import llama_pretrain.train.mask  # noqa: F401
+
+    # What is here will stay: a collection in a rank would write to its pages, and copy them.
+    gc.collect()
+    gc.freeze()
+
+
+def describe_state() -> dict[str, Any]:
+    """What a rank that leaks would change: for the proof that none does."""
+    import deepspeed
+    import torch
+
+    return {
+        "threads": len(os.listdir("/proc/self/task")) if sys.platform == "linux" else 1,
+        "python_threads": threading.active_count(),
+        "modules": sorted(sys.modules),
+        "environment": dict(os.environ),
+        "open_files": len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0,
+        "generator": torch.get_rng_state().sum().item(),
+        "num_threads": torch.get_num_threads(),
+        "default_dtype": str(torch.get_default_dtype()),
+        "process_group": torch.distributed.group.WORLD is not None,
+        "deepspeed_group": deepspeed.comm.comm.cdb is not None,
+        "cuda": torch.cuda.is_initialized(),
+    }
+
+
+class Server:
+    """Forks ranks until its input ends."""
+
+    def __init__(self) -> None:
+        self._requests, self._answers = os.dup(0), os.dup(1)
+        # What a library prints must not get between the answers.
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(2, 1)
+        self._woken, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(wake)
+        self._own = [self._requests, self._answers, self._woken, wake]
+        self._ranks: set[int] = set()
+
+    def serve(self) -> None:
+        """Answer requests. When whoever makes them is gone, nothing is left."""
+        import_everything()
+        self._answer({"ready": os.getpid()})
+        rest = b""
+        while True:
+            ready, _, _ = select.select([self._requests, self._woken], [], [])
+            if self._woken in ready:
+                os.read(self._woken, 4096)
+                self._reap()
+            if self._requests in ready:
+                content = os.read(self._requests, 1 << 20)
+                if not content:
+                    break
+                *lines, rest = (rest + content).split(b"\n")
+                for line in lines:
+                    self._do(json.loads(line))
+        for pid in self._ranks:
+            os.kill(pid, signal.SIGKILL)
+
+    def _do(self, request: Mapping[str, Any]) -> None:
+        if "ranks" not in request:
+            self._answer(describe_state())
+            return
+        pids = [self._fork(values, request) for values in request["ranks"]]
+        self._answer({"started": pids})
+
+    def _fork(self, environment: Mapping[str, str], request: Mapping[str, Any]) -> int:
+        pid = os.fork()
+        if pid == 0:
+            self._become_rank(environment, request["words"], request["cores"])
+        self._ranks.add(pid)
+        return pid
+
+    def _become_rank(
+        self, environment: Mapping[str, str], words: Sequence[str], cores: Sequence[int]
+    ) -> NoReturn:
+        """Go on as a process that was just started with this environment and these words."""
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for descriptor in self._own:
+                os.close(descriptor)
+            os.setsid()
+            os.sched_setaffinity(0, cores)
+            os.environ.clear()
+            os.environ.update(environment)
+            begin(words)
+        except BaseException:  # it has not even begun
+            traceback.print_exc()
+        finally:  # never back into the server's loop
+            os._exit(1)
+
+    def _reap(self) -> None:
+        for pid in list(self._ranks):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                self._ranks.discard(pid)
+                self._answer({"ended": pid, "code": os.waitstatus_to_exitcode(status)})
+
+    def _answer(self, values: Mapping[str, Any]) -> None:
+        os.write(self._answers, json.dumps(values).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    Server().serve()
