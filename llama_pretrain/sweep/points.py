@@ -131,10 +131,15 @@ def read_command(argv: Sequence[str]) -> Command:
     try:
         base = compose(folder, name, fixed)
     except COMPOSE_ERRORS as error:
-        flags = ["--config-dir", folder, "--config-name", name] if given.config_dir else []
+        flags = _flags(folder, name)
         raise UserError(explain([*flags, *fixed], error)[0]) from error
     words = [word for word in given.overrides if word not in about_hydra]
     return Command(folder=folder, name=name, words=words, hydra_words=about_hydra, base=base)
+
+
+def _flags(folder: str, name: str) -> list[str]:
+    """Hydra's flags for a primary config that isn't its usual one: a snapshot."""
+    return ["--config-dir", folder, "--config-name", name] if name == SNAPSHOT_NAME else []
 
 
 def compose(folder: str, name: str, words: Sequence[str]) -> DictConfig:
@@ -188,7 +193,7 @@ def make_point(index: int, words: Sequence[str], swept: Sequence[str]) -> SweepP
 def shorten(value: str) -> str:
     """A number that a sampler has drawn, in four digits."""
     try:
-        return value if len(value) <= 8 else f"{float(value):.4g}"
+        return f"{float(value):.4g}" if len(value) > 8 and "." in value else value
     except ValueError:
         return value
 
@@ -210,8 +215,7 @@ def check_point(point: SweepPoint, command: Command, machine: Machine) -> SweepP
         config = compose(command.folder, command.name, point.words)
         return check_config(point, config, command=command, machine=machine)
     except COMPOSE_ERRORS as error:
-        flags = ["--config-dir", command.folder, "--config-name", command.name]
-        problems, _ = explain([*flags, *point.words], error)
+        problems, _ = explain([*_flags(command.folder, command.name), *point.words], error)
     except UserError as error:
         problems = error.problems
     return _refuse(point, problems)

@@ -1,0 +1,265 @@
+"""Sweeps as a user calls them: failing points, kills, Ctrl-C, going on, several at a time, Optuna."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_pretrain.launch.processes import list_processes
+from llama_pretrain.runs.rundir import RunDir, read_metrics
+from llama_pretrain.runs.sweepdir import SweepDir
+from tests.conftest import OPERATORS, ROOT, SMALL, Runner
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="they are ended through /proc")
+
+RATES = "1e-4,2e-4,4e-4,8e-4,1e-3,2e-3,4e-3,8e-3,1e-2,1e30,-1,1e39"
+"""Nine that train; one that makes NaN, one that no rule allows, one that no fp32 holds."""
+
+
+class Sweep:
+    """A sweep's command, called in a folder of its own."""
+
+    def __init__(self, runner: Runner):
+        self._runner = runner
+
+    def words(self, *words: str) -> list[str]:
+        small = [
+            word for word in SMALL if word.partition("=")[0] not in {w.split("=")[0] for w in words}
+        ]
+        paths = f"data.paths=['{self._runner.corpus}/*.py']"
+        return ["-m", *small, paths, f"data.cache_dir={self._runner.cache_dir}", *words]
+
+    def __call__(self, *words: str, expect: int = 0) -> str:
+        return self._runner.bare(*self.words(*words), expect=expect, timeout_s=500).output
+
+    def start(self, *words: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "run.py"), *self.words(*words)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            cwd=self._runner.folder,
+            env=os.environ | {"COLUMNS": "200"} | OPERATORS,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+
+    @property
+    def folder(self) -> SweepDir:
+        (found,) = (self._runner.folder / "outputs" / "sweeps").iterdir()
+        return SweepDir(found)
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.folder.results.read_text().splitlines()]
+
+    def points(self) -> list[RunDir]:
+        return [RunDir(path.parent) for path in sorted(self.folder.path.glob("*/snapshot.yaml"))]
+
+
+@pytest.fixture
+def sweep(runner: Runner) -> Sweep:
+    return Sweep(runner)
+
+
+def wait_for(ready: Callable[[], object], timeout_s: float = 120) -> None:
+    end = time.monotonic() + timeout_s
+    while not ready():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.05)
+
+
+def ours(folder: Path) -> list[int]:
+    """Processes that belong to a sweep in a folder: by their command lines or what they hold open."""
+    found = []
+    for process in list_processes():
+        try:
+            where = os.readlink(f"/proc/{process.pid}/cwd")
+        except OSError:
+            continue
+        if Path(where).is_relative_to(folder) and process.state != "Z":
+            found.append(process.pid)
+    return found
+
+
+def numbers(run_dir: RunDir) -> list[Any]:
+    keys = ("step", "loss", "grad_norm", "sample_hash", "eval_loss")
+    rows = [row for row in read_metrics(run_dir.metrics) if "finished" not in row]
+    return [
+        {key: row[key] for key in keys if key in row}
+        for row in rows
+        if keys[1] in row or keys[4] in row
+    ]
+
+
+def test_a_sweep_plans_runs_and_tells(sweep: Sweep) -> None:
+    output = sweep("seed=1,2,-3", expect=1)
+    assert "3 points, 2 to run" in output
+    assert re.search(r"seed=-3 +refused +seed: should be greater than or equal to 0", output)
+    assert re.search(r"1/3 seed=1: running\n", output)
+    assert re.search(r"2/3 seed=2: completed \(step 3, loss 6\.\d+, eval loss 6\.\d+", output)
+    assert re.search(r"leaderboard.*\n# +seed +eval loss .*\n1 +[12] +6\.", output)
+    assert "3 points: 2 completed, 1 refused" in output
+    assert "Traceback" not in output
+    rows = sweep.rows()
+    assert [row["status"] for row in rows] == ["completed", "completed", "refused"]
+    for run_dir in sweep.points():  # each is a run like any other
+        assert run_dir.report.is_file()
+        assert "step 3: eval loss" in (run_dir.path / "console.log").read_text()
+    assert sweep.folder.report.read_text().count("<circle") >= 2
+    assert len(list(sweep.folder.hparams.glob("*/events.*"))) == 2
+    again = sweep("seed=1,2,-3", expect=1)
+    assert "2 points were finished before" in again
+    assert ": running" not in again
+    assert sweep.rows() == rows
+
+
+def test_what_is_wrong_with_every_point_starts_nothing(sweep: Sweep, tmp_path: Path) -> None:
+    output = sweep("optim.learning_rte=1", "seed=1,2", expect=1)
+    assert "did you mean optim.learning_rate?" in output
+    output = sweep("batch.global_batch_size=3", "launch.num_processes=2", "seed=1,2", expect=1)
+    assert "does not divide by 2 ranks (got 3)" in output
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.slow
+def test_twelve_points_of_which_three_fail_killed_twice(
+    sweep: Sweep, runner: Runner, tmp_path: Path
+) -> None:
+    words = (f"optim.learning_rate={RATES}", "train.max_steps=12", "train.eval_every_steps=6")
+    words += ("checkpoint.every_steps=4", "precision=fp32")
+    for finished in (2, 6):
+        process = sweep.start(*words)
+        done = lambda: sum(  # noqa: E731
+            '"completed"' in path.read_text()
+            for path in tmp_path.glob("outputs/sweeps/*/*/status.json")
+        )
+        wait_for(lambda: done() >= finished)
+        process.kill()
+        process.communicate()
+        wait_for(lambda: not ours(tmp_path), 10)
+    output = sweep(*words, expect=1)
+    assert "points were finished before" in output
+    rows = sweep.rows()
+    assert len(rows) == 12
+    states = [row["status"] for row in rows]
+    assert states == ["completed"] * 9 + ["failed", "refused", "failed"]
+    assert "NonFiniteError" in rows[9]["reason"]
+    assert "should be greater than 0 (got -1.0)" in rows[10]["reason"]
+    assert "overflow" in rows[11]["reason"] or "NonFinite" in rows[11]["reason"]
+    with sweep.folder.table.open() as file:
+        assert [row["status"] for row in csv.DictReader(file)] == states
+    # Right to the bit: as each point is where it is run alone, and nothing was cut.
+    for row in (rows[0], rows[4], rows[8]):
+        alone = runner(f"optim.learning_rate={row['settings']['optim.learning_rate']}", *words[1:])
+        assert numbers(RunDir(sweep.folder.path / row["run_dir"])) == numbers(alone.run_dir)
+        assert row["eval_loss"] == alone.rows("eval_loss")[-1]["eval_loss"]
+    assert [row["objective"] for row in rows[:9]] == [row["eval_loss"] for row in rows[:9]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_one_signal_ends_the_sweep_and_the_command_goes_on(
+    sweep: Sweep, tmp_path: Path, launcher: str
+) -> None:
+    words = ["seed=1,2,3", "train.max_steps=300", "train.eval_every_steps=null", "monitor=none"]
+    if launcher == "joblib":
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+        words += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "launch.num_processes=1"]
+    process = sweep.start(*words)
+    at_work = lambda: [  # noqa: E731
+        path
+        for path in tmp_path.glob("outputs/sweeps/*/*/metrics.jsonl")
+        if path.read_text().count('"grad_norm"') > 5
+    ]
+    wait_for(lambda: len(at_work()) >= (2 if launcher == "joblib" else 1))
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert "to go on, the same command: python run.py -m" in output
+    wait_for(lambda: not ours(tmp_path), 10)
+    states = [row["status"] for row in sweep.rows()]
+    assert states.count("preempted") == (2 if launcher == "joblib" else 1)
+    assert states.count("waiting") == 3 - states.count("preempted")
+    assert all(list(run_dir.checkpoints.glob("step-*")) for run_dir in sweep.points())
+    output = sweep(*words)
+    assert [row["status"] for row in sweep.rows()] == ["completed"] * 3
+    logs = [(run_dir.path / "console.log").read_text() for run_dir in sweep.points()]
+    assert sum("going on from step-" in log for log in logs) == states.count("preempted")
+
+
+@pytest.mark.slow
+def test_two_points_at_a_time_do_not_share_cores(sweep: Sweep) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("there is one core")
+    process = sweep.start(
+        "seed=1,2", "train.max_steps=200", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"
+    )
+    seen: dict[int, set[int]] = {}
+    while process.poll() is None:
+        for candidate in list_processes():
+            try:
+                words = Path(f"/proc/{candidate.pid}/environ").read_bytes()
+                session = candidate.session == candidate.pid
+                command = Path(f"/proc/{candidate.pid}/cmdline").read_bytes()
+                if session and b"forkserver" in command and b"RANK=" not in words:
+                    where = os.readlink(f"/proc/{candidate.pid}/cwd")
+                    if Path(where).is_relative_to(sweep._runner.folder):
+                        seen[candidate.pid] = os.sched_getaffinity(candidate.pid)
+            except OSError:
+                continue
+        time.sleep(0.2)
+    process.communicate()
+    assert process.returncode == 0
+    assert {len(cores) for cores in seen.values()} == {len(os.sched_getaffinity(0)) // 2}
+    assert len({frozenset(cores) for cores in seen.values()}) == 2
+    snapshots = [run_dir.snapshot.read_text() for run_dir in sweep.points()]
+    assert all("num_processes: 1" in text for text in snapshots)
+
+
+@pytest.mark.slow
+def test_slurms_launcher_runs_points_in_processes_of_its_own(sweep: Sweep) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    output = sweep("seed=1,2,3", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5")
+    assert "3 points: 3 completed" in output
+    assert len(sweep.points()) == 3
+
+
+@pytest.mark.slow
+def test_optuna_looks_prunes_and_goes_on(sweep: Sweep) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    words = ["sweep=optuna_lr", "train.max_tokens=null", "train.max_steps=20"]
+    words += ["train.eval_every_steps=5", "sweep.prune_after=3", "precision=fp32"]
+    output = sweep(*words, "hydra.sweeper.n_trials=4")
+    assert "4 points: " in output
+    first = sweep.rows()
+    assert all(row["objective"] is not None for row in first)
+    longer = [*words, "hydra.sweeper.n_trials=9", f"hydra.sweep.dir={sweep.folder.path}"]
+    again = sweep(*longer)
+    rows = sweep.rows()
+    assert rows[:4] == first  # the sampler is seeded: it asks for the same, and they were done
+    assert again.count(": running") == 5
+    assert len(rows) == 9
+    assert {row["status"] for row in rows} <= {"completed", "pruned"}
+    pruned = [row for row in rows if row["status"] == "pruned"]
+    assert pruned, [(row["label"], row["eval_loss"]) for row in rows]
+    assert all(row["steps"] < 20 for row in pruned)
+    assert "the others' median is" in pruned[0]["reason"]
+
+
+@pytest.mark.slow
+def test_a_snapshot_can_be_swept(sweep: Sweep, runner: Runner) -> None:
+    origin = runner("optim.learning_rate=7e-4")
+    done = runner.bare("-m", f"reproduce={origin.run_dir.path}", "seed=1,2")
+    assert "2 points: 2 completed" in done.output or "2 points: 2 diverged" in done.output
+    assert all("learning_rate: 0.0007" in r.snapshot.read_text() for r in sweep.points())
