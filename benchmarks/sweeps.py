@@ -21,7 +21,7 @@ from pathlib import Path
 from llama_pretrain.runs.rundir import RunDir, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-PLAIN = f'''
+PLAIN = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
@@ -38,7 +38,7 @@ def run(config):
 
 register()
 run()
-'''
+"""
 WORDS = (
     "debug=smoke",
     "batch.global_batch_size=4",
@@ -81,7 +81,7 @@ def run_way(way: str, folder: Path, *, points: int) -> tuple[float, float]:
 def seconds_of_steps(run_dir: RunDir) -> float:
     """Seconds that a run's steps took."""
     rows = [row for row in read_metrics(run_dir.metrics) if "loss" in row]
-    return sum(row["tokens"] / row["step"] / row["tokens_per_s"] for row in rows)
+    return float(sum(row["tokens"] / row["step"] / row["tokens_per_s"] for row in rows))
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import csv
 import fcntl
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,10 @@ def folder(tmp_path: Path) -> SweepDir:
 def record(index: int, **options: Any) -> PointRecord:
     label = f"seed={index}"
     settings = {"seed": str(index)}
-    values = {"index": index, "label": label, "settings": settings, "words": [label]}
-    return PointRecord(**(values | {"folder": f"{index:02d}-{label}"} | options))
+    point = PointRecord(
+        index=index, label=label, settings=settings, words=[label], folder=f"{index:02d}-{label}"
+    )
+    return replace(point, **options)
 
 
 def make_run(folder: SweepDir, point: PointRecord, rows: list[dict[str, Any]]) -> RunDir:

@@ -19,6 +19,7 @@ from llama_pretrain import console
 from llama_pretrain.config.compose import PROJECT_ROOT, read_config
 from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.config.schema import Task
+from llama_pretrain.launch.environment import worker_environment
 from llama_pretrain.launch.processes import list_processes
 from llama_pretrain.launch.signals import Preempted, Stopped, receive_signals
 from llama_pretrain.plan.machine import Machine, detect_machine
@@ -87,7 +88,7 @@ def run_sweep(argv: Sequence[str], command: Command) -> int:
     folder = sweep_folder(command, argv)
     folder.path.mkdir(parents=True, exist_ok=True)
     try:
-        with hold(RunDir(folder.path)):
+        with hold(RunDir(folder.path)), fork_servers():
             sweep = Sweep(command, folder, Job(folder, settings, own, slots), list(argv))
             return sweep.run(points)
     except BlockingIOError as error:
@@ -135,6 +136,7 @@ class Sweep:
 
     def run(self, points: Sequence[SweepPoint]) -> int:
         """Run the points, or let Hydra's sweeper find them."""
+        self._warm_up(points)
         planned = [plan_point(point, self.corpora, self.folder) for point in points]
         records = [point.record(self.folder) for point in planned]
         record = SweepRecord(
@@ -147,7 +149,7 @@ class Sweep:
             show_what_was_planned(planned, slots=self.job.slots)
         console.say(f"sweep directory: {self.folder.path}")
         try:
-            with View(self.folder), fork_servers():
+            with View(self.folder):
                 if self.command.sweeper != BASIC:
                     self._let_sweeper_choose()
                 elif self.command.launcher == BASIC:
@@ -163,6 +165,13 @@ class Sweep:
             error.__notes__ = [f"{summary(rows)}; to go on, the same command: {again}"]
             raise
         return self._finish()
+
+    def _warm_up(self, points: Sequence[SweepPoint]) -> None:
+        """Have the first ranks' imports begin while the data is prepared."""
+        runs = [point.run for point in points if point.verdict is Verdict.runs]
+        if self.job.settings.fork and self.command.launcher == BASIC and runs:
+            assert runs[0] is not None
+            fork_servers().of_environment(worker_environment(runs[0]))
 
     def _launch_elsewhere(
         self, points: Sequence[SweepPoint], records: Sequence[PointRecord]

@@ -4,7 +4,15 @@ import shutil
 from collections.abc import Sequence
 
 from llama_pretrain.config.schema import Objective
+from llama_pretrain.runs.sweep_report import value_of
 from llama_pretrain.runs.sweepdir import Row, SweepDir, SweepRecord
+
+NAMES = {
+    Objective.eval_loss: "result/eval_loss",
+    Objective.train_loss: "result/train_loss",
+    Objective.tokens_per_s: "result/tokens_per_s",
+    Objective.peak_memory_bytes: "result/peak_memory_mib",
+}
 
 
 def write_hparams(folder: SweepDir, record: SweepRecord, rows: Sequence[Row]) -> None:
@@ -13,8 +21,8 @@ def write_hparams(folder: SweepDir, record: SweepRecord, rows: Sequence[Row]) ->
 
     shutil.rmtree(folder.hparams, ignore_errors=True)
     for row in rows:
-        metrics = {f"result/{key.value}": row[key.value] for key in Objective}
-        metrics = {key: float(value) for key, value in metrics.items() if value is not None}
+        values = {NAMES[key]: value_of(row, key) for key in Objective}
+        metrics = {name: value for name, value in values.items() if value is not None}
         if row["objective"] is None or not metrics:
             continue
         settings = {key: to_value(row["settings"].get(key, "")) for key in record.swept}

@@ -1,4 +1,4 @@
-"""Sweeps as a user calls them: failing points, kills, Ctrl-C, going on, several at a time, Optuna."""
+"""Sweeps as a user calls them: failing points, kills, Ctrl-C, going on, several at once, Optuna."""
 
 import csv
 import json
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,20 @@ def wait_for(ready: Callable[[], object], timeout_s: float = 120) -> None:
         time.sleep(0.05)
 
 
+def has_completed(folder: Path, count: int) -> bool:
+    """Whether so many points of the sweep below a folder have."""
+    files = folder.glob("outputs/sweeps/*/*/status.json")
+    return sum('"completed"' in file.read_text() for file in files) >= count
+
+
+def are_at_work(folder: Path, count: int) -> bool:
+    """Whether so many points have done some steps."""
+    files = folder.glob("outputs/sweeps/*/*/metrics.jsonl")
+    return sum(file.read_text().count('"grad_norm"') > 5 for file in files) >= count
+
+
 def ours(folder: Path) -> list[int]:
-    """Processes that belong to a sweep in a folder: by their command lines or what they hold open."""
+    """Processes of commands that were started in a folder."""
     found = []
     for process in list_processes():
         try:
@@ -135,15 +148,11 @@ def test_what_is_wrong_with_every_point_starts_nothing(sweep: Sweep, tmp_path: P
 def test_twelve_points_of_which_three_fail_killed_twice(
     sweep: Sweep, runner: Runner, tmp_path: Path
 ) -> None:
-    words = (f"optim.learning_rate={RATES}", "train.max_steps=12", "train.eval_every_steps=6")
-    words += ("checkpoint.every_steps=4", "precision=fp32")
+    words = [f"optim.learning_rate={RATES}", "train.max_steps=12", "train.eval_every_steps=6"]
+    words += ["checkpoint.every_steps=4", "precision=fp32"]
     for finished in (2, 6):
         process = sweep.start(*words)
-        done = lambda: sum(  # noqa: E731
-            '"completed"' in path.read_text()
-            for path in tmp_path.glob("outputs/sweeps/*/*/status.json")
-        )
-        wait_for(lambda: done() >= finished)
+        wait_for(partial(has_completed, tmp_path, finished))
         process.kill()
         process.communicate()
         wait_for(lambda: not ours(tmp_path), 10)
@@ -176,12 +185,7 @@ def test_one_signal_ends_the_sweep_and_the_command_goes_on(
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
         words += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "launch.num_processes=1"]
     process = sweep.start(*words)
-    at_work = lambda: [  # noqa: E731
-        path
-        for path in tmp_path.glob("outputs/sweeps/*/*/metrics.jsonl")
-        if path.read_text().count('"grad_norm"') > 5
-    ]
-    wait_for(lambda: len(at_work()) >= (2 if launcher == "joblib" else 1))
+    wait_for(partial(are_at_work, tmp_path, 2 if launcher == "joblib" else 1))
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
