@@ -56,6 +56,7 @@ def command(*words: str) -> Command:
         (["hydra.mode=MULTIRUN", "seed=1,2"], True),
         (["sweep=null"], False),
         (["seed=1"], False),
+        (["-m", "seed=1,2", "--cfg", "job"], False),
     ],
 )
 def test_what_is_a_sweep(words: list[str], expected: bool) -> None:
@@ -208,8 +209,9 @@ def test_the_folder_follows_from_the_command() -> None:
     assert name.startswith("seeds-")
     assert name == name_sweep(["seed=1,2", "sweep=seeds", "--multirun", "hydra/launcher=joblib"])
     assert name != name_sweep([*base, "train.max_steps=3"])
-    told = command("seed=1,2", "hydra.sweep.dir=/somewhere/else")
-    assert sweep_folder(told, base).path == Path("/somewhere/else")
+    assert sweep_folder(command("seed=1,2"), base).path.name == name
+    place = "hydra.sweep.dir=/somewhere/else"
+    assert sweep_folder(command("seed=1,2", place), [*base, place]).path == Path("/somewhere/else")
 
 
 def test_labels_shorten_what_a_sampler_has_drawn() -> None:

@@ -21,6 +21,7 @@ from llama_pretrain.config.snapshot import DEFAULTS, load_snapshot, render_snaps
 ABOUT_A_RUN = ("resume", "reproduce", "run")
 """Words of the command line that name a run's directory."""
 AUTO = "auto"
+MULTIRUN = {"-m", "--multirun"}
 KEPT = {"data": ("sequence_length", "cache_dir")}
 """What of a snapshot's section stays where another option of its group is chosen."""
 HPZ = "zero_hpz_partition_size"
@@ -70,7 +71,7 @@ def rewrite_argv(argv: Sequence[str], *, scratch: Path) -> list[str]:
         raise UserError([Problem(path=", ".join(given), message=message)])
     ((kind, place),) = given.items()
     settings = dict(word.lstrip("+").partition("=")[::2] for word in others)
-    swept = {"-m", "--multirun"} & set(others)
+    swept = MULTIRUN & set(others)
     if place == AUTO and kind == "resume":
         if "hydra.run.dir" in settings and not swept:
             return [*others, f"resume.run_dir={AUTO}"]
@@ -98,12 +99,12 @@ def rewrite_argv(argv: Sequence[str], *, scratch: Path) -> list[str]:
 
 
 def is_sweep(argv: Sequence[str]) -> bool:
-    """Whether a command line asks for several runs."""
-    return any(
-        word in ("-m", "--multirun", "hydra.mode=MULTIRUN") or word.startswith("sweep=")
-        for word in argv
-        if word not in ("sweep=null", "sweep=")
-    )
+    """Whether a command line asks for several runs, and for nothing that only Hydra knows."""
+    flags = {word for word in argv if word.startswith("-")}
+    if flags - {*MULTIRUN, "--config-dir", "--config-name"}:  # --cfg, --info, ...
+        return False
+    named = any(word.startswith("sweep=") and word not in ("sweep=null", "sweep=") for word in argv)
+    return named or "hydra.mode=MULTIRUN" in argv or bool(flags & MULTIRUN)
 
 
 def _place_of_task(task: str, folder: Path, settings: Mapping[str, str]) -> list[str]:

@@ -4,8 +4,9 @@ import contextlib
 import logging
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import hydra
 from hydra._internal.callbacks import Callbacks
@@ -24,21 +25,16 @@ from llama_pretrain.launch.processes import list_processes
 from llama_pretrain.launch.signals import Preempted, Stopped, receive_signals
 from llama_pretrain.plan.machine import Machine, detect_machine
 from llama_pretrain.plan.plan import Point
-from llama_pretrain.runs.rundir import RunDir, hold, write_text
-from llama_pretrain.runs.sweep_report import render_sweep_report
+from llama_pretrain.runs.rundir import RunDir, hold
 from llama_pretrain.runs.sweepdir import (
     PointRecord,
-    Row,
     SweepDir,
     SweepRecord,
     Verdict,
     change,
-    read_rows,
     read_sweep,
-    write_results,
     write_sweep,
 )
-from llama_pretrain.sweep.hparams import write_hparams
 from llama_pretrain.sweep.placing import count_slots, share
 from llama_pretrain.sweep.points import (
     BASIC,
@@ -51,10 +47,10 @@ from llama_pretrain.sweep.points import (
     plan_point,
     sweep_folder,
 )
+from llama_pretrain.sweep.results import all_is_well, conclude, write_tables
 from llama_pretrain.sweep.runner import Job, fork_servers
 from llama_pretrain.sweep.view import (
     View,
-    show_leaderboard,
     show_what_was_planned,
     summary,
 )
@@ -156,15 +152,15 @@ class Sweep:
                     for point, known in zip(planned, records, strict=True):
                         if known.verdict is Verdict.runs:
                             self.job.run(point, known)
-                            self._write_results()
+                            write_tables(self.folder)
                 else:
                     self._launch_elsewhere(planned, records)
         except (Preempted, Stopped) as error:
-            rows = self._write_results()
+            rows = write_tables(self.folder)
             again = shlex.join(["python", "run.py", *self.argv])
             error.__notes__ = [f"{summary(rows)}; to go on, the same command: {again}"]
             raise
-        return self._finish()
+        return 0 if all_is_well(conclude(self.folder)) else 1
 
     def _warm_up(self, points: Sequence[SweepPoint]) -> None:
         """Have the first ranks' imports begin while the data is prepared."""
@@ -204,10 +200,12 @@ class Sweep:
             )
             for name in ("optuna", "hydra_plugins"):  # what becomes of each point we tell
                 logging.getLogger(name).setLevel(logging.CRITICAL)
+            beside = command.launcher != BASIC
             try:
-                sweeper.sweep(arguments=command.words)
+                with pass_signals_on(self.folder) if beside else contextlib.nullcontext():
+                    sweeper.sweep(arguments=command.words)
             except ValueError:  # Optuna's, where no point has come to anything: its rows say why
-                if any(row["objective"] is not None for row in self._write_results()):
+                if any(row["objective"] is not None for row in write_tables(self.folder)):
                     raise
 
     @contextlib.contextmanager
@@ -223,20 +221,6 @@ class Sweep:
             loader = GlobalHydra.instance().config_loader()
             yield config, HydraContext(config_loader=loader, callbacks=Callbacks(config))
 
-    def _write_results(self) -> list[Row]:
-        record = read_sweep(self.folder)
-        rows = read_rows(self.folder, record)
-        write_results(self.folder, record, rows)
-        return rows
-
-    def _finish(self) -> int:
-        rows, record = self._write_results(), read_sweep(self.folder)
-        write_hparams(self.folder, record, rows)
-        write_text(self.folder.report, render_sweep_report(self.folder, record, rows))
-        show_leaderboard(record, rows, self.folder)
-        bad = ("failed", "refused", "crashed", "stopped", "preempted", "waiting")
-        return int(any(row["status"] in bad for row in rows))
-
 
 @dataclass(frozen=True)
 class Numbered:
@@ -247,12 +231,17 @@ class Numbered:
 
     def __call__(self, config: DictConfig) -> float | None:
         """Called by Hydra, in whatever process."""
-        if (self.job.folder.path / STOP).exists():
-            return None
-        try:
-            return self.job.run(*self.todo[config.point])
-        except (Preempted, Stopped):  # raised, it would have the launcher kill the others
-            return None
+        return unless_stopped(self.job, partial(self.job.run, *self.todo[config.point]))
+
+
+def unless_stopped(job: Job, run: Callable[[], float | None]) -> float | None:
+    """Run a point in a launcher's process, unless the sweep is being stopped."""
+    if (job.folder.path / STOP).exists():
+        return None
+    try:
+        return run()
+    except (Preempted, Stopped):  # raised, it would have the launcher kill the others
+        return None
 
 
 @dataclass(frozen=True)
@@ -262,8 +251,14 @@ class Trials:
     sweep: Sweep
 
     def __call__(self, _config: DictConfig) -> float | None:
-        """Called by Hydra in this process. `None` is a failure to it."""
-        sweep, words = self.sweep, list(HydraConfig.get().overrides.task)
+        """Called by Hydra. `None` is a failure to it."""
+        words = list(HydraConfig.get().overrides.task)
+        if self.sweep.command.launcher == BASIC:
+            return self._try(words)
+        return unless_stopped(self.sweep.job, partial(self._try, words))
+
+    def _try(self, words: Sequence[str]) -> float | None:
+        sweep = self.sweep
         with change(sweep.folder):
             record = read_sweep(sweep.folder)
             fixed = {word.partition("=")[0] for word in sweep.command.fixed}

@@ -294,9 +294,8 @@ def name_sweep(argv: Sequence[str]) -> str:
 
 def sweep_folder(command: Command, argv: Sequence[str]) -> SweepDir:
     """Where a sweep lies: as given, or by its command."""
-    for word in command.hydra_words:
-        if word.startswith("hydra.sweep.dir="):
-            return SweepDir(Path(str(command.base.hydra.sweep.dir)).expanduser().resolve())
+    if any(word.startswith("hydra.sweep.dir=") for word in argv):
+        return SweepDir(Path(str(command.base.hydra.sweep.dir)).expanduser().resolve())
     return SweepDir(Path("outputs/sweeps").resolve() / name_sweep(argv))
 
 

@@ -266,4 +266,6 @@ def test_a_snapshot_can_be_swept(sweep: Sweep, runner: Runner) -> None:
     origin = runner("optim.learning_rate=7e-4")
     done = runner.bare("-m", f"reproduce={origin.run_dir.path}", "seed=1,2")
     assert "2 points: 2 completed" in done.output or "2 points: 2 diverged" in done.output
-    assert all("learning_rate: 0.0007" in r.snapshot.read_text() for r in sweep.points())
+    snapshots = [run_dir.snapshot.read_text() for run_dir in sweep.points()]
+    assert len(snapshots) == 2
+    assert all("learning_rate: 0.0007" in text for text in snapshots)

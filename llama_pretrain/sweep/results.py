@@ -1,0 +1,53 @@
+"""What has come of a sweep: its files and its table, made anew from its points' directories."""
+
+from pathlib import Path
+
+from llama_pretrain.config.problems import Problem, UserError
+from llama_pretrain.runs.rundir import FINISHED, write_text
+from llama_pretrain.runs.sweep_report import render_sweep_report
+from llama_pretrain.runs.sweepdir import (
+    Row,
+    SweepDir,
+    Verdict,
+    list_sweeps,
+    read_rows,
+    read_sweep,
+    write_results,
+)
+from llama_pretrain.sweep.hparams import write_hparams
+from llama_pretrain.sweep.view import show_leaderboard
+
+
+def write_tables(folder: SweepDir) -> list[Row]:
+    """Write results.jsonl and results.csv, as far as the sweep has come."""
+    record = read_sweep(folder)
+    rows = read_rows(folder, record)
+    write_results(folder, record, rows)
+    return rows
+
+
+def conclude(folder: SweepDir) -> list[Row]:
+    """Write everything that compares the points, and show the leaderboard."""
+    rows, record = write_tables(folder), read_sweep(folder)
+    write_hparams(folder, record, rows)
+    write_text(folder.report, render_sweep_report(folder, record, rows))
+    show_leaderboard(record, rows, folder)
+    return rows
+
+
+def all_is_well(rows: list[Row]) -> bool:
+    """Whether each point has a result, but for those that don't fit."""
+    return all(row["status"] in (*FINISHED, Verdict.unfit.value) for row in rows)
+
+
+def conclude_newest(place: Path) -> list[Row]:
+    """The same of a sweep, or of the newest one below a folder.
+
+    Raises:
+        UserError: if there is none.
+    """
+    sweeps = list_sweeps(place)
+    if not sweeps:
+        hint = "name a sweep's folder, or one with sweeps in it"
+        raise UserError([Problem(path=str(place), message="there is no sweep here", hint=hint)])
+    return conclude(max(sweeps, key=lambda sweep: sweep.record.stat().st_mtime))
