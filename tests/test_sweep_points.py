@@ -15,6 +15,7 @@ from llama_pretrain.sweep.points import (
     Corpora,
     SweepPoint,
     check_point,
+    explain_plugin,
     list_points,
     make_point,
     name_sweep,
@@ -92,6 +93,23 @@ def test_what_is_wrong_with_all_points_is_told_once() -> None:
         command("optim.learning_rte=1", "zero=stage9", "seed=1,2")
     paths = [problem.path for problem in caught.value.problems]
     assert paths == ["zero", "optim.learning_rte"]
+
+
+def test_a_launcher_that_is_not_there_names_its_extra() -> None:
+    with pytest.raises(UserError) as caught:
+        command("seed=1,2", "hydra/launcher=ray")
+    (problem,) = caught.value.problems
+    assert str(problem).startswith("hydra/launcher: there is no option 'ray'; options: basic")
+    assert "provider" not in str(problem)
+    for group, option, extra in (
+        ("launcher", "joblib", "joblib"),
+        ("launcher", "submitit_slurm", "slurm"),
+        ("sweeper", "optuna", "optuna"),
+        ("sweeper/sampler", "tpe", "optuna"),
+    ):
+        (problem,) = explain_plugin(f"Could not find 'hydra/{group}/{option}'")
+        assert problem.hint == f"it comes with an extra: pip install -e '.[{extra}]'"
+    assert explain_plugin("Could not find 'zero/stage8'") == []
 
 
 def check(*words: str) -> list[SweepPoint]:

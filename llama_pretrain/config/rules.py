@@ -269,7 +269,8 @@ def _check_schedule(run: Run) -> Iterator[Problem]:
 
 def _check_train(run: Run) -> Iterator[Problem]:
     steps, profiled = run.train.max_steps, run.train.profile_steps
-    if steps is None and run.train.max_tokens is None:
+    lengths = (steps, run.train.max_tokens, run.train.tokens_per_parameter)
+    if all(length is None for length in lengths):
         yield Problem(
             path="train.max_steps",
             message="the run has no end",

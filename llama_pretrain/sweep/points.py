@@ -131,10 +131,27 @@ def read_command(argv: Sequence[str]) -> Command:
     try:
         base = compose(folder, name, fixed)
     except COMPOSE_ERRORS as error:
-        flags = _flags(folder, name)
-        raise UserError(explain([*flags, *fixed], error)[0]) from error
+        problems = explain_plugin(str(error)) or explain([*_flags(folder, name), *fixed], error)[0]
+        raise UserError(problems) from error
     words = [word for word in given.overrides if word not in about_hydra]
     return Command(folder=folder, name=name, words=words, hydra_words=about_hydra, base=base)
+
+
+EXTRAS = {"optuna": "optuna", "joblib": "joblib", "submitit_slurm": "slurm"}
+EXTRAS["submitit_local"] = "slurm"
+
+
+def explain_plugin(error: str) -> list[Problem]:
+    """A launcher or sweeper of Hydra's that isn't there."""
+    missing = re.search(r"Could not find 'hydra/(launcher|sweeper)(?:/sampler)?/(\w+)'", error)
+    if missing is None:
+        return []
+    group, option = f"hydra/{missing[1]}", missing[2]
+    extra = EXTRAS.get("optuna" if missing[1] == "sweeper" else option)
+    hint = f"it comes with an extra: pip install -e '.[{extra}]'" if extra else ""
+    options = re.findall(r"^\t(\w+)$", error, re.M)
+    hint = hint or f"options: {', '.join(options)}"
+    return [Problem(path=group, message=f"there is no option {option!r}", hint=hint)]
 
 
 def _flags(folder: str, name: str) -> list[str]:

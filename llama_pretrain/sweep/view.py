@@ -170,9 +170,10 @@ class View:
         shown = range(len(table.columns)) if wide else (0, 1, 2, 4)
         if not wide:
             table = _frame(["point", "status", "step", "eval loss"])
-        for row in cells[first : first + room]:
+        for point, row in list(zip(points, cells, strict=True))[first : first + room]:
             style = STYLES.get(row[1], "dim")
-            table.add_row(*(Text(row[number], style=style) for number in shown))
+            label = point.label if wide else _short_label(point)
+            table.add_row(*(Text([label, *row[1:]][number], style=style) for number in shown))
         return Group(Text(f"{len(points)} points: {told}", style="bold"), table)
 
 
@@ -187,6 +188,13 @@ def _frame(names: Sequence[str]) -> Table:
             no_wrap=name == "",
         )
     return table
+
+
+def _short_label(point: PointRecord) -> str:
+    """What sets a point apart, without the sections of its settings."""
+    settings = point.settings.items()
+    told = [f"{key.rpartition('.')[2]}={shorten(value)}" for key, value in settings]
+    return ",".join(told) or point.label
 
 
 def _number(value: Any, form: str) -> str:

@@ -13,11 +13,13 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from llama_pretrain.train.signals import die_with_parent
 from llama_pretrain.train.worker import begin
+
+WORKER = "llama_pretrain.train.worker"
 
 
 def import_everything() -> None:
@@ -33,6 +35,14 @@ def import_everything() -> None:
     # What is here will stay: a collection in a rank would write to its pages, and copy them.
     gc.collect()
     gc.freeze()
+
+
+def cannot_use_gpus() -> bool:
+    """Whether an import has touched the CUDA runtime: then no fork of this process can use it."""
+    import torch
+
+    poisoned: Callable[[], bool] = getattr(torch._C, "_cuda_isInBadFork", lambda: False)
+    return poisoned()
 
 
 def describe_state() -> dict[str, Any]:
@@ -116,6 +126,8 @@ class Server:
             os.sched_setaffinity(0, cores)
             os.environ.clear()
             os.environ.update(environment)
+            if cannot_use_gpus():
+                os.execv(sys.executable, [sys.executable, "-u", "-m", WORKER, *words])
             begin(words)
         except BaseException:  # it has not even begun
             traceback.print_exc()
