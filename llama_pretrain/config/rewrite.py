@@ -33,6 +33,11 @@ ABOUT_A_RUN = ("resume", "reproduce", "run")
 AUTO = "auto"
 COMPLETED = ("completed", "reproduced", "diverged")
 """Statuses of runs with nothing left to do (runs/rundir.py)."""
+FLAGS_WITH_VALUES = (
+    *("--cfg", "-c", "--package", "-p", "--info", "-i"),
+    *("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
+)
+"""Of Hydra."""
 KEPT = {"data": ("sequence_length", "cache_dir"), "optim": ("learning_rate",)}
 """What of a snapshot's section stays where another option of its group is chosen that doesn't name
 it."""
@@ -108,9 +113,26 @@ def rewrite_argv(argv: Sequence[str], *, scratch: Path) -> list[str]:
     ours = [word for word in HYDRA_SETTINGS if word.partition("=")[0] not in set_already] + ours
     # In place of conf/, not beside it: whatever lies there by now, it is the snapshot that counts.
     words = ["--config-path", str(scratch), "--config-name", SNAPSHOT_NAME]
-    for word in argv:  # in its place: Hydra wants all overrides in one row, behind its flags
+    flags, overrides = _split_flags(argv)  # Hydra wants all overrides in one row
+    words += flags
+    for word in overrides:
         words += ours if word.lstrip("+").partition("=")[0] == kind else [word]
     return words
+
+
+def _split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Hydra's flags with their values, and the overrides, each in their order."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("-"):
+            overrides.append(word)
+            continue
+        flags.append(word)
+        if word in FLAGS_WITH_VALUES:
+            flags += [value for value in [next(words, None)] if value is not None]
+    return flags, overrides
 
 
 def _check_words(argv: Sequence[str]) -> None:
@@ -238,9 +260,10 @@ def _evaluate_instead(values: dict[str, Any], folder: Path, settings: Mapping[st
     values["tokenizer"] = tokenizer
     values["train"]["eval_rows"] = None
     micro = values["batch"]["micro_batch_size"]
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-        micro = plan["batch"]["micro_batch_size"]
+        planned = plan["batch"]["micro_batch_size"]
+        micro = planned if isinstance(planned, int) else micro  # a text could be an interpolation
     values["batch"] = {"micro_batch_size": micro or 1, "gradient_accumulation_steps": 1}
     if any(key.startswith("data.") for key in settings):  # on purpose other data
         values["data"]["hash"] = None

@@ -276,7 +276,7 @@ def _hardware(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Dri
             was, is_now = _short(_text(before[name])), _short(_text(now.get(name)))
             yield Drift(kind=Kind.hardware, path=name, before=was, now=is_now)
     old, new = _mapping(before, "machine"), _mapping(now, "machine")
-    for name, was, is_now in _differences(old, new):
+    for name, was, is_now in _differences(old, new) if old else ():
         kind = Kind.hardware if name in MACHINE else Kind.host
         yield Drift(kind=kind, path=f"machine.{name}", before=was, now=is_now)
 
