@@ -9,8 +9,9 @@ from llama_pretrain.config.compose import explain
 from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.launch.signals import PREEMPTED_CODE, Preempted, Requests, Stopped
 from llama_pretrain.launch.watch import RankError
+from llama_pretrain.runs.agreement import DivergedError
 
-EXPECTED = (UserError, RankError)
+EXPECTED = (UserError, RankError, DivergedError)
 
 
 def tell(error: Exception) -> None:

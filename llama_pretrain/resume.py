@@ -10,6 +10,7 @@ from llama_pretrain.config.deepspeed import OffloadDevice
 from llama_pretrain.config.problems import Problem, UserError, refuse
 from llama_pretrain.config.rewrite import AUTO
 from llama_pretrain.config.schema import Run
+from llama_pretrain.config.secrets import redact
 from llama_pretrain.config.snapshot import config_hash, load_snapshot
 from llama_pretrain.plan.plan import Plan
 from llama_pretrain.runs.checkpoints import (
@@ -19,7 +20,7 @@ from llama_pretrain.runs.checkpoints import (
     newest_complete,
     read_manifest,
 )
-from llama_pretrain.runs.rundir import RunDir, Status, cut_metrics, read_metrics, read_status
+from llama_pretrain.runs.rundir import RunDir, cut_metrics, read_metrics, read_status
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def find_start(run: Run, plan: Plan, run_dir: RunDir) -> Start:
 
 def has_finished(run_dir: RunDir, step: int, plan: Plan) -> bool:
     """Whether a run has done all its steps, and all that comes after them: evaluation, export."""
-    return step >= plan.steps.total and read_status(run_dir) is Status.completed
+    status = read_status(run_dir)
+    return step >= plan.steps.total and status is not None and status.is_complete
 
 
 def pick_checkpoint(run_dir: RunDir, *, run_hash: str | None = None) -> Path | None:
@@ -98,7 +100,7 @@ def note_restart(run_dir: RunDir, start: Start, error: Exception) -> None:
     """A line of the metrics for what happened, at the step that the run went back to."""
     rows = read_metrics(run_dir.metrics)
     tokens = next((row["tokens"] for row in reversed(rows) if row["step"] == start.step), 0)
-    line = {"step": start.step, "tokens": tokens, "restarted": str(error).splitlines()[0]}
+    line = {"step": start.step, "tokens": tokens, "restarted": redact(str(error)).splitlines()[0]}
     with run_dir.metrics.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 

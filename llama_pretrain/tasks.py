@@ -7,17 +7,18 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from llama_pretrain import console
 from llama_pretrain.config.compose import PROJECT_ROOT
 from llama_pretrain.config.fields import parse_size
 from llama_pretrain.config.problems import Problem, UserError, refuse
 from llama_pretrain.config.rules import check_run
-from llama_pretrain.config.schema import Resume, Run, SweepSettings, Task
-from llama_pretrain.config.snapshot import render_snapshot
+from llama_pretrain.config.schema import DriftPolicy, Run, Task
+from llama_pretrain.config.snapshot import as_written, render_snapshot
 from llama_pretrain.finished import do_with_run, export_at_end
 from llama_pretrain.launch.local import launch
-from llama_pretrain.launch.operators import build_operators
+from llama_pretrain.launch.operators import build_operators, describe_operators
 from llama_pretrain.launch.signals import Preempted, Stopped, how_to_go_on
 from llama_pretrain.launch.watch import RankError
 from llama_pretrain.plan.choices import describe_choices, resolve_choices
@@ -35,9 +36,19 @@ from llama_pretrain.plan.plan import (
     check_plan,
     render_plan,
 )
+from llama_pretrain.reproduce import Reproduction, begin, find_reproduction, finish
 from llama_pretrain.resume import Start, find_start, has_finished, note_restart, rewind, start_again
+from llama_pretrain.runs.agreement import DivergedError
 from llama_pretrain.runs.checkpoints import newest_of
-from llama_pretrain.runs.provenance import collect_provenance, render_provenance
+from llama_pretrain.runs.provenance import (
+    add_provenance,
+    collect_provenance,
+    earlier_launches,
+    initial_weights,
+    list_data_files,
+    render_provenance,
+    write_changes,
+)
 from llama_pretrain.runs.report import render_report
 from llama_pretrain.runs.rundir import (
     RunDir,
@@ -80,22 +91,52 @@ def run_task(
     if not run.task.trains:
         console.show_corpus(run, build_plan(run, corpus))
         return None
-    plan = plan_training(run, corpus, run_dir=run_dir, origins=origins)
+    plan, reproduction = build_plan(run, corpus), None
+    if run.task is Task.pretrain:  # before other data is refused: it is drift too
+        reproduction = look_back(run, plan, run_dir, argv=argv, machine=machine, origins=origins)
+    plan = plan_training(run, plan, run_dir=run_dir, origins=origins)
     if run.task is Task.verify_resume:
         verify(run, plan, run_dir, argv=argv, machine=machine)
         return None
     if run.task is Task.probe:
         return probe(run, plan, run_dir=run_dir, argv=argv, machine=machine)
-    return pretrain(run, plan, run_dir=run_dir, argv=argv, machine=machine)
+    return pretrain(
+        run, plan, run_dir=run_dir, argv=argv, machine=machine, reproduction=reproduction
+    )
 
 
-def plan_training(run: Run, corpus: Corpus, *, run_dir: RunDir, origins: Mapping[str, str]) -> Plan:
-    """The plan of a run that is to train on a corpus.
+def look_back(
+    run: Run,
+    plan: Plan,
+    run_dir: RunDir,
+    *,
+    argv: Sequence[str],
+    machine: Machine,
+    origins: Mapping[str, str],
+) -> Reproduction | None:
+    """What has drifted since the run that this one does again; `None` if it does none again.
+
+    Raises:
+        UserError: with drift=error, for drift that nobody asked for.
+    """
+    if run.reproduce_of is None and run.resume.run_dir is None:
+        return None
+    return find_reproduction(
+        run,
+        plan,
+        run_dir,
+        provenance=describe_launch(run, plan, argv=argv, machine=machine),
+        files=_data_files(plan),
+        origins=origins,
+    )
+
+
+def plan_training(run: Run, plan: Plan, *, run_dir: RunDir, origins: Mapping[str, str]) -> Plan:
+    """The plan of a run that is to train on its corpus, complete.
 
     Raises:
         UserError: if it may not.
     """
-    plan = build_plan(run, corpus)
     refuse(check_corpus(run, plan))
     config = get_train_ds_config(run, plan.batch, run_dir=run_dir.path)
     return replace(plan, deepspeed_sources=trace_ds_config(config, origins))
@@ -211,15 +252,27 @@ def pretrain(
     argv: Sequence[str],
     machine: Machine,
     launch: Callable[..., int] = launch,
+    reproduction: Reproduction | None = None,
 ) -> float | None:
     """Write the run directory, train in it, and say how it ended.
 
     Args:
         launch: starts ranks and waits for them, as launch/local.py has it.
+
+    Raises:
+        DivergedError: with drift=error, if the run is not equal to the one that it does again.
     """
     try:
         with hold(run_dir):
-            return _pretrain(run, plan, run_dir=run_dir, argv=argv, machine=machine, launch=launch)
+            return _pretrain(
+                run,
+                plan,
+                run_dir=run_dir,
+                argv=argv,
+                machine=machine,
+                launch=launch,
+                reproduction=reproduction,
+            )
     except BlockingIOError as error:
         message = f"another process is training in {run_dir.path}"
         raise BusyError([Problem(path="hydra.run.dir", message=message)]) from error
@@ -233,6 +286,7 @@ def _pretrain(
     argv: Sequence[str],
     machine: Machine,
     launch: Callable[..., int],
+    reproduction: Reproduction | None,
 ) -> float | None:
     start, resumed = Start(), run.resume.run_dir is not None
     if not resumed:
@@ -247,12 +301,15 @@ def _pretrain(
     console.show_config(run)
     console.show_plan(run, plan, run_dir)
     write_run_dir(run, plan, run_dir, argv=argv, machine=machine)
+    if reproduction is not None:
+        begin(reproduction, run_dir)
     if resumed:
         rewind(run_dir, start)
-    restarts = 0
+    restarts, verdict = 0, (Status.completed, "")
     write_status(run_dir, Status.running)
     try:
         build_operators(run, log=run_dir.ranks / "build.log", report=console.say)
+        add_provenance(run_dir, operators=describe_operators(run))
         while True:
             try:
                 with console.follow_metrics(run_dir, plan, first_step=start.step):
@@ -269,10 +326,13 @@ def _pretrain(
                 rewind(run_dir, start)
                 note_restart(run_dir, start, error)
                 write_status(run_dir, Status.running, restarts=restarts)
+        add_provenance(run_dir, initial_weights=initial_weights(run_dir))
         objective = _objective(run_dir)
         if run.checkpoint.export:
             export_at_end(run, run_dir)
-        write_status(run_dir, Status.completed, objective=objective, restarts=restarts)
+        if reproduction is not None:
+            verdict = finish(reproduction, run_dir)
+        write_status(run_dir, verdict[0], objective=objective, restarts=restarts)
         write_text(run_dir.report, render_report(run_dir))
     except BaseException as error:
         _write_ending(run_dir, error, restarts=restarts)
@@ -285,12 +345,12 @@ def _pretrain(
         ended = Preempted(late)
         ended.add_note("the run has completed")
         raise ended
+    status, told = verdict
+    if reproduction is not None:
+        if status is Status.diverged and reproduction.policy is DriftPolicy.error:
+            raise DivergedError(told)
+        console.say(told)
     return objective
-
-
-def as_written(run: Run) -> Run:
-    """A run without what says how it was come by: resumed, or one of a sweep's."""
-    return replace(run, resume=Resume(), sweep=SweepSettings())
 
 
 def _objective(run_dir: RunDir) -> float | None:
@@ -320,7 +380,8 @@ def _write_ending(run_dir: RunDir, error: BaseException, *, restarts: int) -> No
     else:
         told = f"{type(error).__name__}: {error}"
         write_status(run_dir, Status.failed, error=told, restarts=restarts)
-    with contextlib.suppress(OSError):  # the disk may be what has failed
+    with contextlib.suppress(OSError, ValueError):  # the disk may be what has failed
+        add_provenance(run_dir, initial_weights=initial_weights(run_dir))
         write_text(run_dir.report, render_report(run_dir))
 
 
@@ -345,8 +406,12 @@ def write_run_dir(
     run: Run, plan: Plan, run_dir: RunDir, *, argv: Sequence[str], machine: Machine
 ) -> None:
     """Write everything that ranks read, and where the run comes from."""
-    provenance = collect_provenance(argv=argv, root=PROJECT_ROOT, machine=asdict(machine))
+    provenance = describe_launch(run, plan, argv=argv, machine=machine)
+    earlier, weights = earlier_launches(run_dir), initial_weights(run_dir)
+    provenance |= {"earlier_launches": earlier, "initial_weights": weights}
+    provenance["changes"] = write_changes(PROJECT_ROOT, run_dir.changes)
     write_text(run_dir.provenance, render_provenance(provenance))
+    write_text(run_dir.data_files, json.dumps(_data_files(plan), indent=1) + "\n")
     config = get_train_ds_config(run, plan.batch, run_dir=run_dir.path)
     write_text(run_dir.ds_config, json.dumps(config, indent=2) + "\n")
     write_text(run_dir.plan, render_plan(plan))
@@ -355,3 +420,29 @@ def write_run_dir(
     shutil.copytree(plan.corpus.tokenizer_dir, run_dir.tokenizer, dirs_exist_ok=True)
     for folder in (run_dir.ranks, run_dir.checkpoints):
         os.makedirs(folder, exist_ok=True)
+
+
+def describe_launch(
+    run: Run, plan: Plan, *, argv: Sequence[str], machine: Machine
+) -> dict[str, Any]:
+    """What a run is made with, as provenance.json has it before the ranks start."""
+    assert plan.corpus is not None
+    values = collect_provenance(argv=argv, root=PROJECT_ROOT, machine=asdict(machine))
+    return values | {
+        "threads": {"ranks": plan.world_size, "of_a_rank": run.launch.threads_per_process},
+        "seeds": {"seed": run.seed, "data.shuffle_seed": run.data.shuffle_seed},
+        "data": {
+            "hash": plan.corpus.content_hash,
+            "tokenizer": plan.corpus.tokenizer_hash,
+            "sources": {source.name: source.data_hash for source in plan.corpus.sources},
+        },
+    }
+
+
+def _data_files(plan: Plan) -> dict[str, dict[str, str]]:
+    from llama_pretrain.data.meta import META  # pydantic
+
+    assert plan.corpus is not None
+    return list_data_files(
+        {source.name: Path(source.tokens_dir) / META for source in plan.corpus.sources}
+    )

@@ -39,7 +39,7 @@ def test_resume_becomes_a_run_of_the_snapshot(tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     words = rewrite_argv([f"resume={tmp_path}", "train.max_steps=7"], scratch=scratch)
-    assert words[:4] == ["--config-dir", str(scratch), "--config-name", "snapshot"]
+    assert words[:4] == ["--config-path", str(scratch), "--config-name", "snapshot"]
     assert (scratch / "snapshot.yaml").read_text() == text
     assert words[-3:] == [
         f"hydra.run.dir='{tmp_path}'",

@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
@@ -15,23 +15,29 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llama_pretrain.config import data, schema
-from llama_pretrain.config.problems import Problem, UserError
+from llama_pretrain.config.problems import Problem, UserError, refuse
 from llama_pretrain.config.rules import flatten, parse_values, schema_paths, unknown_key
 from llama_pretrain.config.schema import Run
+from llama_pretrain.config.secrets import (
+    find_secrets,
+    is_secret_name,
+    read_environment,
+    secret_problem,
+)
+from llama_pretrain.config.snapshot import NO_TEXT, YAML_LOADER
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 """What Hydra raises for a user's mistake: `zero=null` is a ValueError to it."""
 SNAPSHOT_NAME = "snapshot"
-YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""libyaml's where PyYAML has it: some ten times as fast."""
 OVERLAYS = ("experiment", "sweep", "debug")
 """Groups whose options name settings of the others; applied last."""
 
 
 def register() -> None:
-    """Tell Hydra of the schema and of our two resolvers."""
+    """Tell Hydra of the schema and of our resolvers; `oc.env` reads no secret."""
     schema.register()
+    OmegaConf.register_new_resolver("oc.env", read_environment, replace=True)
     OmegaConf.register_new_resolver("project_root", lambda: str(PROJECT_ROOT), replace=True)
     OmegaConf.register_new_resolver("run_name", name_run, replace=True)
 
@@ -47,7 +53,7 @@ def name_run(overrides: Sequence[str]) -> str:
 
 def list_groups() -> list[str]:
     """Groups whose options are sections of a run."""
-    folders = [path.name for path in (PROJECT_ROOT / "conf").iterdir() if path.is_dir()]
+    folders = [path.name for path in (PROJECT_ROOT / "conf").glob("*") if path.is_dir()]
     return sorted({*folders} - {*OVERLAYS})
 
 
@@ -57,13 +63,40 @@ def read_config(config: DictConfig) -> Run:
     Raises:
         UserError: with all mistakes at once.
     """
+    refuse(_secret_interpolations(OmegaConf.to_container(config, resolve=False)))
     try:
         values = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     except OmegaConfBaseException as error:
         path = str(error.full_key or "")
         raise UserError([Problem(path=path, message=str(error).split("\n")[0])]) from error
     assert isinstance(values, dict)
+    refuse(secret_problem(path) for path in find_secrets(values))
+    refuse(
+        Problem(path=path, message="has a text that a snapshot can't keep", hint="leave out ${")
+        for path, text in texts_of(values)
+        if "${" in text or NO_TEXT.search(text)
+    )
     return parse_values({str(key): value for key, value in values.items()})
+
+
+def _secret_interpolations(raw: Any) -> Iterator[Problem]:
+    """Settings that would take a secret out of the environment, before they are resolved."""
+    for path, text in texts_of(raw):
+        names = re.findall(r"oc\.env: *['\"]?([A-Za-z_]\w*)", text)
+        if names and (is_secret_name(path) or any(is_secret_name(name) for name in names)):
+            yield secret_problem(path)
+
+
+def texts_of(values: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted path and text of every string in plain nested values, those in lists too."""
+    if isinstance(values, dict):
+        for key, item in values.items():
+            yield from texts_of(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(values, list):
+        for number, item in enumerate(values):
+            yield from texts_of(item, f"{path}.{number}")
+    elif isinstance(values, str):
+        yield path, values
 
 
 def trace_settings(overrides: Sequence[str], choices: Mapping[str, Any]) -> dict[str, str]:
@@ -94,13 +127,13 @@ def trace_settings(overrides: Sequence[str], choices: Mapping[str, Any]) -> dict
         key, _, value = word.lstrip("+~").partition("=")
         if not choices and key in list_groups():
             origins = {path: of for path, of in origins.items() if not path.startswith(f"{key}.")}
-            origins |= _settings_of_option(key, value)
+            origins |= settings_of_option(key, value)
         elif key not in choices:
             origins[key] = "command line"
     return origins
 
 
-def _settings_of_option(group: str, option: str) -> dict[str, str]:
+def settings_of_option(group: str, option: str) -> dict[str, str]:
     """The settings that an option of a group names, each with the file's name."""
     file = PROJECT_ROOT / "conf" / group / f"{option}.yaml"
     if not file.is_file():
@@ -119,9 +152,9 @@ def explain(argv: Sequence[str], error: BaseException) -> tuple[list[Problem], R
     from hydra.core.global_hydra import GlobalHydra
 
     known = get_args_parser().parse_known_args(list(argv))[0]
-    folder = known.config_dir or str(PROJECT_ROOT / "conf")
     name = known.config_name or "config"
-    if known.multirun or known.config_path or (known.config_dir and name != SNAPSHOT_NAME):
+    folder = known.config_path or str(PROJECT_ROOT / "conf")
+    if known.multirun or known.config_dir or (known.config_path and name != SNAPSHOT_NAME):
         return [Problem(path="", message=_tidy(_whole_text(error)))], None
     problems: list[Problem] = []
     good: list[str] = []
@@ -132,7 +165,7 @@ def explain(argv: Sequence[str], error: BaseException) -> tuple[list[Problem], R
         except COMPOSE_ERRORS as broken:
             return [Problem(path=folder, message=_tidy(_whole_text(broken)))], None
         # Choices of groups first: what a setting may be depends on them.
-        groups = {path.name for path in (PROJECT_ROOT / "conf").iterdir() if path.is_dir()}
+        groups = {*list_groups(), *OVERLAYS}
         overrides = [word for word in known.overrides if not word.startswith("hydra")]
         for override in sorted(overrides, key=lambda word: word.split("=")[0] not in groups):
             try:

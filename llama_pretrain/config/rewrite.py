@@ -11,19 +11,37 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from llama_pretrain.config.compose import PROJECT_ROOT, SNAPSHOT_NAME, list_groups
+from llama_pretrain.config.compose import (
+    PROJECT_ROOT,
+    SNAPSHOT_NAME,
+    list_groups,
+    settings_of_option,
+)
 from llama_pretrain.config.deepspeed import Zero, stages_of
-from llama_pretrain.config.problems import Problem, UserError
-from llama_pretrain.config.snapshot import DEFAULTS, load_snapshot, render_snapshot, to_plain
+from llama_pretrain.config.problems import Problem, UserError, refuse
+from llama_pretrain.config.secrets import check_files, check_words, find_secrets, secret_problem
+from llama_pretrain.config.snapshot import (
+    DEFAULTS,
+    as_written,
+    load_snapshot,
+    render_document,
+    to_plain,
+)
 
 ABOUT_A_RUN = ("resume", "reproduce", "run")
 """Words of the command line that name a run's directory."""
 AUTO = "auto"
 MULTIRUN = {"-m", "--multirun"}
-KEPT = {"data": ("sequence_length", "cache_dir")}
-"""What of a snapshot's section stays where another option of its group is chosen."""
+COMPLETED = ("completed", "reproduced", "diverged")
+"""Statuses of runs with nothing left to do (runs/rundir.py)."""
+FLAGS_WITH_VALUES = (
+    *("--cfg", "-c", "--package", "-p", "--info", "-i"),
+    *("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
+)
+"""Of Hydra."""
+KEPT = {"data": ("sequence_length", "cache_dir"), "optim": ("learning_rate",)}
+"""What of a snapshot's section stays where another option of its group is chosen that doesn't name
+it."""
 HPZ = "zero_hpz_partition_size"
 DERIVED_OF_ZERO = (
     "reduce_scatter",
@@ -54,8 +72,10 @@ def rewrite_argv(argv: Sequence[str], *, scratch: Path) -> list[str]:
     in `scratch`: in DIR it would also read other files, which could name code to run.
 
     Raises:
-        UserError: if DIR holds no snapshot that is safe to hand to Hydra.
+        UserError: if DIR holds no snapshot that is safe to hand to Hydra, or if the command line
+            would write a secret to files or run code out of one.
     """
+    _check_words(argv)
     named = {
         key: word.partition("=")[2]
         for word in argv
@@ -84,16 +104,19 @@ def rewrite_argv(argv: Sequence[str], *, scratch: Path) -> list[str]:
         raise UserError([Problem(path="resume", message=message, hint=hint)])
     folder = Path(place).expanduser().resolve()
     task = settings.get("task", "")
-    write_scratch(folder, settings, scratch=scratch, evaluates=kind == "run" and task == "evaluate")
+    write_scratch(folder, settings, scratch=scratch, kind=kind)
     ours: list[str] = []
     if kind == "resume":
-        ours = [f"hydra.run.dir='{folder}'", f"resume.run_dir='{folder}'"]
+        ours = [f"hydra.run.dir={_quote(folder)}", f"resume.run_dir={_quote(folder)}"]
     if kind == "run":
-        ours = [*_place_of_task(task, folder, settings), f"of_run='{folder}'"]
+        ours = [*_place_of_task(task, folder, settings), f"of_run={_quote(folder)}"]
     set_already = {*settings, *(word.partition("=")[0] for word in ours)}
     ours = [word for word in HYDRA_SETTINGS if word.partition("=")[0] not in set_already] + ours
-    words = ["--config-dir", str(scratch), "--config-name", SNAPSHOT_NAME]
-    for word in argv:  # in its place: Hydra wants all overrides in one row, behind its flags
+    # In place of conf/, not beside it: whatever lies there by now, it is the snapshot that counts.
+    words = ["--config-path", str(scratch), "--config-name", SNAPSHOT_NAME]
+    flags, overrides = _split_flags(argv)  # Hydra wants all overrides in one row
+    words += flags
+    for word in overrides:
         words += ours if word.lstrip("+").partition("=")[0] == kind else [word]
     return words
 
@@ -101,10 +124,65 @@ def rewrite_argv(argv: Sequence[str], *, scratch: Path) -> list[str]:
 def is_sweep(argv: Sequence[str]) -> bool:
     """Whether a command line asks for several runs, and for nothing that only Hydra knows."""
     flags = {word for word in argv if word.startswith("-")}
-    if flags - {*MULTIRUN, "--config-dir", "--config-name"}:  # --cfg, --info, ...
+    if flags - {*MULTIRUN, "--config-path", "--config-name"}:  # --cfg, --info, ...
         return False
     named = any(word.startswith("sweep=") and word not in ("sweep=null", "sweep=") for word in argv)
     return named or "hydra.mode=MULTIRUN" in argv or bool(flags & MULTIRUN)
+
+
+def _split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Hydra's flags with their values, and the overrides, each in their order."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("-"):
+            overrides.append(word)
+            continue
+        flags.append(word)
+        if word in FLAGS_WITH_VALUES:
+            flags += [value for value in [next(words, None)] if value is not None]
+    return flags, overrides
+
+
+def _check_words(argv: Sequence[str]) -> None:
+    """Refuse what Hydra would do before it calls us.
+
+    It writes the words of a sweep to multirun.yaml, with the whole config unresolved, and
+    --experimental-rerun opens a pickle, which runs what it says.
+
+    Raises:
+        UserError: for a secret in the words or in the files of the config, or for that flag.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    problems = list(check_words(argv))
+    try:
+        known = get_args_parser().parse_known_args(list(argv))[0]
+    except SystemExit:  # Hydra tells of it
+        refuse(problems)
+        return
+    if known.experimental_rerun is not None:
+        message = "opens a pickle, which can run any code"
+        hint = "do a run again with reproduce=DIR"
+        problems.append(Problem(path="--experimental-rerun", message=message, hint=hint))
+    if known.multirun or any(word.lstrip("+~").startswith("hydra") for word in argv):
+        given = [Path(place) for place in (known.config_dir, known.config_path) if place]
+        problems += check_files([PROJECT_ROOT / "conf", PROJECT_ROOT / "sweeps", *given])
+    refuse(problems)
+
+
+def _quote(folder: Path) -> str:
+    """A path as a value in Hydra's grammar.
+
+    Raises:
+        UserError: if it can't be written as one.
+    """
+    text = str(folder)
+    if "${" in text or ("'" in text and '"' in text) or not text.isprintable():
+        message = "has a path that a config can't name"
+        raise UserError([Problem(path=text, message=message, hint="rename the folder")])
+    return f'"{text}"' if "'" in text else f"'{text}'"
 
 
 def _place_of_task(task: str, folder: Path, settings: Mapping[str, str]) -> list[str]:
@@ -121,7 +199,7 @@ def _place_of_task(task: str, folder: Path, settings: Mapping[str, str]) -> list
         message = f"is the run's own with task={task} (got {given})"
         hint = "leave it out" if task != "export" else "use export.target=DIR"
         raise UserError([Problem(path="hydra.run.dir", message=message, hint=hint)])
-    return [f"hydra.run.dir='{folder}'"]
+    return [f"hydra.run.dir={_quote(folder)}"]
 
 
 def find_unfinished(outputs: Path) -> Path:
@@ -135,7 +213,7 @@ def find_unfinished(outputs: Path) -> Path:
         for pattern in (f"*/{SNAPSHOT_NAME}.yaml", f"*/*/{SNAPSHOT_NAME}.yaml")
         for snapshot in outputs.glob(pattern)
         if snapshot.relative_to(outputs).parts[0] != "sweeps"
-        and _status_of(snapshot.parent) != "completed"
+        and _status_of(snapshot.parent) not in COMPLETED
     ]
     if not found:
         message = f"there is no unfinished run in {outputs.resolve()}"
@@ -153,9 +231,7 @@ def _status_of(folder: Path) -> str | None:
     return values.get("status") if isinstance(values, dict) else None
 
 
-def write_scratch(
-    folder: Path, settings: Mapping[str, str], *, scratch: Path, evaluates: bool
-) -> None:
+def write_scratch(folder: Path, settings: Mapping[str, str], *, scratch: Path, kind: str) -> None:
     """Write the config that Hydra composes in place of a snapshot's: snapshot.yaml in `scratch`.
 
     A section whose option is chosen on the command line is that option's; what follows from a
@@ -163,26 +239,29 @@ def write_scratch(
 
     Args:
         settings: what the command line gives, by key.
+        kind: the word of ABOUT_A_RUN that names the folder.
 
     Raises:
-        UserError: if `folder` holds no snapshot.
+        UserError: if `folder` holds no snapshot, or one that holds a secret.
     """
-    snapshot = load_snapshot(folder / f"{SNAPSHOT_NAME}.yaml")
-    values = to_plain(snapshot)
+    values = to_plain(as_written(load_snapshot(folder / f"{SNAPSHOT_NAME}.yaml")))
+    refuse(secret_problem(path) for path in find_secrets(values))
     chosen = [group for group in list_groups() if group in settings]
-    if evaluates:
+    if kind == "run" and settings.get("task") == "evaluate":
         _evaluate_instead(values, folder, settings)
+    if kind == "reproduce":
+        _quote(folder)  # it must be one that a config can name
+        values["reproduce_of"] = str(folder)
     _derive_again(values, settings, chosen)
     for group in chosen:
-        kept = {key: values[group][key] for key in KEPT.get(group, ())}
-        values[group] = kept
-    text = render_snapshot(snapshot)
-    if values != to_plain(snapshot):
-        defaults = [DEFAULTS[0], *({group: None} for group in chosen), DEFAULTS[1]]
-        place = {"searchpath": [f"file://{PROJECT_ROOT / 'conf'}"]}
-        document = {"defaults": defaults, "hydra": place, **values}
-        text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
-    (scratch / f"{SNAPSHOT_NAME}.yaml").write_text(text, encoding="utf-8")
+        named = settings_of_option(group, settings[group])
+        kept = [key for key in KEPT.get(group, ()) if f"{group}.{key}" not in named]
+        values[group] = {key: values[group][key] for key in kept}
+    document: dict[str, Any] = {"defaults": DEFAULTS, **values}
+    if chosen:
+        document["defaults"] = [DEFAULTS[0], *({group: None} for group in chosen), DEFAULTS[1]]
+        document["hydra"] = {"searchpath": [f"file://{PROJECT_ROOT / 'conf'}"]}
+    (scratch / f"{SNAPSHOT_NAME}.yaml").write_text(render_document(document), encoding="utf-8")
 
 
 def _evaluate_instead(values: dict[str, Any], folder: Path, settings: Mapping[str, str]) -> None:
@@ -191,9 +270,10 @@ def _evaluate_instead(values: dict[str, Any], folder: Path, settings: Mapping[st
     values["tokenizer"] = tokenizer
     values["train"]["eval_rows"] = None
     micro = values["batch"]["micro_batch_size"]
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-        micro = plan["batch"]["micro_batch_size"]
+        planned = plan["batch"]["micro_batch_size"]
+        micro = planned if isinstance(planned, int) else micro  # a text could be an interpolation
     values["batch"] = {"micro_batch_size": micro or 1, "gradient_accumulation_steps": 1}
     if any(key.startswith("data.") for key in settings):  # on purpose other data
         values["data"]["hash"] = None

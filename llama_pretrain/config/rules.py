@@ -17,6 +17,7 @@ from llama_pretrain.config.deepspeed_rules import OWNED_KEYS, check_deepspeed
 from llama_pretrain.config.fields import parse_size
 from llama_pretrain.config.problems import Problem, UserError, refuse
 from llama_pretrain.config.schema import (
+    DriftPolicy,
     Export,
     Generate,
     Model,
@@ -349,6 +350,15 @@ def _check_resume(run: Run) -> Iterator[Problem]:
             path="resume.allow_data_change",
             message="is read with resume=DIR alone (got true)",
             hint="add resume=DIR, or leave it out",
+        )
+    if run.drift is not DriftPolicy.warn and (
+        run.reproduce_of is None or run.task is not Task.pretrain
+    ):
+        yield Problem(
+            path="drift",
+            message="is read with reproduce=DIR and task=pretrain alone"
+            f" (got {run.drift.value} with task={run.task.value})",
+            hint="leave it out",
         )
 
 

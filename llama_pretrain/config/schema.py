@@ -493,6 +493,12 @@ class SweepSettings:
     fresh interpreter for each, some seconds a point."""
 
 
+class DriftPolicy(str, Enum):
+    warn = "warn"
+    error = "error"
+    off = "off"
+
+
 @schema
 class Run:
     """A whole run."""
@@ -505,6 +511,12 @@ class Run:
     of_run: str | None = None
     """What `run=DIR` sets: the directory of the run that `export`, `evaluate` or `generate` is
     about."""
+    reproduce_of: str | None = None
+    """What `reproduce=DIR` sets: the directory of the run that is done again."""
+    drift: DriftPolicy = DriftPolicy.warn
+    """`reproduce=DIR`: what differs now from when that run was made. `warn` prints it; `error`
+    also refuses to start where it can change the result and was not asked for on the command line,
+    and ends with exit code 1 where the new run differs; `off` doesn't look."""
     seed: Annotated[int, Interval(ge=0, lt=2**63)] = 1234
     """Seed of the initial weights, the order of the data and dropout, and of text that is
     generated."""

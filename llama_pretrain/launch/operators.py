@@ -77,6 +77,18 @@ def build_operators(run: Run, *, log: Path, report: Callable[[str], None]) -> No
     raise UserError([Problem(path="optim.name", message=message, hint=hint)])
 
 
+def describe_operators(run: Run) -> dict[str, dict[str, str]]:
+    """The compiled operators that the optimizer uses: what they were built for, and their bytes."""
+    if run.optim.name not in BUILDERS:
+        return {}
+    name = "fused_lamb" if run.optim.name is OptimName.lamb else run.optim.name.value
+    library = extensions_dir(run) / name / f"{name}.so"
+    built = {"built_for": _machine_key()}
+    if library.is_file():
+        built["sha256"] = hashlib.sha256(library.read_bytes()).hexdigest()
+    return {name: built}
+
+
 def _machine_key() -> str:
     """What a compiled operator depends on: its sources, the interpreter, and the processor."""
     versions = [importlib.metadata.version(name) for name in ("torch", "deepspeed")]

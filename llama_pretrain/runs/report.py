@@ -43,6 +43,7 @@ def render_report(run_dir: RunDir) -> str:
     sections = [
         _header(run_dir, plan=plan),
         section("Key figures", _figures(rows, summary=summary, plan=plan)),
+        section("Reproduction", _reproduction(run_dir)),
         section("Curves", _charts(rows, plan=plan)),
         section(
             "Checkpoints and skipped steps",
@@ -55,6 +56,18 @@ def render_report(run_dir: RunDir) -> str:
         section("Provenance", table(_flatten(_load(run_dir.provenance))), folded=True),
     ]
     return render_page(run_dir.path.resolve().name, sections, script=SCRIPT)
+
+
+def _reproduction(run_dir: RunDir) -> str:
+    """Of a run that does another one again: how far they are equal, and what had drifted."""
+    found = _load(run_dir.reproduction)
+    told = f"<p>{escape(found.get('told') or 'not finished')}</p>" if found else ""
+    lines = [
+        (item["path"], item["group"], item["before"], item["now"], "yes" if item["asked"] else "")
+        for item in found.get("drift", [])
+    ]
+    head = ("what", "group", "then", "now", "asked for")
+    return told + table(lines, head=head)
 
 
 def _load(path: Path) -> Row:

@@ -12,6 +12,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from llama_pretrain.config.secrets import redact
+
 
 @dataclass(frozen=True)
 class RunDir:
@@ -34,6 +36,21 @@ class RunDir:
     @property
     def provenance(self) -> Path:
         return self.path / "provenance.json"
+
+    @property
+    def changes(self) -> Path:
+        """What git had not of the code that ran: a patch, and files that it doesn't track."""
+        return self.path / "provenance"
+
+    @property
+    def data_files(self) -> Path:
+        """SHA-256 of each file of the data, by source and path."""
+        return self.changes / "data.json"
+
+    @property
+    def reproduction(self) -> Path:
+        """Of a run that was done again: the drift, and how far the two are equal."""
+        return self.path / "reproduction.json"
 
     @property
     def status(self) -> Path:
@@ -135,10 +152,20 @@ class Status(str, Enum):
     failed = "failed"
     stopped = "stopped"
     preempted = "preempted"
+    reproduced = "reproduced"
+    """Completed, and equal to the run that it does again."""
+    diverged = "diverged"
+    """Completed, and not equal."""
     pruned = "pruned"
+    """A point of a sweep that was ended because it fell behind the others."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is left to do."""
+        return self in (Status.completed, Status.reproduced, Status.diverged)
 
 
-FINISHED = (Status.completed, Status.pruned)
+FINISHED = (Status.completed, Status.reproduced, Status.diverged, Status.pruned)
 """A point of a sweep that is one of these is not run again."""
 
 
@@ -156,7 +183,7 @@ def write_status(
     values = {
         "status": status.value,
         "objective": objective,
-        "error": error,
+        "error": None if error is None else redact(error),
         "rank": rank,
         "log": None if log is None else str(log),
         "restarts": restarts,

@@ -30,14 +30,14 @@ from llama_pretrain.config.compose import (
 )
 from llama_pretrain.config.problems import Problem, UserError, refuse
 from llama_pretrain.config.schema import Run
-from llama_pretrain.config.snapshot import to_plain
+from llama_pretrain.config.snapshot import as_written, to_plain
 from llama_pretrain.data.cache import disk_problems
 from llama_pretrain.plan.choices import describe_choices
 from llama_pretrain.plan.machine import Machine
 from llama_pretrain.plan.plan import Corpus, Plan, build_plan, check_fits
 from llama_pretrain.runs.rundir import RunDir
 from llama_pretrain.runs.sweepdir import PointRecord, SweepDir, Verdict
-from llama_pretrain.tasks import as_written, check_everything, plan_training, snapshot_of
+from llama_pretrain.tasks import check_everything, plan_training, snapshot_of
 
 BASIC = "basic"
 """Hydra's own launcher and sweeper, in whose place we run points one after another."""
@@ -124,7 +124,7 @@ def read_command(argv: Sequence[str]) -> Command:
         UserError: with all mistakes in that.
     """
     given = get_args_parser().parse_known_args(list(argv))[0]
-    folder, name = given.config_dir or str(PROJECT_ROOT / "conf"), given.config_name or "config"
+    folder, name = given.config_path or str(PROJECT_ROOT / "conf"), given.config_name or "config"
     parsed = _parse(given.overrides)
     fixed = [str(word.input_line) for word in parsed if not word.is_sweep_override()]
     about_hydra = [word for word in given.overrides if re.match(r"[+~]*hydra[./=]", word)]
@@ -156,7 +156,7 @@ def explain_plugin(error: str) -> list[Problem]:
 
 def _flags(folder: str, name: str) -> list[str]:
     """Hydra's flags for a primary config that isn't its usual one: a snapshot."""
-    return ["--config-dir", folder, "--config-name", name] if name == SNAPSHOT_NAME else []
+    return ["--config-path", folder, "--config-name", name] if name == SNAPSHOT_NAME else []
 
 
 def compose(folder: str, name: str, words: Sequence[str]) -> DictConfig:
@@ -295,7 +295,8 @@ def plan_point(point: SweepPoint, corpora: Corpora, folder: SweepDir) -> SweepPo
     run = as_written(point.run)
     try:
         corpus = corpora.of(run)
-        plan = plan_training(run, corpus, run_dir=RunDir(folder.path), origins=point.origins)
+        plan = build_plan(run, corpus)
+        plan = plan_training(run, plan, run_dir=RunDir(folder.path), origins=point.origins)
     except UserError as error:
         return _refuse(point, error.problems)
     return replace(point, plan=plan, snapshot=snapshot_of(run, corpus))

@@ -9,11 +9,13 @@ from typing import Any
 
 from llama_pretrain.config.compose import register
 from llama_pretrain.config.problems import UserError
+from llama_pretrain.config.rewrite import AUTO
 from llama_pretrain.config.schema import Resume, SweepSettings
 from llama_pretrain.launch.forks import ForkServers
 from llama_pretrain.launch.local import launch
 from llama_pretrain.launch.watch import RankError
 from llama_pretrain.plan.machine import Machine
+from llama_pretrain.runs.agreement import DivergedError
 from llama_pretrain.runs.rundir import FINISHED, RunDir, Status, read_metrics, write_status
 from llama_pretrain.runs.sweepdir import (
     PointRecord,
@@ -23,7 +25,7 @@ from llama_pretrain.runs.sweepdir import (
 )
 from llama_pretrain.sweep.placing import claim_slot
 from llama_pretrain.sweep.points import SweepPoint, told_in
-from llama_pretrain.tasks import BusyError, PrunedError, pretrain
+from llama_pretrain.tasks import BusyError, PrunedError, look_back, pretrain
 
 LOG = "console.log"
 """What a point would print if it were run alone; in its run directory."""
@@ -70,16 +72,26 @@ class Job:
             forks=fork_servers() if self.settings.fork else None,
             look=self._watch_others(run_dir) if self.settings.prune else lambda: None,
         )
+        run, plan = replace(point.run, resume=Resume(run_dir=AUTO)), point.plan
         try:
+            before = look_back(
+                run,
+                plan,
+                run_dir,
+                argv=point.words,
+                machine=self.machine,
+                origins=point.origins,
+            )
             pretrain(
-                replace(point.run, resume=Resume(run_dir="auto")),
-                point.plan,
+                run,
+                plan,
                 run_dir=run_dir,
                 argv=point.words,
                 machine=self.machine,
                 launch=start,
+                reproduction=before,
             )
-        except (RankError, PrunedError, BusyError) as error:  # its status says so
+        except (RankError, PrunedError, BusyError, DivergedError) as error:  # its status says so
             print(error)
         except UserError as error:
             note_failure(run_dir, "; ".join(str(problem) for problem in error.problems))

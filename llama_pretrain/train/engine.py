@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from llama_pretrain.config.schema import Run
 from llama_pretrain.plan.plan import Plan
 from llama_pretrain.train.distributed import Rank, print_rank_0
-from llama_pretrain.train.model import build_llama_config, build_model, restore_rotary
+from llama_pretrain.train.model import Digest, build_llama_config, build_model, restore_rotary
 from llama_pretrain.train.optimizer import (
     audit_groups,
     build_optimizer,
@@ -24,9 +24,19 @@ from llama_pretrain.train.recompute import recompute_activations
 
 
 def build_engine(
-    run: Run, plan: Plan, ds_config: dict[str, Any], rank: Rank, *, tokenizer_dir: Path
+    run: Run,
+    plan: Plan,
+    ds_config: dict[str, Any],
+    rank: Rank,
+    *,
+    tokenizer_dir: Path,
+    digest: Digest | None = None,
 ) -> Any:
-    """Model, optimizer and schedule in a DeepSpeed engine, its weights as they were drawn."""
+    """Model, optimizer and schedule in a DeepSpeed engine, its weights as they were drawn.
+
+    Args:
+        digest: takes in the weights.
+    """
     if "log_level" not in ds_config:
         # DeepSpeed hides what steps_per_print, dump_state and comms_logger ask it to say.
         set_log_level_from_string("info")
@@ -41,7 +51,7 @@ def build_engine(
         },
     )
     weights = None if run.model.path is None else Path(run.model.path)
-    model = build_model(config, seed=run.seed, weights=weights, ds_config=ds_config)
+    model = build_model(config, seed=run.seed, weights=weights, ds_config=ds_config, digest=digest)
     if run.train.gradient_checkpointing:
         recompute_activations(model, ds_config)
     groups = get_optimizer_grouped_parameters(model, run.optim.weight_decay)

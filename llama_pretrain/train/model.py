@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import deepspeed
 import torch
@@ -23,6 +23,12 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from llama_pretrain.config.schema import Model
 from llama_pretrain.config.snapshot import to_plain
 from llama_pretrain.pieces import STATE, StoredState
+
+
+class Digest(Protocol):
+    """What hashlib makes."""
+
+    def update(self, data: Any, /) -> None: ...
 
 
 def build_llama_config(
@@ -54,27 +60,43 @@ def build_llama_config(
 
 
 def build_model(
-    config: LlamaConfig, *, seed: int, weights: Path | None, ds_config: dict[str, Any]
+    config: LlamaConfig,
+    *,
+    seed: int,
+    weights: Path | None,
+    ds_config: dict[str, Any],
+    digest: Digest | None = None,
 ) -> LlamaForCausalLM:
     """A model whose parameters are fp32 and whole, or sharded as `ds_config` has it at stage 3.
 
     Args:
         weights: a Hugging Face model or one of our checkpoints to read parameters from; `None`
             draws all of them.
+        digest: takes in every parameter's first value.
     """
     sharded = ds_config["zero_optimization"]["stage"] == 3
     init = deepspeed.zero.Init(config_dict_or_path=ds_config) if sharded else nullcontext()
     with no_init_weights(), init:
         model = LlamaForCausalLM(config)
     model.tie_weights()
-    fill_parameters(model, seed=seed, weights=weights, sharded=sharded)
+    fill_parameters(model, seed=seed, weights=weights, sharded=sharded, digest=digest)
     return model
 
 
 def fill_parameters(
-    model: LlamaForCausalLM, *, seed: int, weights: Path | None, sharded: bool
+    model: LlamaForCausalLM,
+    *,
+    seed: int,
+    weights: Path | None,
+    sharded: bool,
+    digest: Digest | None = None,
 ) -> None:
-    """Give every parameter its first value; all ranks call it."""
+    """Give every parameter its first value; all ranks call it.
+
+    Args:
+        digest: takes in the values in fp32, before a parameter rounds them: at stage 3 it may have
+            16 bits already. Of a sharded model rank 0 alone has them.
+    """
     modules = dict(model.named_modules())
     with nullcontext() if weights is None else Weights(weights) as source:
         for name, parameter in model.named_parameters():
@@ -90,6 +112,8 @@ def fill_parameters(
                     if value is not None:  # the first rows: embeddings have grown
                         drawn[: value.shape[0]] = value
                     value = drawn
+                if digest is not None:
+                    hash_tensor(digest, name, value)
                 parameter.copy_(value)
 
 
@@ -166,6 +190,11 @@ def hash_parameters(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """SHA-256 of named tensors, to show that weights are what they should be."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        hash_tensor(digest, name, tensor)
     return digest.hexdigest()
+
+
+def hash_tensor(digest: Digest, name: str, tensor: torch.Tensor) -> None:
+    """Let a digest take in a tensor's name and its values in fp32."""
+    digest.update(name.encode())
+    digest.update(tensor.detach().float().cpu().contiguous().numpy())

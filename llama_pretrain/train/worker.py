@@ -3,6 +3,7 @@
 Everything it trains with, it reads from the run directory.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -106,7 +107,10 @@ def train_rank(run: Any, plan: Any, run_dir: RunDir, rank: Any, checkpoint: Path
 
     ds_config = json.loads(run_dir.ds_config.read_text(encoding="utf-8"))
     imports_bytes = resident_memory_bytes(rank.device)
-    engine = build_engine(run, plan, ds_config, rank, tokenizer_dir=run_dir.tokenizer)
+    digest = hashlib.sha256() if rank.is_first and checkpoint is None else None
+    engine = build_engine(
+        run, plan, ds_config, rank, tokenizer_dir=run_dir.tokenizer, digest=digest
+    )
     rank.beat()
     progress = Progress()
     if checkpoint is not None:
@@ -117,6 +121,8 @@ def train_rank(run: Any, plan: Any, run_dir: RunDir, rank: Any, checkpoint: Path
         torch.manual_seed(run.seed + rank.index)  # dropout: from here on, each rank its own
     print_rank_0(f"training from step {progress.step} to {plan.steps.last}", rank)
     writer = MetricsWriter(run_dir, run.monitor, active=rank.is_first)
+    if digest is not None:
+        writer.write({"step": 0, "tokens": 0, "initial_weights": digest.hexdigest()})
     training = prepare_training(run, plan, run_dir, rank, engine, imports_bytes=imports_bytes)
     finished = train(training, writer, progress)
     if finished and run.deepspeed.comms_logger.enabled:

@@ -1,0 +1,188 @@
+"""What a secret looks like, so that none is written to a file: by its name, its form, its value.
+
+A config never needs one: it holds at most the name of an environment variable.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from llama_pretrain.config.problems import Problem
+
+REDACTED = "[redacted]"
+SHORTEST = 8
+"""Shorter values of environment variables are not looked for: `TOKEN=1` is everywhere."""
+
+_NAME = re.compile(
+    r"(?:^|[_.\-])(?:password|passwd|passphrase|pwd|secret|credentials?|"
+    r"(?:api|access|private|secret|account|signing|encryption|storage|ssh|gpg|auth)_?key(?:_id)?|"
+    r"(?:auth|access|api|refresh|bearer|hub|hf|bot|session)?_?token|authorization|cookie|dsn)$",
+    re.IGNORECASE,
+)
+_NO_SECRET = re.compile(
+    r"(?:^|[_.\-])(?:bos|eos|pad|unk|sep|cls|mask|special|added|prompt|next|last|first|per)_?token$",
+    re.IGNORECASE,
+)
+_FORMS = re.compile(
+    r"\bhf_[A-Za-z0-9]{16,}"
+    r"|\bsk-[A-Za-z0-9_\-]{16,}"
+    r"|\bsk_(?:live|test)_[A-Za-z0-9]{16,}"
+    r"|\bgh[pousr]_[A-Za-z0-9]{20,}"
+    r"|\bgithub_pat_[A-Za-z0-9_]{20,}"
+    r"|\bglpat-[A-Za-z0-9_\-]{16,}"
+    r"|\bxox[abeoprs]-[A-Za-z0-9\-]{10,}"
+    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"
+    r"|\bAIza[A-Za-z0-9_\-]{35}"
+    r"|\beyJ[A-Za-z0-9_\-]{10,}\.eyJ[A-Za-z0-9_\-]{10,}\.[A-Za-z0-9_\-]*"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?:.*?-----END [A-Z ]*PRIVATE KEY-----|.*\Z)"
+    r"|\bBearer +[A-Za-z0-9_\-.=+/~]{16,}",
+    re.DOTALL,
+)
+_URL = re.compile(r"(?<=://)[^\s/@:'\"]*:[^\s/@'\"]+(?=@)")
+_SETTING = re.compile(
+    r"""(?<![\w.\-])(?P<key>[A-Za-z_][\w.\-]{0,99}+)(?P<mid>["']?[ \t]*[=:][ \t]*)"""
+    r"""(?P<value>"[^"\n]{4,}"|'[^'\n]{4,}'|[^\s"',;{}\[\]()<>]{6,}+(?![(\[]))"""
+)
+_WORDS = re.compile(r"[A-Za-z_.]+")
+_PLAIN = re.compile(r"(?:true|false|null|none|[-+]?\d+(?:\.\d*)?|\$\{.*|os\..*|<.*)", re.IGNORECASE)
+_FILE = re.compile(
+    r"(?:\.env(?:\..*)?|.*\.(?:env|pem|key|p12|pfx|jks|keystore|ppk|kdbx|gpg|asc)|\.?netrc|_netrc|"
+    r"\.pgpass|\.npmrc|\.pypirc|\.git-credentials|\.htpasswd|id_(?:rsa|dsa|ecdsa|ed25519).*|"
+    r".*(?:credential|secret|passw|private[_\-]?key|api[_\-]?key|token\.).*|token|.*[_\-.]key)",
+    re.IGNORECASE,
+)
+_FOLDERS = {".ssh", ".aws", ".gnupg", ".azure", ".kube", ".docker", "secrets"}
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a setting or an environment variable of this name would hold a secret."""
+    return _NAME.search(name) is not None and _NO_SECRET.search(name) is None
+
+
+def is_secret_file(path: str) -> bool:
+    """Whether a file of this name is likely to hold secrets."""
+    parts = Path(path).parts
+    name = parts[-1] if parts else ""
+    if name.endswith((".py", ".md")):  # about secrets; what a line of it holds is cut out
+        return False
+    return not _FOLDERS.isdisjoint(parts) or _FILE.fullmatch(name) is not None
+
+
+def known_secrets(environment: Mapping[str, str] | None = None) -> list[str]:
+    """The values of environment variables whose names say that they are secrets, longest first."""
+    variables = os.environ if environment is None else environment
+    found = {
+        value
+        for name, value in variables.items()
+        if is_secret_name(name) and len(value) >= SHORTEST and not os.path.exists(value)
+    }
+    return sorted(found, key=len, reverse=True)
+
+
+def redact(text: str, *, known: Iterable[str] | None = None) -> str:
+    """The text without what looks like a secret.
+
+    Args:
+        known: values that are secrets whatever they look like; `None` = those of our environment.
+    """
+    for value in known_secrets() if known is None else known:
+        text = text.replace(value, REDACTED)
+    text = _FORMS.sub(REDACTED, text)
+    text = _URL.sub(REDACTED, text)
+    return _SETTING.sub(_redact_setting, text)
+
+
+def _redact_setting(match: re.Match[str]) -> str:
+    if not is_secret_name(match["key"]) or _PLAIN.fullmatch(match["value"].strip("'\"")):
+        return match[0]
+    if match["key"].lower().endswith("token") and _WORDS.fullmatch(match["value"]):
+        return match[0]  # `token = first_token`: in this field tokens are no secrets as a rule
+    return f"{match['key']}{match['mid']}{REDACTED}"
+
+
+def redact_values(values: Any, *, known: Iterable[str]) -> Any:
+    """Plain nested values without what looks like a secret."""
+    if isinstance(values, dict):
+        return {
+            key: REDACTED
+            if isinstance(item, str) and is_secret_name(str(key)) and not _PLAIN.fullmatch(item)
+            else redact_values(item, known=known)
+            for key, item in values.items()
+        }
+    if isinstance(values, list):
+        return [redact_values(item, known=known) for item in values]
+    return redact(values, known=known) if isinstance(values, str) else values
+
+
+def find_secrets(values: Any, path: str = "") -> Iterator[str]:
+    """Paths of plain nested values that hold what looks like a secret; the value is never named."""
+    known = known_secrets()
+
+    def look(item: Any, path: str) -> Iterator[str]:
+        if isinstance(item, dict):
+            for key, inner in item.items():
+                yield from look(inner, f"{path}.{key}" if path else str(key))
+        elif isinstance(item, list):
+            for number, inner in enumerate(item):
+                yield from look(inner, f"{path}.{number}")
+        elif isinstance(item, str):
+            named = is_secret_name(path) and len(item) >= 6 and not _PLAIN.fullmatch(item)
+            if named or redact(item, known=known) != item:
+                yield path
+
+    yield from look(values, path)
+
+
+def secret_problem(path: str) -> Problem:
+    """A place that holds what looks like a secret, without saying what."""
+    return Problem(
+        path=path,
+        message="holds what looks like a secret, and would be written to the run's files",
+        hint="leave it out: libraries read secrets from the environment or their own login",
+    )
+
+
+def check_words(words: Iterable[str]) -> Iterator[Problem]:
+    """Words of a command line that would write a secret to files: Hydra and we keep them."""
+    known = known_secrets()
+    for word in words:
+        key, equals, value = word.lstrip("+~").partition("=")
+        named = is_secret_name(key) and len(value) >= 6 and not _PLAIN.fullmatch(value)
+        if (equals and named) or redact(word, known=known) != word:
+            safe = redact(key, known=known) == key
+            yield secret_problem(key if equals and safe else "command line")
+
+
+def check_files(folders: Iterable[Path]) -> Iterator[Problem]:
+    """YAML files of a config that hold a secret: a sweep writes them down before we see them."""
+    known = known_secrets()
+    for folder in folders:
+        for file in sorted(folder.rglob("*.yaml")):
+            try:
+                text = file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError):
+                continue  # not ours to tell: Hydra reads only what is chosen
+            if redact(text, known=known) != text:
+                yield secret_problem(str(file))
+
+
+def read_environment(name: str, *default: Any) -> str | None:
+    """`oc.env` of our own: a variable that is no secret.
+
+    It sees the name when everything inside it is resolved, so no nesting gets past it, and it holds
+    for Hydra's settings too, such as the run directory.
+
+    Raises:
+        ValueError: if the variable is a secret by its name or its value.
+        KeyError: if it is not set and there is no default.
+    """
+    value = os.environ.get(name)
+    if is_secret_name(name) or (value is not None and redact(value) != value):
+        raise ValueError(f"the environment variable {name} looks like a secret: it is not read")
+    if value is not None:
+        return value
+    if default:
+        return None if default[0] is None else str(default[0])
+    raise KeyError(f"the environment variable {name} is not set")
