@@ -108,6 +108,8 @@ def rewind(run_dir: RunDir, start: Start) -> None:
     if start.checkpoint is not None and not run_dir.metrics.is_file():
         run_dir.metrics.write_bytes((start.checkpoint / METRICS).read_bytes())
     cut_metrics(run_dir.metrics, last_step=start.step if start.checkpoint is not None else -1)
+    if run_dir.samples.is_file():
+        cut_metrics(run_dir.samples, last_step=start.step if start.checkpoint is not None else -1)
     forget_after(run_dir.checkpoints, step=start.step)
     where = "the beginning" if start.checkpoint is None else start.checkpoint.name
     console.say(f"going on from {where}")

@@ -43,6 +43,11 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def samples(self) -> Path:
+        """A JSON line for each text that the model has written while it trained."""
+        return self.path / "samples.jsonl"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
@@ -73,6 +78,11 @@ class RunDir:
         return self.path / "report.html"
 
     @property
+    def lock(self) -> Path:
+        """Held by the process that trains here."""
+        return self.path / ".lock"
+
+    @property
     def heartbeats(self) -> Path:
         """How far each rank has come, while they live."""
         return self.ranks / "heartbeats"
@@ -101,7 +111,7 @@ def hold(run_dir: RunDir) -> Iterator[None]:
         BlockingIOError: if another process holds it.
     """
     run_dir.path.mkdir(parents=True, exist_ok=True)
-    with (run_dir.path / ".lock").open("w") as lock:
+    with run_dir.lock.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 
