@@ -94,11 +94,11 @@ def start_again(run_dir: RunDir) -> Start:
     return Start() if folder is None else Start(folder, read_manifest(folder).step)
 
 
-def note_restart(run_dir: RunDir, start: Start, error: Exception) -> None:
-    """A line of the metrics for what happened, at the step that the run went back to."""
+def note_start(run_dir: RunDir, start: Start, **why: str) -> None:
+    """A line of the metrics for why a run goes on from here: what was `restarted` or `resumed`."""
     rows = read_metrics(run_dir.metrics)
     tokens = next((row["tokens"] for row in reversed(rows) if row["step"] == start.step), 0)
-    line = {"step": start.step, "tokens": tokens, "restarted": str(error).splitlines()[0]}
+    line = {"step": start.step, "tokens": tokens, **why}
     with run_dir.metrics.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from llama_pretrain import console
@@ -36,7 +37,7 @@ from llama_pretrain.plan.plan import (
     check_plan,
     render_plan,
 )
-from llama_pretrain.resume import Start, find_start, has_finished, note_restart, rewind, start_again
+from llama_pretrain.resume import Start, find_start, has_finished, note_start, rewind, start_again
 from llama_pretrain.runs.checkpoints import newest_of
 from llama_pretrain.runs.provenance import collect_provenance, render_provenance
 from llama_pretrain.runs.report import render_report
@@ -225,6 +226,7 @@ def _pretrain(
     write_run_dir(run, plan, run_dir, argv=argv, machine=machine)
     if resumed:
         rewind(run_dir, start)
+        note_start(run_dir, start, resumed=datetime.now(UTC).isoformat(timespec="seconds"))
     restarts = 0
     write_status(run_dir, Status.running)
     try:
@@ -243,7 +245,7 @@ def _pretrain(
                 console.say(f"{error}\nrestart {restarts} of {run.launch.max_restarts}")
                 start = start_again(run_dir)
                 rewind(run_dir, start)
-                note_restart(run_dir, start, error)
+                note_start(run_dir, start, restarted=str(error).splitlines()[0])
                 write_status(run_dir, Status.running, restarts=restarts)
         objective = _objective(run_dir)
         if run.checkpoint.export:

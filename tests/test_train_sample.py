@@ -108,7 +108,7 @@ def test_no_row_is_longer_than_those_it_trains_on(model: Any, rank: Rank) -> Non
         lambda _module, _args, inputs: seen.append(inputs["input_ids"].shape[1]), with_kwargs=True
     )
     text = continue_with_engine(model, prompt_of(longest=4, num_tokens=4), rank)
-    assert seen == [3, 4, 4, 4]
+    assert seen == [4, 4, 4, 4]
     ids = list(PROMPT)
     for _ in range(4):
         ids += greedy(model, ids[-4:], 1)

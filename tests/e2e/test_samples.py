@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from llama_pretrain.runs.rundir import read_metrics
+from tests.browser import PHONE, OpenPageFunction
 from tests.conftest import Command, Runner
 from tests.e2e.test_parity import at_stage
 
@@ -34,7 +35,7 @@ def numbers(done: Command) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
-def test_samples_change_no_number(runner: Runner, stage: int) -> None:
+def test_samples_change_no_number(runner: Runner, open_page: OpenPageFunction, stage: int) -> None:
     """With dropout, which a generator that was touched would change."""
     words = (*SAMPLED, *at_stage(stage))
     sampled = runner(*words, "checkpoint.export=true", "checkpoint.at_end=true", "precision=fp32")
@@ -46,6 +47,10 @@ def test_samples_change_no_number(runner: Runner, stage: int) -> None:
     assert [(row["step"], row["tokens"]) for row in rows] == [(0, 0), (2, 512), (4, 1024)]
     assert all(row["prompt"] == "import" and row["text"].startswith("import") for row in rows)
     assert len({row["text"] for row in rows}) > 1
+    opened = open_page(sampled.run_dir.report, width=PHONE)
+    assert (opened.errors, opened.requests, opened.beyond()) == ([], [], [])
+    headings = opened.page.locator("h3").all_text_contents()
+    assert {"step 0, 0 tokens", "step 2, 512 tokens", "step 4, 1,024 tokens"} <= {*headings}
     # The exported model says the same as the engine has said.
     greedy = ("generate.temperature=0", "generate.prompt=import", "generate.num_tokens=6")
     said = runner.bare("task=generate", f"run={sampled.run_dir.path}", *greedy)
