@@ -3,12 +3,16 @@
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
+
+LOOKS = 5
+"""Times that a run directory is asked for before it is another process's."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,14 @@ def hold(run_dir: RunDir) -> Iterator[None]:
     """
     run_dir.path.mkdir(parents=True, exist_ok=True)
     with run_dir.lock.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for attempt in range(LOOKS):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:  # `list` asks for it too, and lets go at once
+                if attempt == LOOKS - 1:
+                    raise
+                time.sleep(0.02)
         yield
 
 
@@ -162,13 +173,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return take_back(json.loads(line) for line in lines if line.endswith("\n"))
+
+
+def take_back(written: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines in the order in which they were written, without those that a rollback takes back."""
     rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            row = json.loads(line)
-            if "rolled_back_from" in row:
-                rows = [kept for kept in rows if kept["step"] <= row["step"]]
-            rows.append(row)
+    for row in written:
+        if "rolled_back_from" in row:
+            rows = [kept for kept in rows if kept["step"] <= row["step"]]
+        rows.append(row)
     return rows
 
 
