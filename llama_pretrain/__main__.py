@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from llama_pretrain.commands.compare import add_compare
 from llama_pretrain.commands.list_runs import add_list
 
 
@@ -16,6 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_list(commands)
+    add_compare(commands)
     return parser
 
 
