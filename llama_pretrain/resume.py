@@ -10,7 +10,6 @@ from llama_pretrain.config.deepspeed import OffloadDevice
 from llama_pretrain.config.problems import Problem, UserError, refuse
 from llama_pretrain.config.rewrite import AUTO
 from llama_pretrain.config.schema import Run
-from llama_pretrain.config.secrets import redact
 from llama_pretrain.config.snapshot import config_hash, load_snapshot
 from llama_pretrain.plan.plan import Plan
 from llama_pretrain.runs.checkpoints import (
@@ -96,11 +95,11 @@ def start_again(run_dir: RunDir) -> Start:
     return Start() if folder is None else Start(folder, read_manifest(folder).step)
 
 
-def note_restart(run_dir: RunDir, start: Start, error: Exception) -> None:
-    """A line of the metrics for what happened, at the step that the run went back to."""
+def note_start(run_dir: RunDir, start: Start, **why: str) -> None:
+    """A line of the metrics for why a run goes on from here: what was `restarted` or `resumed`."""
     rows = read_metrics(run_dir.metrics)
     tokens = next((row["tokens"] for row in reversed(rows) if row["step"] == start.step), 0)
-    line = {"step": start.step, "tokens": tokens, "restarted": redact(str(error)).splitlines()[0]}
+    line = {"step": start.step, "tokens": tokens, **why}
     with run_dir.metrics.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -110,6 +109,8 @@ def rewind(run_dir: RunDir, start: Start) -> None:
     if start.checkpoint is not None and not run_dir.metrics.is_file():
         run_dir.metrics.write_bytes((start.checkpoint / METRICS).read_bytes())
     cut_metrics(run_dir.metrics, last_step=start.step if start.checkpoint is not None else -1)
+    if run_dir.samples.is_file():
+        cut_metrics(run_dir.samples, last_step=start.step if start.checkpoint is not None else -1)
     forget_after(run_dir.checkpoints, step=start.step)
     where = "the beginning" if start.checkpoint is None else start.checkpoint.name
     console.say(f"going on from {where}")

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from llama_pretrain.config.fields import parse_size
 from llama_pretrain.config.problems import Problem, UserError, refuse
 from llama_pretrain.config.rules import check_run
 from llama_pretrain.config.schema import DriftPolicy, Run, Task
+from llama_pretrain.config.secrets import redact
 from llama_pretrain.config.snapshot import as_written, render_snapshot
 from llama_pretrain.finished import do_with_run, export_at_end
 from llama_pretrain.launch.local import launch
@@ -37,7 +39,7 @@ from llama_pretrain.plan.plan import (
     render_plan,
 )
 from llama_pretrain.reproduce import Reproduction, begin, find_reproduction, finish
-from llama_pretrain.resume import Start, find_start, has_finished, note_restart, rewind, start_again
+from llama_pretrain.resume import Start, find_start, has_finished, note_start, rewind, start_again
 from llama_pretrain.runs.agreement import DivergedError
 from llama_pretrain.runs.checkpoints import newest_of
 from llama_pretrain.runs.provenance import (
@@ -305,6 +307,7 @@ def _pretrain(
         begin(reproduction, run_dir)
     if resumed:
         rewind(run_dir, start)
+        note_start(run_dir, start, resumed=datetime.now(UTC).isoformat(timespec="seconds"))
     restarts, verdict = 0, (Status.completed, "")
     write_status(run_dir, Status.running)
     try:
@@ -324,7 +327,7 @@ def _pretrain(
                 console.say(f"{error}\nrestart {restarts} of {run.launch.max_restarts}")
                 start = start_again(run_dir)
                 rewind(run_dir, start)
-                note_restart(run_dir, start, error)
+                note_start(run_dir, start, restarted=redact(str(error)).splitlines()[0])
                 write_status(run_dir, Status.running, restarts=restarts)
         add_provenance(run_dir, initial_weights=initial_weights(run_dir))
         objective = _objective(run_dir)

@@ -10,31 +10,39 @@ from typing import Any
 
 import pytest
 
-from llama_pretrain.runs.report import render_report, thin
+from llama_pretrain.runs.chart import thin
+from llama_pretrain.runs.report import render_report
 from llama_pretrain.runs.rundir import RunDir
 
 SECTIONS = [
-    "Key figures",
-    "Curves",
-    "Checkpoints and skipped steps",
-    "Sample",
-    "Run it again",
+    "What was asked",
     "What was planned",
-    "Config",
+    "What happened",
+    "What the model wrote",
     "Provenance",
+    "Run it again",
 ]
+UNDER_CHARTS = ["Skipped steps, restarts, signals", "Checkpoints"]
+FINAL_TEXT = "The exported model, drawing at random"
 CHARTS = ["Loss", "Learning rate", "Gradient norm", "Throughput", "Memory"]
 MIB = 1 << 20
 PLAN = {
     "device": "cuda",
     "world_size": 2,
-    "steps": {"total": 4, "tokens": 4000, "epochs": None},
+    "batch": {"global_batch_size": 8, "micro_batch_size": 2, "gradient_accumulation_steps": 2},
+    "steps": {"total": 4, "tokens_per_step": 1000, "tokens": 4000, "epochs": None},
     "parameters": {"embedding": 600, "decayed": 1_000_000, "not_decayed": 2500},
-    "memory": {"weights": 100 * MIB, "logits": 60 * MIB, "host": 7 * MIB},
+    "device_memory": 80 << 30,
+    "memory": {"phase": "step", "weights": 100 * MIB, "logits": 60 * MIB, "host": 7 * MIB},
 }
-PROVENANCE = {"git_commit": "abc123", "machine": {"cores": 2, "memory_bytes": 8 << 30}}
+PROVENANCE = {
+    "argv": ["data=text", "data.paths=[a b.txt]"],
+    "git_commit": "abc123",
+    "machine": {"cores": 2, "memory_bytes": 8 << 30},
+}
 SNAPSHOT = """model: {name: tiny}
-data: {name: stdlib}
+data: {name: stdlib, paths: [corpus/a.txt, b.txt]}
+seed: 0
 precision: {name: bf16}
 zero: {stage: 2}
 train: {sample_prompt: "if a < b"}
@@ -138,7 +146,7 @@ def test_shows_every_section_and_chart(run_dir: RunDir) -> None:
     page = Page(render_report(run_dir))
     assert page.found["h1"] == ["lr=0.1 <b> completed"]
     assert page.found["h2"] == SECTIONS
-    assert page.found["h3"] == CHARTS
+    assert page.found["h3"] == [*CHARTS, *UNDER_CHARTS, FINAL_TEXT]
     facts = "tiny model · 1,002,500 parameters · stdlib data · 4,000 tokens · 4 steps"
     assert page.found["header"][0].endswith(f"{facts} · world size 2 · cuda · bf16 · ZeRO stage 2")
 
@@ -153,13 +161,25 @@ def test_key_figures(run_dir: RunDir) -> None:
         "Bits per byte": ("2.125", "last evaluation"),
         "Tokens/s": ("12,346", "median, all ranks"),
         "MFU": ("45.7%", "median"),
-        "Peak memory": ("192 MiB", "the plan estimated 160 MiB"),  # 100 + 60: not the host's 7
+        "Peak memory": ("192 MiB", "120% of the 160 MiB planned"),  # 100 + 60: not the host's 7
+        "Training time": ("2.0 s", "of the steps that counted"),  # four of 1000 tokens at 2000/s
     }
 
 
 def test_checkpoints_skipped_steps_plan_and_provenance(run_dir: RunDir) -> None:
     page = Page(render_report(run_dir))
-    saves, plan, provenance = page.found["table"]
+    asked, planned, memory, plan, saves, provenance = page.found["table"]
+    assert asked == (
+        "settingvaluedata.namestdlibdata.pathscorpus/a.txt, b.txtprecision.namebf16zero.stage2seed0"
+    )
+    assert planned == (
+        "whatvalueglobal batch8 rows = 2 micro x 2 accumulated x 2 ranks"
+        "steps4tokens of a step1,000tokens4,000"
+    )
+    assert memory == (
+        "Memory of a rank at its peak, in the phase step"
+        "partbytesweights100 MiBlogits60 MiBin all160 MiBthe device has80.0 GiB"
+    )
     assert saves == (
         "checkpointstepseconds to saveseconds waitedkept"
         "step-0000000221.230.25nostep-0000000442.00yes"
@@ -167,7 +187,10 @@ def test_checkpoints_skipped_steps_plan_and_provenance(run_dir: RunDir) -> None:
     assert "<p>Skipped steps: 2 (at 2, 4)</p>" in page.text
     assert "memory · weights100 MiB" in plan
     assert "steps · epochsnone" in plan
-    assert provenance == "whatvaluegit commitabc123machine · cores2machine · memory bytes8.0 GiB"
+    assert provenance == (
+        "whatvalueargvdata=text, data.paths=[a b.txt]git commitabc123"
+        "machine · cores2machine · memory bytes8.0 GiB"
+    )
     assert {attributes.get("scope") for attributes in page.attributes("th")} == {"row", "col"}
 
 
@@ -177,6 +200,7 @@ def test_what_did_not_go_straight_on_is_told(run_dir: RunDir) -> None:
         eval_row(5, skipped="spike", loss=7.25, spike_z=9.87),
         eval_row(4, rolled_back_from=9, spike_loss=8.5, spike_z=7.0, left_out_batches=[7, 8]),
         eval_row(4, restarted="rank 1 failed: ended by SIGKILL"),
+        eval_row(4, resumed="2026-05-04T03:02:01+00:00"),
         eval_row(6, checkpoint_error="step-00000006 was not written: No space left (rank 0)"),
         eval_row(7, preempted="SIGTERM"),
     ]
@@ -185,6 +209,7 @@ def test_what_did_not_go_straight_on_is_told(run_dir: RunDir) -> None:
         "step 3: skipped, its loss was not finite",
         "step 4: back from step 9, whose loss of 8.5000 spiked; left out: global batches 7, 8",
         "step 4: started again from here, after: rank 1 failed: ended by SIGKILL",
+        "step 4: resumed from here at 2026-05-04T03:02:01+00:00",
         "step 6: step-00000006 was not written: No space left (rank 0)",
         "step 7: ended by SIGTERM, with a checkpoint",
     ]  # step 5's spike was taken back by the rollback to step 4
@@ -194,14 +219,19 @@ def test_what_did_not_go_straight_on_is_told(run_dir: RunDir) -> None:
 
 
 def test_the_status_is_what_status_json_says(run_dir: RunDir) -> None:
-    run_dir.status.write_text('{"status": "running"}')
-    assert Page(render_report(run_dir)).found["h1"] == ["lr=0.1 <b> running"]
+    status = {"status": "failed", "error": "rank 1 <died>", "restarts": 2}
+    run_dir.status.write_text(json.dumps(status))
+    page = Page(render_report(run_dir))
+    assert page.found["h1"] == ["lr=0.1 <b> failed"]
+    assert "It ended with: rank 1 <died>" in page.found["p"]
+    assert "Restarts after a rank had failed: 2" in page.found["p"]
 
 
 def test_text_of_others_is_escaped(run_dir: RunDir) -> None:
     page = Page(render_report(run_dir))
-    sample, command, config = page.found["pre"]
+    given, config, sample, command = page.found["pre"]
     assert sample == HOSTILE
+    assert given == "python run.py data=text 'data.paths=[a b.txt]'"
     assert command == f"python run.py 'reproduce={run_dir.path}'"
     assert config == SNAPSHOT.rstrip()
     assert "<p>Prompt: if a &lt; b</p>" in page.text
@@ -243,20 +273,18 @@ def test_points_lie_where_their_values_say(run_dir: RunDir) -> None:
 @pytest.mark.parametrize(
     ("name", "section"),
     [
-        ("metrics.jsonl", "Curves"),
+        ("metrics.jsonl", "What happened"),
         ("plan.json", "What was planned"),
-        ("snapshot.yaml", "Config"),
+        ("snapshot.yaml", None),
         ("provenance.json", "Provenance"),
-        ("sample.txt", "Sample"),
+        ("sample.txt", "What the model wrote"),
         ("status.json", None),
     ],
 )
 def test_what_is_missing_is_left_out(run_dir: RunDir, name: str, section: str | None) -> None:
     (run_dir.path / name).unlink()
-    lost = {"Key figures", "Curves", "Checkpoints and skipped steps"}
-    lost = lost if section == "Curves" else {section or ""}
     page = Page(render_report(run_dir))
-    assert page.found["h2"] == [title for title in SECTIONS if title not in lost]
+    assert page.found["h2"] == [title for title in SECTIONS if title != section]
 
 
 def test_an_empty_directory_has_a_report(tmp_path: Path) -> None:
@@ -266,15 +294,15 @@ def test_an_empty_directory_has_a_report(tmp_path: Path) -> None:
 def test_too_few_points_make_no_chart(run_dir: RunDir) -> None:
     write_metrics(run_dir, [ROWS[0], step_row(1), step_row(2, memory_bytes=None, loss=math.inf)])
     page = Page(render_report(run_dir))
-    assert page.found["h3"] == ["Learning rate", "Gradient norm", "Throughput"]
+    assert page.found["h3"][:-2] == ["Learning rate", "Gradient norm", "Throughput"]
     write_metrics(run_dir, [ROWS[0], ROWS[0]])  # both at 0 tokens
-    assert "h3" not in Page(render_report(run_dir)).found
+    assert Page(render_report(run_dir)).found["h3"] == [FINAL_TEXT]
 
 
 def test_values_that_never_change_have_an_axis(run_dir: RunDir) -> None:
     rows = [step_row(step, loss=0.0, grad_norm=0.0, learning_rate=0.0) for step in (1, 2, 3)]
     write_metrics(run_dir, rows)
-    assert Page(render_report(run_dir)).found["h3"] == CHARTS
+    assert Page(render_report(run_dir)).found["h3"][: len(CHARTS)] == CHARTS
 
 
 def test_only_the_newest_checkpoints_are_listed(run_dir: RunDir) -> None:
@@ -307,3 +335,25 @@ def test_a_long_run_makes_a_small_page(run_dir: RunDir) -> None:
     assert max(counts) <= 2000
     assert counts[0] > 1500
     assert len(page.text) < 300_000
+
+
+def test_sources_are_drawn_apart(run_dir: RunDir) -> None:
+    values = [{"eval_loss/web <1>": 5.0 - step, "eval_loss/code": 4.0} for step in (0, 1)]
+    write_metrics(run_dir, [eval_row(step, **row) for step, row in enumerate(values)])
+    page = Page(render_report(run_dir))
+    assert page.found["h3"][0] == "Evaluation of each source"
+    assert page.found["desc"] == ["code from 4 to 4; web <1> from 5 to 4"]
+    assert "web <1>" in page.found["span"]
+
+
+def test_samples_are_shown_from_the_first_to_the_last(run_dir: RunDir) -> None:
+    rows = [
+        {"step": step, "tokens": step * 1000, "text": f"<{step}>"} for step in range(0, 2500, 100)
+    ]
+    run_dir.samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = Page(render_report(run_dir))
+    at = page.found["h3"].index("step 0, 0 tokens")
+    assert page.found["h3"][at + 9] == "step 2,400, 2,400,000 tokens"
+    assert page.found["h3"][at + 10 :] == [FINAL_TEXT]
+    assert {"<0>", "<2400>"} <= set(page.found["pre"])
+    assert "15 more are in samples.jsonl." in page.found["p"]

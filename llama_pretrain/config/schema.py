@@ -308,9 +308,10 @@ class Train:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     sample_prompt: str = "The"
-    """Text that the finished model continues; empty = no sample."""
+    """Text that the model continues, after each evaluation and when it is finished; empty = no
+    samples."""
     sample_tokens: PositiveInt = 60
-    """Tokens of that sample."""
+    """Tokens of each sample, at most."""
     peak_tflops: PositiveFloat | None = None
     """Peak TFLOP/s of one rank's device for MFU; `null` = a table for GPUs, measured on a CPU."""
     max_nonfinite_steps: PositiveInt = 5

@@ -214,7 +214,7 @@ def render_page_of(run: Run, inspection: Inspection) -> str:
         f"{name} data",
         [
             header,
-            section("Sources", f'<div class="scroll">{sources}</div>'),
+            section("Sources", sources),
             section("Lengths of documents", f'<div class="charts">{plots}</div>' if plots else ""),
             section("The first rows of the run", legend + shown),
         ],
@@ -306,6 +306,6 @@ def _bars(source: SourceFacts) -> str:
 ROW_STYLE = """
 rect { fill: var(--line0) } .eos { color: var(--line1); border: 1px solid; border-radius: .3em;
   padding: 0 .2em } pre i, .legend i { font-style: normal; text-decoration: line-through;
-  opacity: .55 } .scroll { overflow-x: auto } section > h3 { margin: 1rem 0 .3rem }
+  opacity: .55 }
 @media (min-width: 1000px) { .charts { grid-template-columns: repeat(3, 1fr) } }
 """

@@ -1,61 +1,68 @@
-"""report.html: one page about a run that loads nothing from anywhere."""
+"""report.html: one page about a run that loads nothing from anywhere.
+
+What was asked, what was planned, what happened, what the model wrote, with what, and how to do it
+again.
+"""
 
 import json
-import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import yaml
 
-from llama_pretrain.runs.page import (
-    BOTTOM,
-    LEFT,
-    RIGHT,
-    TOP,
-    Point,
-    place,
-    render_page,
-    section,
-    table,
-    tick_label,
-    ticks,
-)
+from llama_pretrain.runs.chart import READOUT, chart, charts, curve, is_number
+from llama_pretrain.runs.figures import format_seconds, format_size, seconds_of_steps
+from llama_pretrain.runs.page import Point, folded, render_page, section, table
 from llama_pretrain.runs.rundir import RunDir, read_metrics
 
 Row = dict[str, Any]
 
-MAX_POINTS = 2000
-"""Of a curve: more than a screen has columns."""
 MAX_NAMED = 20
 """Checkpoints and skipped steps beyond these are only counted."""
+MAX_SAMPLES = 10
+"""Texts that are shown, from the first to the last."""
 GIB = 1 << 30
+ASKED = (
+    "data.name",
+    "data.paths",
+    "data.sequence_length",
+    "tokenizer.name",
+    "model.path",
+    "optim.name",
+    "optim.learning_rate",
+    "schedule.name",
+    "batch.global_batch_size",
+    "train.max_steps",
+    "train.max_tokens",
+    "train.eval_every_steps",
+    "checkpoint.every_steps",
+    "precision.name",
+    "zero.stage",
+    "launch.num_processes",
+    "seed",
+)
+"""Settings that a reader asks for first; the whole config is folded below them."""
 
 
 def render_report(run_dir: RunDir) -> str:
-    """The HTML of a finished run; what its files don't tell is left out."""
+    """The HTML of a run that has ended; what its files don't tell is left out."""
     rows, plan = read_metrics(run_dir.metrics), _load(run_dir.plan)
-    summary: Row = next((row for row in reversed(rows) if "finished" in row), {})
-    command = shlex.join(["python", "run.py", f"reproduce={run_dir.path}"])
+    provenance = _load(run_dir.provenance)
     sections = [
         _header(run_dir, plan=plan),
-        section("Key figures", _figures(rows, summary=summary, plan=plan)),
+        section("What was asked", _asked(run_dir, provenance)),
+        section("What was planned", _planned(plan)),
         section("Reproduction", _reproduction(run_dir)),
-        section("Curves", _charts(rows, plan=plan)),
-        section(
-            "Checkpoints and skipped steps",
-            _skipped(rows) + _events(rows) + _checkpoints(run_dir, rows),
-        ),
-        section("Sample", _sample(run_dir)),
-        section("Run it again", f"<pre>{escape(command)}</pre>"),
-        section("What was planned", table(_flatten(plan))),
-        section("Config", _pre(run_dir.snapshot), folded=True),
-        section("Provenance", table(_flatten(_load(run_dir.provenance))), folded=True),
+        section("What happened", _happened(run_dir, rows, plan=plan)),
+        section("What the model wrote", _samples(run_dir)),
+        section("Provenance", table(_flatten(provenance)), folded=True),
+        section("Run it again", _again(run_dir)),
     ]
-    return render_page(run_dir.path.resolve().name, sections, script=SCRIPT)
+    return render_page(run_dir.path.resolve().name, sections, script=READOUT)
 
 
 def _reproduction(run_dir: RunDir) -> str:
@@ -86,28 +93,14 @@ def _dig(values: Any, *keys: str) -> Any:
     return values
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _memory_parts(plan: Row) -> dict[str, int]:
+    """Bytes that the plan expects on a rank's device, by part; `host` and `disk` lie elsewhere."""
+    parts = plan.get("memory") or {}
+    return {name: size for name, size in parts.items() if name not in ("phase", "host", "disk")}
 
 
-def _points(rows: Sequence[Row], key: str, *, unit: float = 1) -> list[Point]:
-    """A curve against tokens, without the values that are no numbers."""
-    pairs = ((row.get("tokens"), row.get(key)) for row in rows)
-    return [(x, y / unit) for x, y in pairs if _is_number(x) and _is_number(y)]
-
-
-def _estimate(plan: Row) -> int | None:
-    """Bytes that the plan expects on a rank's device; `host` lies elsewhere."""
-    parts = plan.get("memory")
-    return (
-        None
-        if parts is None
-        else sum(size for name, size in parts.items() if name not in ("phase", "host", "disk"))
-    )
-
-
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:,.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.0f} MiB"
+def _show(value: Any, form: str) -> str:
+    return format(value, form) if is_number(value) else ""
 
 
 def _header(run_dir: RunDir, *, plan: Row) -> str:
@@ -130,15 +123,101 @@ def _header(run_dir: RunDir, *, plan: Row) -> str:
     return f"<header><h1>{name}{badge}</h1><p>{escape(said)}</p></header>"
 
 
+def _asked(run_dir: RunDir, provenance: Row) -> str:
+    """The command line, the main settings, and all of them."""
+    words = provenance.get("argv")
+    command = ""
+    if isinstance(words, list):
+        text = shlex.join(["python", "run.py", *(str(word) for word in words)])
+        command = f"<pre>{escape(text)}</pre>"
+    config = _load(run_dir.snapshot)
+    known = ((path, _dig(config, *path.split("."))) for path in ASKED)
+    lines = [(path, _setting(value)) for path, value in known if value not in (None, [])]
+    settings = table(lines, head=("setting", "value"))
+    return command + settings + folded("The whole config", _pre(run_dir.snapshot))
+
+
+def _setting(value: Any) -> str:
+    """A setting as one would write it."""
+    return ", ".join(str(item) for item in value) if isinstance(value, list) else str(value)
+
+
+def _planned(plan: Row) -> str:
+    """The main figures, memory by part, and the whole plan."""
+    batch = plan.get("batch") or {}
+    names = ("micro_batch_size", "gradient_accumulation_steps")
+    factors = [*(batch.get(name) for name in names), plan.get("world_size")]
+    rows = batch.get("global_batch_size")
+    triangle = ""
+    if rows is not None and None not in factors:
+        triangle = "{:,} rows = {:,} micro x {:,} accumulated x {:,} ranks".format(rows, *factors)
+    rates = [plan.get(f"{name}_learning_rate") for name in ("peak", "final")]
+    sizes = [_dig(plan, "steps", name) for name in ("tokens_per_step", "tokens")]
+    flops = plan.get("flops_per_token")
+    lines = [
+        ("global batch", triangle),
+        ("steps", _show(_dig(plan, "steps", "total"), ",")),
+        ("tokens of a step", _show(sizes[0], ",")),
+        ("tokens", _show(sizes[1], ",")),
+        ("warm-up", f"{text} steps" if (text := _show(_dig(plan, "steps", "warmup"), ",")) else ""),
+        (
+            "learning rate",
+            ", at the end ".join(_show(rate, "g") for rate in rates if is_number(rate)),
+        ),
+        ("compute", f"{flops * sizes[1]:.3g} FLOP" if None not in (flops, sizes[1]) else ""),
+    ]
+    return (
+        table([line for line in lines if line[1]])
+        + _planned_memory(plan)
+        + folded("The whole plan", table(_flatten(plan)))
+    )
+
+
+def _planned_memory(plan: Row) -> str:
+    parts = _memory_parts(plan)
+    lines = [(name.replace("_", " "), format_size(size)) for name, size in parts.items() if size]
+    if not lines:
+        return ""
+    phase = _dig(plan, "memory", "phase")
+    where = f", in the phase {phase}" if phase else ""
+    total = [("in all", format_size(sum(parts.values())))]
+    if is_number(plan.get("device_memory")):
+        total.append(("the device has", format_size(plan["device_memory"])))
+    title = f"Memory of a rank at its peak{where}"
+    return table([*lines, *total], head=("part", "bytes"), caption=title)
+
+
+def _happened(run_dir: RunDir, rows: Sequence[Row], *, plan: Row) -> str:
+    """Figures, curves, what did not go straight on, and checkpoints."""
+    status = _load(run_dir.status)
+    summary: Row = next((row for row in reversed(rows) if "finished" in row), {})
+    error = status.get("error")
+    failed = f"<p>It ended with: {escape(str(error))}</p>" if error else ""
+    events = _skipped(rows) + _restarts(status) + _events(rows)
+    saves = _checkpoints(run_dir, rows)
+    return (
+        failed
+        + _figures(rows, summary=summary, plan=plan)
+        + _charts(rows, plan=plan)
+        + (events and f"<h3>Skipped steps, restarts, signals</h3>{events}")
+        + (saves and f"<h3>Checkpoints</h3>{saves}")
+    )
+
+
+def _restarts(status: Row) -> str:
+    count = status.get("restarts")
+    return f"<p>Restarts after a rank had failed: {count:,}</p>" if count else ""
+
+
 def _figures(rows: Sequence[Row], *, summary: Row, plan: Row) -> str:
     """Cards of the numbers that one asks for first; losses in nats a token."""
-    evaluations = [row for row in rows if _is_number(row.get("eval_loss"))]
+    evaluations = [row for row in rows if is_number(row.get("eval_loss"))]
     first, last = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
     start = f"from {first['eval_loss']:.4f} at step {first['step']}" if first else ""
-    peak, estimate = summary.get("peak_memory_bytes"), _estimate(plan)
-    memory = "largest rank" if estimate is None else f"the plan estimated {_size(estimate)}"
-    if plan.get("device") == "cpu":
-        memory += ", without libraries"
+    peak, planned = summary.get("peak_memory_bytes"), sum(_memory_parts(plan).values())
+    memory = "largest rank"
+    if planned and is_number(peak):
+        memory = f"{peak / planned:.0%} of the {format_size(planned)} planned"
     figures = [
         ("Training loss", _show(summary.get("train_loss"), ".4f"), "mean of the last 20 steps"),
         ("Evaluation loss", _show(last.get("eval_loss"), ".4f"), start),
@@ -146,7 +225,8 @@ def _figures(rows: Sequence[Row], *, summary: Row, plan: Row) -> str:
         ("Bits per byte", _show(last.get("bits_per_byte"), ".3f"), "last evaluation"),
         ("Tokens/s", _show(summary.get("median_tokens_per_s"), ",.0f"), "median, all ranks"),
         ("MFU", _show(summary.get("median_mfu"), ".1%"), "median"),
-        ("Peak memory", _size(peak) if _is_number(peak) else "", memory),
+        ("Peak memory", format_size(peak) if is_number(peak) else "", memory),
+        ("Training time", _training_time(rows, plan), "of the steps that counted"),
     ]
     cards = "".join(
         f"<div><dt>{name}</dt><dd>{text}</dd><dd>{note}</dd></div>"
@@ -156,94 +236,36 @@ def _figures(rows: Sequence[Row], *, summary: Row, plan: Row) -> str:
     return cards and f'<dl class="figures">{cards}</dl>'
 
 
-def _show(value: Any, form: str) -> str:
-    return format(value, form) if _is_number(value) else ""
+def _training_time(rows: Sequence[Row], plan: Row) -> str:
+    """Seconds of all steps, without evaluations and checkpoints."""
+    seconds = seconds_of_steps(rows, tokens_per_step=_dig(plan, "steps", "tokens_per_step"))
+    return format_seconds(sum(seconds.values())) if seconds else ""
 
 
 def _charts(rows: Sequence[Row], *, plan: Row) -> str:
-    loss = {"training": _points(rows, "loss"), "evaluation": _points(rows, "eval_loss")}
-    peaks, estimate = _points(rows, "memory_bytes", unit=GIB), _estimate(plan)
-    memory = {"measured": peaks}
-    if len(peaks) > 1 and estimate is not None:
+    loss = {"training": curve(rows, "loss"), "evaluation": curve(rows, "eval_loss")}
+    sources = sorted({key for row in rows for key in row if key.startswith("eval_loss/")})
+    by_source = {key.removeprefix("eval_loss/"): curve(rows, key) for key in sources}
+    peaks, estimate = curve(rows, "memory_bytes", unit=GIB), sum(_memory_parts(plan).values())
+    memory: dict[str, Sequence[Point]] = {"measured": peaks}
+    if len(peaks) > 1 and estimate:
         memory["planned"] = [(x, estimate / GIB) for x, _ in (peaks[0], peaks[-1])]
-    drawn = (
-        _chart("Loss", unit="nats a token", lines=loss, wide=True)
-        + _chart("Learning rate", unit="of each step", lines={"": _points(rows, "learning_rate")})
-        + _chart("Gradient norm", unit="before clipping", lines={"": _points(rows, "grad_norm")})
-        + _chart("Throughput", unit="tokens/s", lines={"": _points(rows, "tokens_per_s")})
-        + _chart("Memory", unit="GiB, rank 0's peak so far", lines=memory)
+    singles = (
+        ("Learning rate", "of each step", "learning_rate"),
+        ("Gradient norm", "before clipping", "grad_norm"),
+        ("Throughput", "tokens/s", "tokens_per_s"),
     )
-    return drawn and f'<div class="charts">{drawn}</div>'
-
-
-def thin(points: Sequence[Point], *, limit: int = MAX_POINTS) -> list[Point]:
-    """At most `limit` points: of each stretch its lowest and its highest, so that spikes stay."""
-    if len(points) <= limit:
-        return list(points)
-    stretch = math.ceil(len(points) / (limit // 2))
-    kept: list[Point] = []
-    for start in range(0, len(points), stretch):
-        by_value = sorted(points[start : start + stretch], key=lambda point: point[1])
-        kept += sorted({by_value[0], by_value[-1]})
-    return kept
-
-
-def _chart(
-    title: str, *, unit: str, lines: Mapping[str, Sequence[Point]], wide: bool = False
-) -> str:
-    """A figure against tokens; empty where no line has two points.
-
-    The y axis of a wide one need not begin at 0.
-    """
-    thinned = {name: thin(points) for name, points in lines.items() if len(points) > 1}
-    xs = [x for points in thinned.values() for x, _ in points]
-    ys = [y for points in thinned.values() for _, y in points]
-    if max(xs, default=0) <= 0:
-        return ""
-    y_ticks = ticks(min(ys) if wide else min(0, *ys), max(ys))
-    x_range, y_range = (0, max(xs)), (y_ticks[0], y_ticks[-1])
-    plot = (LEFT, RIGHT, TOP, BOTTOM)
-    axes = json.dumps({"x": x_range, "y": y_range, "plot": plot, "names": list(thinned)})
-    keys = [f'<span class="key line{i}">{name}</span>' for i, name in enumerate(thinned) if name]
-    ends = {name: (lines[name][0][1], lines[name][-1][1]) for name in thinned}
-    told = [f"{name} from {first:.4g} to {last:.4g}" for name, (first, last) in ends.items()]
-    curves = [
-        _curve(points, index=index, x_range=x_range, y_range=y_range)
-        for index, points in enumerate(thinned.values())
-    ]
-    return f"""
-<figure class="{"wide" if wide else "narrow"}">
-<figcaption><h3>{title}</h3>{"".join(keys)}</figcaption>
-<svg viewBox="0 0 360 220" role="img" data-axes="{escape(axes)}"
- aria-label="{title} ({unit}) against tokens">
-<desc>{"; ".join(told).strip()}</desc>
-<text class="readout" x="{LEFT}" y="12">{unit}</text>
-<text class="end" x="{RIGHT}" y="{BOTTOM + 33}">tokens</text>
-{_grid(y_ticks, x_range=x_range)}{"".join(curves)}<path class="cursor" d=""/>
-</svg>
-</figure>"""
-
-
-def _grid(y_ticks: Sequence[float], *, x_range: Point) -> str:
-    drawn = ""
-    for tick in y_ticks:
-        y = place(tick, (y_ticks[0], y_ticks[-1]), to=(BOTTOM, TOP))
-        drawn += f'<path class="grid" d="M{LEFT} {y:.2f}H{RIGHT}"/>'
-        drawn += f'<text class="end" x="{LEFT - 6}" y="{y + 4:.2f}">{tick_label(tick)}</text>'
-    for tick in ticks(*x_range):
-        if tick <= x_range[1]:
-            x = place(tick, x_range, to=(LEFT, RIGHT))
-            drawn += f'<path class="grid" d="M{x:.2f} {BOTTOM}v4"/>'
-            drawn += f'<text class="mid" x="{x:.2f}" y="{BOTTOM + 17}">{tick_label(tick)}</text>'
-    return drawn
-
-
-def _curve(points: Sequence[Point], *, index: int, x_range: Point, y_range: Point) -> str:
-    placed = (
-        f"{place(x, x_range, to=(LEFT, RIGHT)):.2f},{place(y, y_range, to=(BOTTOM, TOP)):.2f}"
-        for x, y in points
+    return charts(
+        [
+            chart("Loss", unit="nats a token", lines=loss, wide=True),
+            *(
+                chart(title, unit=unit, lines={"": curve(rows, key)})
+                for title, unit, key in singles
+            ),
+            chart("Memory", unit="GiB, rank 0's peak so far", lines=memory),
+            chart("Evaluation of each source", unit="nats a token", lines=by_source, wide=True),
+        ]
     )
-    return f'<polyline class="line{index}" points="{" ".join(placed)}"/>'
 
 
 def _pre(path: Path) -> str:
@@ -268,7 +290,7 @@ def _flatten(values: Row, prefix: str = "") -> list[tuple[str, str]]:
         elif value is None or isinstance(value, bool | str):
             found.append((name, "none" if value is None else str(value)))
         elif prefix == "memory · " or name.endswith(" bytes"):
-            found.append((name, _size(value)))
+            found.append((name, format_size(value)))
         else:
             found.append((name, f"{value:,}" if isinstance(value, int) else f"{value:.6g}"))
     return found
@@ -304,6 +326,8 @@ def _event(row: Row) -> str:
         loss = _show(row.get("spike_loss"), ".4f")
         start = f"{step}: back from step {row['rolled_back_from']:,}, whose loss of {loss} spiked"
         return f"{start}; left out: global batches {batches}"
+    if "resumed" in row:
+        return f"{step}: resumed from here at {row['resumed']}"
     if "restarted" in row:
         return f"{step}: started again from here, after: {row['restarted']}"
     if "preempted" in row:
@@ -327,38 +351,23 @@ def _checkpoints(run_dir: RunDir, rows: Sequence[Row]) -> str:
     )
 
 
-def _sample(run_dir: RunDir) -> str:
-    text = _pre(run_dir.path / "sample.txt")
+def _samples(run_dir: RunDir) -> str:
+    """Texts after evaluations, from the first to the last, and that of the export."""
+    rows = [row for row in read_metrics(run_dir.samples) if "text" in row]
+    count = min(len(rows), MAX_SAMPLES)
+    picked = [rows[index * (len(rows) - 1) // max(1, count - 1)] for index in range(count)]
     prompt = _dig(_load(run_dir.snapshot), "train", "sample_prompt")
-    return text and (f"<p>Prompt: {escape(prompt)}</p>" if prompt else "") + text
+    shown = ""
+    for row in picked:
+        place = f"step {row['step']:,}, {row['tokens']:,} tokens"
+        shown += f"<h3>{place}</h3><pre>{escape(str(row['text']))}</pre>"
+    if len(rows) > count:
+        shown += f"<p>{len(rows) - count:,} more are in samples.jsonl.</p>"
+    if text := _pre(run_dir.path / "sample.txt"):
+        shown += f"<h3>The exported model, drawing at random</h3>{text}"
+    return shown and (f"<p>Prompt: {escape(str(prompt))}</p>" if prompt else "") + shown
 
 
-SCRIPT = """
-const tokens = new Intl.NumberFormat("en", {notation: "compact", maximumSignificantDigits: 4});
-for (const svg of document.querySelectorAll("svg")) {
-  const {x, y, plot: [left, right, top, bottom], names} = JSON.parse(svg.dataset.axes);
-  const readout = svg.querySelector(".readout"), cursor = svg.querySelector(".cursor");
-  const unit = readout.textContent;
-  const lines = [...svg.querySelectorAll("polyline")].map(line =>
-    line.getAttribute("points").split(" ").map(pair => pair.split(",").map(Number)));
-  const value = (at, from, to, [low, high]) => low + (at - from) / (to - from) * (high - low);
-  const show = event => {
-    const box = svg.getBoundingClientRect();
-    const at = (event.clientX - box.left) / box.width * svg.viewBox.baseVal.width;
-    const near = lines.map(points =>
-      points.reduce((a, b) => Math.abs(b[0] - at) < Math.abs(a[0] - at) ? b : a));
-    const said = near.map(([, height], i) =>
-      `${names[i]} ${Number(value(height, bottom, top, y).toPrecision(4))}`);
-    readout.textContent = `${tokens.format(value(near[0][0], left, right, x))}: ${said.join(", ")}`;
-    cursor.setAttribute("d", `M${near[0][0]} ${top}V${bottom}`);
-  };
-  svg.addEventListener("pointermove", show);
-  svg.addEventListener("pointerdown", show);
-  svg.addEventListener("pointerleave", () => {
-    readout.textContent = unit;
-    cursor.setAttribute("d", "");
-  });
-}
-addEventListener("beforeprint", () =>
-  document.querySelectorAll("details").forEach(details => { details.open = true; }));
-"""
+def _again(run_dir: RunDir) -> str:
+    command = shlex.join(["python", "run.py", f"reproduce={run_dir.path}"])
+    return f"<pre>{escape(command)}</pre>"

@@ -1,11 +1,10 @@
 """What lies where in a run directory, and how its files are written and read."""
 
-import contextlib
 import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -13,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from llama_pretrain.config.secrets import redact
+
+LOOKS = 5
+"""Times that a run directory is asked for before it is another process's."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def samples(self) -> Path:
+        """A JSON line for each text that the model has written while it trained."""
+        return self.path / "samples.jsonl"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
@@ -90,6 +97,11 @@ class RunDir:
     @property
     def report(self) -> Path:
         return self.path / "report.html"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that trains here."""
+        return self.path / ".lock"
 
     @property
     def heartbeats(self) -> Path:
@@ -123,26 +135,34 @@ def hold(run_dir: RunDir) -> Iterator[None]:
         BlockingIOError: if another process holds it.
     """
     run_dir.path.mkdir(parents=True, exist_ok=True)
-    with (run_dir.path / ".lock").open("w") as lock:
-        for _ in range(LOOKS):
-            with contextlib.suppress(BlockingIOError):
+    with run_dir.lock.open("w") as lock:
+        for attempt in range(LOOKS):
+            try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            time.sleep(0.02)  # whoever asks whether it is held holds it for a moment
-        else:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # `list` asks for it too, and lets go at once
+                if attempt == LOOKS - 1:
+                    raise
+                time.sleep(0.02)
         yield
 
 
-def is_held(run_dir: RunDir) -> bool:
-    """Whether a process is training in a run directory. Nothing is written, nothing kept."""
+def is_held(run_dir: RunDir, pid: Any = None) -> bool:
+    """Whether a process holds the run: by its lock, which ends with the process.
+
+    The lock is asked for as one of many readers, and let go of at once. Where there is no lock
+    file, the process id has to do.
+    """
     try:
-        with (run_dir.path / ".lock").open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        lock = os.open(run_dir.lock, os.O_RDONLY)
     except FileNotFoundError:
-        return False
+        return isinstance(pid, int) and Path(f"/proc/{pid}").exists()
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    finally:
+        os.close(lock)
     return False
 
 
@@ -207,13 +227,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return take_back(json.loads(line) for line in lines if line.endswith("\n"))
+
+
+def take_back(written: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines in the order in which they were written, without those that a rollback takes back."""
     rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            row = json.loads(line)
-            if "rolled_back_from" in row:
-                rows = [kept for kept in rows if kept["step"] <= row["step"]]
-            rows.append(row)
+    for row in written:
+        if "rolled_back_from" in row:
+            rows = [kept for kept in rows if kept["step"] <= row["step"]]
+        rows.append(row)
     return rows
 
 

@@ -8,6 +8,7 @@ from statistics import mean
 from urllib.parse import quote
 
 from llama_pretrain.config.schema import Objective
+from llama_pretrain.runs.chart import thin
 from llama_pretrain.runs.page import (
     BOTTOM,
     LEFT,
@@ -20,7 +21,6 @@ from llama_pretrain.runs.page import (
     tick_label,
     ticks,
 )
-from llama_pretrain.runs.report import thin
 from llama_pretrain.runs.rundir import RunDir, read_metrics
 from llama_pretrain.runs.sweepdir import Row, SweepDir, SweepRecord, rank_rows
 

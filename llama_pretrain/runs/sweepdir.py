@@ -165,14 +165,20 @@ def read_state(run_dir: RunDir) -> tuple[str, str]:
 
     `waiting` has not begun; `crashed` says that it runs, and no process does.
     """
+    status, reason = _read_status(run_dir)
+    if status == Status.running and not is_held(run_dir):
+        status, reason = _read_status(run_dir)  # it may have ended in between
+        if status == Status.running:
+            return "crashed", "its process is gone"
+    return status, reason
+
+
+def _read_status(run_dir: RunDir) -> tuple[str, str]:
     try:
         values = json.loads(run_dir.status.read_text(encoding="utf-8"))
-        status = Status(values["status"])
+        return Status(values["status"]).value, values.get("error") or ""
     except (OSError, ValueError, KeyError, TypeError):
         return "waiting", ""
-    if status is Status.running and not is_held(run_dir):
-        return "crashed", "its process is gone"
-    return status.value, values.get("error") or ""
 
 
 def read_rows(folder: SweepDir, record: SweepRecord) -> list[Row]:

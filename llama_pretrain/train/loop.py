@@ -24,6 +24,7 @@ from llama_pretrain.train.distributed import Rank, largest_over_ranks, signal_of
 from llama_pretrain.train.evaluate import evaluate, probe_logits
 from llama_pretrain.train.metrics import MetricsWriter, peak_flops, peak_memory_bytes
 from llama_pretrain.train.progress import MAX_ROLLBACKS, Progress
+from llama_pretrain.train.sample import continue_with_engine, open_prompt
 from llama_pretrain.train.step import StepResult, Training, train_step
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -32,7 +33,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def prepare_training(
     run: Run, plan: Plan, run_dir: RunDir, rank: Rank, engine: Any, *, imports_bytes: int
 ) -> Training:
-    """Open the data and find the device's peak."""
+    """Open the data and the prompt, and find the device's peak."""
     assert plan.corpus is not None
     assert plan.steps.eval_rows_of is not None
     corpus, peak = plan.corpus, run.train.peak_tflops
@@ -59,6 +60,7 @@ def prepare_training(
         if peak is not None
         else peak_flops(rank.device, DTYPES[run.precision.name.value]),
         imports_bytes=imports_bytes,
+        prompt=open_prompt(run, plan, run_dir),
     )
 
 
@@ -204,8 +206,11 @@ def _train_batches(training: Training, progress: Progress) -> Iterator[dict[str,
 
 
 def _evaluate(training: Training, writer: MetricsWriter, progress: Progress) -> bool:
-    """Evaluate a step. Returns whether a signal has cut it short."""
-    plan, rank = training.plan, training.rank
+    """Evaluate a step, and let the model write. Returns whether a signal has cut it short.
+
+    Neither is kept without the other: a resumed run does both again.
+    """
+    plan, rank, prompt = training.plan, training.rank, training.prompt
     assert plan.corpus is not None
     result = evaluate(
         training.engine,
@@ -214,10 +219,16 @@ def _evaluate(training: Training, writer: MetricsWriter, progress: Progress) -> 
         micro_batch_size=plan.batch.micro_batch_size,
         sources=plan.corpus.sources,
     )
-    if result is None:
+    text = None
+    if result is not None and prompt is not None:
+        text = continue_with_engine(training.engine, prompt, rank)
+    if result is None or (prompt is not None and text is None):
         return True
     progress.evaluated = progress.step
-    writer.write({**_place(training, progress), **result})
+    place = _place(training, progress)
+    writer.write({**place, **result})
+    if prompt is not None and text is not None:
+        writer.write_sample({**place, "prompt": prompt.text, "text": text})
     return False
 
 

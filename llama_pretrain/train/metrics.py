@@ -73,6 +73,8 @@ class MetricsWriter:
             self._csv.writerow(["step", "tokens", *CSV_COLUMNS])
         for row in read_metrics(run_dir.metrics):
             self._draw(row)
+        for row in read_metrics(run_dir.samples):
+            self._draw_sample(row)
 
     def write(self, row: dict[str, Any]) -> None:
         """One line, with at least `step` and `tokens`."""
@@ -82,7 +84,10 @@ class MetricsWriter:
         self._file.flush()
         if self._wandb is not None:
             self._wandb.log(_numbers(row), step=row["step"])
-        if "rolled_back_from" in row:  # the curves go back too
+        if "rolled_back_from" in row:  # the curves and the samples go back too
+            if self._run_dir.samples.is_file():
+                back = ("step", "tokens", "rolled_back_from")
+                self._append_sample({key: row[key] for key in back})
             self._stop_drawing()
             self._start_drawing()
         else:
@@ -92,6 +97,22 @@ class MetricsWriter:
         """Several lines."""
         for row in rows:
             self.write(row)
+
+    def write_sample(self, row: dict[str, Any]) -> None:
+        """A line of samples.jsonl: `step`, `tokens`, `prompt` and `text`."""
+        if self._file is not None:
+            self._append_sample(row)
+            self._draw_sample(row)
+
+    def _append_sample(self, row: dict[str, Any]) -> None:
+        with self._run_dir.samples.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _draw_sample(self, row: dict[str, Any]) -> None:
+        """The text, indented: TensorBoard takes it for Markdown."""
+        if self._tensorboard is not None and "text" in row:
+            text = "".join(f"    {line}\n" for line in row["text"].splitlines())
+            self._tensorboard.add_text("sample", text, row["step"])
 
     def _draw(self, row: dict[str, Any]) -> None:
         """Its numbers against steps and against tokens; a row of the table for a step."""

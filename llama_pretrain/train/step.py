@@ -19,6 +19,7 @@ from llama_pretrain.train.distributed import Rank, sum_over_ranks
 from llama_pretrain.train.engine import apply_update
 from llama_pretrain.train.loss import token_losses
 from llama_pretrain.train.progress import Progress, spike_score
+from llama_pretrain.train.sample import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,8 @@ class Training:
     """Of this rank's device, for MFU."""
     imports_bytes: int
     """Memory of this rank before it had a model: what the plan calls framework."""
+    prompt: Prompt | None
+    """What the model continues after each evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,39 @@
+"""`python -m llama_pretrain`: look at runs that there are. Runs are made by run.py."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from llama_pretrain.commands.compare import add_compare
+from llama_pretrain.commands.list_runs import add_list
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All subcommands; each sets `do`, a function of the arguments that returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llama_pretrain",
+        description="Look at runs that there are. To train: python run.py --help.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add_list(commands)
+    add_compare(commands)
+    return parser
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Do what the command line says. Returns the exit code: 2 where it was used wrongly."""
+    arguments = build_parser().parse_args(words)
+    try:
+        code: int = arguments.do(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

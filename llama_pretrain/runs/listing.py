@@ -1,0 +1,218 @@
+"""A table of all runs below a folder, from the ends of their files; nothing is written."""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from llama_pretrain.runs.rundir import RunDir, is_held, take_back
+
+INSIDE = {
+    "checkpoints",
+    "export",
+    "profile",
+    "ranks",
+    "tensorboard",
+    "tokenizer",
+    "wandb",
+}
+"""Folders of a run in which no other run lies."""
+TAIL, FAR = 1 << 16, 1 << 20
+"""Bytes at the end of metrics.jsonl that are read, and in which an evaluation is looked for where
+the first hold none."""
+HEAD = 4096
+"""Bytes at the beginning of a snapshot in which its task and its model stand."""
+RUNNING, CRASHED, UNREADABLE, UNKNOWN = "running", "crashed", "unreadable", "unknown"
+
+
+class Kind(str, Enum):
+    run = "run"
+    sweep = "sweep"
+    evaluation = "evaluation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """What a line of the table says."""
+
+    path: Path
+    kind: Kind = Kind.run
+    """`sweep` = a run of a sweep."""
+    status: str
+    """As in status.json; or `crashed`, `unreadable`, `unknown`."""
+    started: str | None = None
+    """When it was started or last resumed, in UTC."""
+    model: str | None = None
+    step: int | None = None
+    steps: int | None = None
+    """Planned."""
+    loss: float | None = None
+    eval_loss: float | None = None
+    tokens_per_s: float | None = None
+    checkpoint: str | None = None
+    """Of a run that has crashed: what it can go on from."""
+    error: str | None = None
+
+
+def list_runs(root: Path) -> list[Listed]:
+    """All runs below a folder, the newest last."""
+    found = [listed for folder in _find_runs(root) for listed in [_look_at(folder)]]
+    return sorted(found, key=lambda listed: (listed.started or "", str(listed.path)))
+
+
+def _find_runs(root: Path) -> Iterator[Path]:
+    """Folders with a snapshot, and folders that can't be looked into. No link is followed."""
+    waiting = [root]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            entries = list(os.scandir(folder))
+        except FileNotFoundError:  # it has gone since
+            continue
+        except OSError:
+            yield folder
+            continue
+        names = {entry.name for entry in entries}
+        is_run = "snapshot.yaml" in names
+        if is_run:
+            yield folder
+        waiting += [
+            Path(entry.path)
+            for entry in entries
+            if entry.is_dir(follow_symlinks=False)
+            and not entry.name.startswith(".")
+            and not (is_run and entry.name in INSIDE)
+        ]
+
+
+def _look_at(folder: Path) -> Listed:
+    """One run; what its files don't tell is left open."""
+    run_dir = RunDir(folder)
+    try:
+        head = _read_head(run_dir.snapshot)
+        status = _load(run_dir.status)
+        plan, provenance = _load(run_dir.plan), _load(run_dir.provenance)
+        rows = _read_end(run_dir.metrics)
+        evaluates = head.get("task") == "evaluate"
+        said = _evaluation_status(rows) if evaluates else _status(run_dir, status)
+    except OSError as error:
+        return Listed(path=folder, status=UNREADABLE, error=error.strerror)
+    kind = Kind.evaluation if evaluates else Kind.run
+    if not evaluates and (folder.parent / "multirun.yaml").exists():
+        kind = Kind.sweep
+    steps = plan.get("steps")
+    time = provenance.get("time")
+    return Listed(
+        path=folder,
+        kind=kind,
+        status=said,
+        started=time if isinstance(time, str) else None,
+        model=head.get("model"),
+        step=_last(rows, "step"),
+        steps=steps.get("total") if isinstance(steps, dict) and not evaluates else None,
+        loss=_last(rows, "loss"),
+        eval_loss=_last(rows, "eval_loss"),
+        tokens_per_s=_last(rows, "median_tokens_per_s") or _last(rows, "tokens_per_s"),
+        checkpoint=_newest_checkpoint(run_dir) if said == CRASHED else None,
+        error=status.get("error"),
+    )
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """A JSON file's mapping; empty where there is none that can be parsed.
+
+    Raises:
+        OSError: if it is there and can't be read.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _read_head(path: Path) -> dict[str, str]:
+    """The task and the model of a snapshot, without parsing all of its YAML."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(HEAD).decode("utf-8", errors="replace")
+    except FileNotFoundError:  # a folder that could not be looked into, or a run that has gone
+        os.scandir(path.parent).close()
+        return {}
+    found = {}
+    for key, pattern in (("task", r"^task: (\S+)"), ("model", r"^model:\n  name: (.+)")):
+        if match := re.search(pattern, text, re.M):
+            found[key] = match.group(1).strip().strip("'\"")
+    return found
+
+
+def _read_end(path: Path) -> list[dict[str, Any]]:
+    """The last lines of metrics.jsonl, without what a rollback has taken back."""
+    try:
+        with path.open("rb") as file:
+            length = file.seek(0, os.SEEK_END)
+            lines = _lines_from(file, max(0, length - TAIL))
+            rows = take_back(_parse(lines))
+            if length > TAIL and not any("eval_loss" in row for row in rows):
+                lines = _lines_from(file, max(0, length - FAR))
+                rows = [*_evaluation_before(lines, rows), *rows]
+    except FileNotFoundError:
+        return []
+    return rows
+
+
+def _lines_from(file: BinaryIO, start: int) -> list[bytes]:
+    """Whole lines from a position on: none that was cut short, at either end."""
+    file.seek(start)
+    lines = file.read().split(b"\n")[:-1]
+    return lines[1:] if start else lines
+
+
+def _evaluation_before(
+    lines: Sequence[bytes], rows: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The last evaluation of lines that aren't worth parsing all, if no rollback took it back."""
+    step = _last(rows, "step") or 0
+    found = list(_parse([line for line in lines if b'"eval_loss"' in line]))
+    return [row for row in found if row["step"] <= step][-1:]
+
+
+def _parse(lines: Sequence[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            yield row
+
+
+def _last(rows: Sequence[Mapping[str, Any]], key: str) -> Any:
+    return next((row[key] for row in reversed(rows) if isinstance(row.get(key), int | float)), None)
+
+
+def _evaluation_status(rows: Sequence[Mapping[str, Any]]) -> str:
+    """An evaluation has no status.json: its one line is there, or not."""
+    return "completed" if any("finished" in row for row in rows) else "unfinished"
+
+
+def _status(run_dir: RunDir, status: Mapping[str, Any]) -> str:
+    """What status.json says; `crashed` where it says `running` and nobody trains there."""
+    said = status.get("status")
+    if not isinstance(said, str):
+        return UNKNOWN
+    if said == RUNNING and not is_held(run_dir, status.get("pid")):
+        now = _load(run_dir.status).get("status")  # it may have ended in between
+        return CRASHED if now == RUNNING else str(now)
+    return said
+
+
+def _newest_checkpoint(run_dir: RunDir) -> str | None:
+    from llama_pretrain.runs.checkpoints import newest_of  # pydantic: not for most lists
+
+    found = newest_of(run_dir.checkpoints)
+    return None if found is None else found.name
