@@ -114,7 +114,10 @@ def numbers(run_dir: RunDir) -> list[Any]:
     ]
 
 
-def test_a_sweep_plans_runs_and_tells(sweep: Sweep) -> None:
+FROM_HERE = os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def test_a_sweep_plans_runs_and_tells(sweep: Sweep, tmp_path: Path) -> None:
     output = sweep("seed=1,2,-3", expect=1)
     assert "3 points, 2 to run" in output
     assert re.search(r"seed=-3 +refused +seed: should be greater than or equal to 0", output)
@@ -130,6 +133,14 @@ def test_a_sweep_plans_runs_and_tells(sweep: Sweep) -> None:
         assert "step 3: eval loss" in (run_dir.path / "console.log").read_text()
     assert sweep.folder.report.read_text().count("<circle") >= 2
     assert len(list(sweep.folder.hparams.glob("*/events.*"))) == 2
+    for file in (sweep.folder.results, sweep.folder.report):
+        file.unlink()
+    words = [sys.executable, "-m", "llama_pretrain", "leaderboard"]
+    shown = subprocess.run(words, cwd=tmp_path, env=FROM_HERE, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert "3 points: 2 completed, 1 refused" in shown.stdout
+    assert sweep.rows() == rows
+    assert sweep.folder.report.is_file()
     again = sweep("seed=1,2,-3", expect=1)
     assert "2 points were finished before" in again
     assert ": running" not in again
