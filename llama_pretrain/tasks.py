@@ -372,7 +372,7 @@ def write_run_dir(
     write_text(run_dir.plan, render_plan(plan))
     assert plan.corpus is not None
     data = replace(run.data, hash=plan.corpus.content_hash)
-    write_text(run_dir.snapshot, render_snapshot(replace(run, data=data)))
+    write_text(run_dir.snapshot, render_snapshot(as_written(replace(run, data=data))))
     shutil.copytree(plan.corpus.tokenizer_dir, run_dir.tokenizer, dirs_exist_ok=True)
     for folder in (run_dir.ranks, run_dir.checkpoints):
         os.makedirs(folder, exist_ok=True)
