@@ -402,7 +402,8 @@ def check_unused(run_dir: RunDir) -> None:
 
 def snapshot_of(run: Run, corpus: Corpus) -> str:
     """The snapshot of a run on a corpus, which it names by its hash."""
-    return render_snapshot(replace(run, data=replace(run.data, hash=corpus.content_hash)))
+    data = replace(run.data, hash=corpus.content_hash)
+    return render_snapshot(as_written(replace(run, data=data)))
 
 
 def write_run_dir(

@@ -99,6 +99,55 @@ def test_an_option_of_the_optimizer_decides_what_follows_from_it(
     assert run.zero.reduce_scatter is False
 
 
+def test_another_optimizer_keeps_the_learning_rate(started: Started, tmp_path: Path) -> None:
+    """Unless the option or the command line says another; betas are the option's own."""
+    folder = started("optim.learning_rate=0.007", "optim.weight_decay=0.3")
+    run = compose_words(tmp_path, f"reproduce={folder}", "optim=lion")
+    assert (run.optim.name.value, run.optim.learning_rate) == ("lion", 0.007)
+    assert (run.optim.betas, run.optim.weight_decay) == ([0.95, 0.98], 0.1)
+    words = (f"reproduce={folder}", "optim=lion", "optim.learning_rate=0.001")
+    assert compose_words(tmp_path, *words).optim.learning_rate == 0.001
+
+
+def test_a_reproduction_knows_whose_it_is(started: Started, tmp_path: Path) -> None:
+    """By a value, not by a word: a sweep's folders are named by the words."""
+    folder = started("seed=5")
+    words = rewrite(tmp_path, f"reproduce={folder}", "-m", "seed=1,2", "--package", "model")
+    assert words[4:7] == ["-m", "--package", "model"]
+    assert not any(str(folder) in word for word in words)
+    assert compose_words(tmp_path, f"reproduce={folder}").reproduce_of == str(folder)
+    for kind in ("resume", "run"):
+        assert compose_words(tmp_path, f"{kind}={folder}").reproduce_of is None
+    odd = started(name="it's odd")
+    assert compose_words(tmp_path, f"run={odd}").of_run == str(odd)
+    for name in ("a ${b}", "a'b\"c"):
+        with pytest.raises(UserError, match="has a path that a config can't name; rename"):
+            rewrite(tmp_path, f"reproduce={started(name=name)}")
+
+
+def test_what_the_drift_is_asked_of(started: Started, tmp_path: Path) -> None:
+    folder = started()
+    words = (f"reproduce={folder}", "drift=error")
+    assert problems_of(compose_words(tmp_path, *words)) == []
+    for run, task in (
+        (compose_words(tmp_path, *words, "task=plan"), "plan"),
+        (compose_run(["debug=smoke", "drift=error"]), "pretrain"),
+    ):
+        assert [str(problem) for problem in problems_of(run)] == [
+            (
+                "drift: is read with reproduce=DIR and task=pretrain alone (got error with"
+                f" task={task}); leave it out"
+            )
+        ]
+
+
+def test_conf_does_not_come_before_a_snapshot(started: Started, tmp_path: Path) -> None:
+    """Hydra looks for the primary config in the main folder first: it is the scratch folder."""
+    words = rewrite(tmp_path, f"resume={started()}")
+    assert words[:2] == ["--config-path", str(tmp_path / "scratch")]
+    assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["snapshot.yaml"]
+
+
 def test_other_data_keeps_the_rows_and_the_cache(started: Started, tmp_path: Path) -> None:
     folder = started("data.sequence_length=32", "data.cache_dir=/cache", "data.deduplicate=true")
     run = compose_words(tmp_path, f"reproduce={folder}", "data=text", "data.paths=[a.txt]")
@@ -354,6 +403,8 @@ def test_auto_takes_the_newest_run_that_is_not_complete(
         ("2026-01-02/10-00-00", "failed", 30),
         ("named", "stopped", 20),
         ("2026-01-03/10-00-00", "completed", 40),
+        ("2026-01-05/10-00-00", "reproduced", 41),
+        ("2026-01-06/10-00-00", "diverged", 42),
         ("sweeps/2026-01-04", "failed", 50),
         ("sweeps/2026-01-04/10-00-00/0-x", "failed", 50),
         ("named/evaluations/2026", "failed", 60),

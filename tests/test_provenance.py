@@ -1,5 +1,6 @@
 """What provenance.json holds, how a secret is known, and that none is kept."""
 
+import hashlib
 import json
 import subprocess
 import time
@@ -22,6 +23,7 @@ from llama_pretrain.config.secrets import (
     redact,
 )
 from llama_pretrain.config.snapshot import render_snapshot
+from llama_pretrain.launch.operators import describe_operators
 from llama_pretrain.plan.machine import detect_machine
 from llama_pretrain.runs.provenance import (
     CHANGES,
@@ -30,6 +32,7 @@ from llama_pretrain.runs.provenance import (
     earlier_launches,
     hash_code,
     initial_weights,
+    list_gpus,
     list_packages,
     read_provenance,
     render_provenance,
@@ -247,6 +250,34 @@ def test_provenance_is_complete_and_quick() -> None:
     assert found["cpu_isa"] == sorted(found["cpu_isa"])
     assert {"torch", "transformers", "deepspeed", "hydra-core"} <= set(found["packages"])
     assert json.loads(render_provenance(found)) == json.loads(json.dumps(found))
+
+
+def test_gpus_are_asked_of_the_driver(tmp_path: Path) -> None:
+    """Its files as NVIDIA's kernel module writes them."""
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.161.08  Tue Mar  5 22:42:15 UTC 2024\n"
+    )
+    for number in range(2):
+        folder = tmp_path / "gpus" / f"0000:0{number}:00.0"
+        folder.mkdir(parents=True)
+        text = "Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 57\n"
+        (folder / "information").write_text(text)
+    assert list_gpus(tmp_path) == [{"name": "NVIDIA H100 80GB HBM3", "driver": "535.161.08"}] * 2
+
+
+def test_a_compiled_operator_is_known_by_its_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    words = ["debug=smoke", "zero=stage2_offload"]
+    assert describe_operators(compose_run(["debug=smoke", "optim=torch_adamw"])) == {}
+    run = compose_run([*words, "optim=cpu_adam"])
+    before = describe_operators(run)
+    assert list(before["cpu_adam"]) == ["built_for"]
+    (tmp_path / "cpu_adam").mkdir()
+    (tmp_path / "cpu_adam" / "cpu_adam.so").write_bytes(b"abc")
+    found = describe_operators(run)["cpu_adam"]
+    assert found == before["cpu_adam"] | {"sha256": hashlib.sha256(b"abc").hexdigest()}
 
 
 def test_versions_are_those_that_python_finds() -> None:

@@ -1,5 +1,6 @@
 """Parts of a rank: groups, schedule, initial weights, DeepSpeed's engine left as it should be."""
 
+import hashlib
 import math
 import re
 from dataclasses import replace
@@ -164,6 +165,20 @@ def test_initial_weights_follow_the_seed_and_the_names() -> None:
     assert query.bias.abs().max().item() == 0.0
     assert torch.equal(one.model.norm.weight, torch.ones(32))
     assert not torch.equal(query.weight, one.model.layers[1].self_attn.q_proj.weight)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_initial_weights_are_hashed_as_they_are_drawn(process_group: None, stage: int) -> None:
+    """In fp32, though at stage 3 in bf16 a parameter never has them; and nothing is altered."""
+    ds_config: dict[str, Any] = {
+        "train_batch_size": 1,
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "bf16": {"enabled": True},
+    }
+    digest = hashlib.sha256()
+    plain_model(ds_config=ds_config, digest=digest)
+    assert digest.hexdigest() == hash_parameters(plain_model().named_parameters())
 
 
 def test_weights_of_a_checkpoint_are_read_by_name(tmp_path: Path) -> None:

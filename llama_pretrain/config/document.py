@@ -113,12 +113,12 @@ it can start a run:
   `precision`, `zero.stage`, `data.sequence_length`, of the number of ranks, and of the global batch
   size. Whatever else decides which tokens a position has (the text itself, the tokenizer, weights,
   the document mask) is refused by name, unless `resume.allow_data_change=true`.
-- `python run.py reproduce=DIR` starts a new run with the same settings in a directory of its own.
+- `python run.py reproduce=DIR` starts a new run with the same settings in a directory of its own,
+  says what has drifted since, and at the end how far the two are equal (docs/reproduce.md).
   Settings may be added.
 
-A snapshot has values and no groups: after `resume=` and `reproduce=` write `zero.stage=3`, not
-`zero=stage3`. A snapshot that contains a `hydra` section, `_target_` or `${` is refused before
-Hydra sees it, because such a file could run code.
+After both, options of groups may be chosen too: `zero=stage3`. A snapshot that contains a `hydra`
+section, `_target_` or `${` is refused before Hydra sees it, because such a file could run code.
 
 ## Settings that have no field here
 

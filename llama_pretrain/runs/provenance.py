@@ -41,6 +41,7 @@ VARIABLES = re.compile(
 )
 """Environment variables that are noted: of how numbers are computed, or of where a run was."""
 ISA = re.compile(r"(?:sse4_[12]|avx\w*|amx_\w+|fma|f16c|bf16|asimd\w*|sve\w*|i8mm)")
+CPU_INFO = Path("/proc/cpuinfo")
 CHANGES = 1 << 20
 """Bytes of changed and untracked files that are kept, in all."""
 MAX_UNTRACKED = 200
@@ -81,7 +82,7 @@ def collect_provenance(
         "paths": {"project": str(root), "python": sys.executable, "folder": os.getcwd()},
         "cpu": cpu_name(),
         "cpu_isa": cpu_isa(),
-        "gpus": _query_gpus(),
+        "gpus": list_gpus(),
         "machine": machine,
         "environment": {
             name: value for name, value in sorted(variables.items()) if VARIABLES.fullmatch(name)
@@ -184,32 +185,38 @@ def _version(name: str) -> str | None:
 
 def cpu_name() -> str:
     """The processor's model."""
-    match = re.search(r"^model name\s*:\s*(.+)$", _cpu_info(), re.M)
+    match = re.search(r"^model name\s*:\s*(.+)$", _read(CPU_INFO), re.M)
     return match.group(1) if match else platform.processor() or sys.platform
 
 
 def cpu_isa() -> list[str]:
     """Instruction sets that numbers are computed with."""
-    match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _cpu_info(), re.M)
+    match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _read(CPU_INFO), re.M)
     return sorted({name for name in match[1].split() if ISA.fullmatch(name)}) if match else []
 
 
-def _cpu_info() -> str:
+def list_gpus(driver: Path = Path("/proc/driver/nvidia")) -> list[dict[str, str]]:
+    """Name and driver of each GPU: from the kernel's module, or else of nvidia-smi, in a second."""
+    version = re.search(r"Kernel Module\D*([\d.]+)", _read(driver / "version"))
+    models = [
+        match[1]
+        for file in sorted(driver.glob("gpus/*/information"))
+        if (match := re.search(r"^Model:\s*(.+?)\s*$", _read(file), re.M))
+    ]
+    if version is not None and models:
+        return [{"name": name, "driver": version[1]} for name in models]
+    program = shutil.which("nvidia-smi")
+    query = ["--query-gpu=name,driver_version", "--format=csv,noheader"]
+    answer = _run([program, *query]) if program else None
+    lines = [line.split(", ") for line in (answer or "").splitlines()]
+    return [{"name": line[0], "driver": line[1]} for line in lines if len(line) == 2]
+
+
+def _read(path: Path) -> str:
     try:
-        return Path("/proc/cpuinfo").read_text()
+        return path.read_text(errors="replace")
     except OSError:
         return ""
-
-
-def _query_gpus() -> list[dict[str, str]]:
-    """Name, driver and memory of each GPU, asked of nvidia-smi."""
-    program = shutil.which("nvidia-smi")
-    fields = ("name", "driver_version", "memory.total")
-    query = f"--query-gpu={','.join(fields)}"
-    answer = program and _run([program, query, "--format=csv,noheader"])
-    lines = [line.split(", ") for line in (answer or "").splitlines()]
-    names = ("name", "driver", "memory")
-    return [dict(zip(names, line, strict=True)) for line in lines if len(line) == len(names)]
 
 
 def _git(root: Path, *words: str) -> str | None:

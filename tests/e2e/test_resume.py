@@ -147,7 +147,9 @@ def test_a_checkpoint_holds_all_that_is_needed(with_checkpoints: Command) -> Non
     assert state["optimizer_scalars"] == {"step": ["float32", 7.0]}
     assert state["schedule_step"] == 7
     assert state["progress"]["next_batch"] == 7
-    assert len(read_metrics(folder / "metrics.jsonl")) == 14  # 7 steps, 1 evaluation, 6 checkpoints
+    assert (
+        len(read_metrics(folder / "metrics.jsonl")) == 15
+    )  # weights, 7 steps, 1 evaluation, 6 checkpoints
     manifest = read_manifest(folder)
     assert (manifest.step, manifest.world_size, manifest.zero_stage) == (7, 2, 1)
     assert manifest.consumed_samples == 7 * manifest.global_batch_size == 28

@@ -1,0 +1,357 @@
+"""`reproduce=DIR`: the same run again, to the bit; what has drifted; and no secret in any file."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_pretrain.config.snapshot import load_snapshot
+from llama_pretrain.runs.rundir import RunDir, read_metrics
+from tests.conftest import OPERATORS, ROOT, SMALL, Command, Runner
+from tests.e2e.test_parity import at_stage
+from tests.e2e.test_resume import forget_after, numbers
+
+SHORT = (
+    *("train.max_steps=4", "train.eval_every_steps=2", "train.eval_rows=4"),
+    *("checkpoint.export=false", "checkpoint.at_end=false"),
+)
+"""The default run, but for its length."""
+SECRET = "opaque-v4lue-of-a-token"
+
+
+def told(done: Command) -> Any:
+    return json.loads(done.run_dir.reproduction.read_text())
+
+
+def status(done: Command) -> str:
+    return str(json.loads(done.run_dir.status.read_text())["status"])
+
+
+def reproduce(runner: Runner, of: Path, *words: str, **options: Any) -> Command:
+    folder = runner.folder / f"again{len(list(runner.folder.iterdir()))}"
+    place = f"hydra.run.dir={folder}"
+    return runner.bare(f"reproduce={of}", place, *words, run_dir=RunDir(folder), **options)
+
+
+@pytest.fixture(scope="module")
+def original(shared_runner: Runner) -> Command:
+    return shared_runner("train.max_steps=4", "checkpoint.every_steps=2")
+
+
+def test_the_same_run_again(shared_runner: Runner, original: Command) -> None:
+    again = reproduce(shared_runner, original.run_dir.path)
+    assert numbers(again) == numbers(original)
+    assert again.rows("initial_weights") == original.rows("initial_weights")
+    assert again.run_dir.snapshot.read_text() == original.run_dir.snapshot.read_text()
+    assert re.search(r"can change results: none\n +can change bits: none\n", again.output)
+    assert f"reproduced: bitwise equal to {original.run_dir.path} in all 4 steps" in again.output
+    assert (status(again), told(again)["drift"]) == ("reproduced", [])
+    provenance = json.loads(again.run_dir.provenance.read_text())
+    assert provenance["initial_weights"] == again.rows("initial_weights")[0]["initial_weights"]
+    assert provenance["seeds"]["seed"] == 1234
+    assert (
+        provenance["threads"]["ranks"] == load_snapshot(again.run_dir.snapshot).launch.num_processes
+    )
+    assert provenance["data"]["hash"] == load_snapshot(again.run_dir.snapshot).data.hash
+    assert "bitwise equal" in again.run_dir.report.read_text()
+
+
+def test_another_seed_is_the_likeliest_cause(shared_runner: Runner, original: Command) -> None:
+    done = reproduce(shared_runner, original.run_dir.path, "seed=5", "drift=error", expect=1)
+    assert status(done) == "diverged"
+    assert "diverged from" in done.output
+    assert "at step 1: sample ids" in done.output
+    cause = "the likeliest cause (config): seed: 1234 -> 5 (asked for on the command line)"
+    assert cause in done.output
+    assert "Traceback" not in done.output
+
+
+def copy_of(original: Command, folder: Path) -> RunDir:
+    shutil.copytree(original.run_dir.path, folder)
+    return RunDir(folder)
+
+
+def test_a_package_that_has_changed_is_refused(
+    runner: Runner, original: Command, tmp_path: Path
+) -> None:
+    of = copy_of(original, tmp_path / "of")
+    values = json.loads(of.provenance.read_text())
+    values["packages"]["torch"] = "1.0.0"
+    values["code"]["llama_pretrain/train/loop.py"] = "0" * 64
+    of.provenance.write_text(json.dumps(values))
+    refused = reproduce(runner, of.path, "drift=error", expect=1)
+    assert re.search(r"torch: was 1\.0\.0 \(got 2[^)]*\); to go on all the same", refused.output)
+    assert "llama_pretrain/train/loop.py: was 000000000000 (got " in refused.output
+    assert not refused.run_dir.path.exists()
+    done = reproduce(runner, of.path)
+    assert "versions: torch: 1.0.0 -> 2" in done.output
+    assert status(done) == "reproduced"
+
+
+@pytest.mark.slow
+def test_a_byte_of_the_data_that_has_changed_is_named(runner: Runner, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    shutil.copytree(runner.corpus, text, ignore=shutil.ignore_patterns("__pycache__"))
+    words = (f"data.paths=['{text}/*.py']", "tokenizer.vocab_size=300")
+    first = runner(*words)
+    file = text / "message.py"
+    content = bytearray(file.read_bytes())
+    content[1000] ^= 1
+    file.write_bytes(content)
+    refused = reproduce(runner, first.run_dir.path, expect=1)
+    assert f"data: {file}: " in refused.output
+    assert "data.hash: the data and its tokenizer are" in refused.output
+    done = reproduce(runner, first.run_dir.path, "data.hash=null", "drift=error", expect=1)
+    assert status(done) == "diverged"
+    assert f"the likeliest cause (data): {file}: " in done.output
+
+
+@pytest.mark.slow
+def test_an_old_run_and_a_bare_snapshot(runner: Runner, original: Command, tmp_path: Path) -> None:
+    """One from before provenance had hashes; and a snapshot that came alone."""
+    of = copy_of(original, tmp_path / "of")
+    of.provenance.write_text('{"time": "x", "argv": [], "python": "3.11.0", "packages": {}}\n')
+    forget_after(Command(0, "", of), step=2)
+    done = reproduce(runner, of.path)
+    assert "versions: python: 3.11.0 -> 3." in done.output
+    assert "can't be compared: code in provenance.json" in done.output
+    assert "in the 2 steps that both have (2 there, 4 here)" in done.output
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(of.snapshot, bare)
+    done = reproduce(runner, bare, "train.max_steps=1")
+    assert "can't be compared: provenance.json, plan.json" in done.output
+    assert f"nothing to compare with: {bare} has no steps that can be read" in done.output
+    assert status(done) == "completed"
+
+
+@pytest.mark.slow
+def test_an_interrupted_reproduction_ends_with_its_verdict(
+    runner: Runner, original: Command
+) -> None:
+    done = reproduce(runner, original.run_dir.path)
+    forget_after(done, step=2)
+    done.run_dir.status.write_text('{"status": "running"}')
+    again = runner.bare(f"resume={done.run_dir.path}", run_dir=done.run_dir)
+    assert f"reproduced: bitwise equal to {original.run_dir.path} in all 4 steps" in again.output
+    assert status(again) == "reproduced"
+    launches = json.loads(again.run_dir.provenance.read_text())["earlier_launches"]
+    assert [launch["argv"][0] for launch in launches] == [f"reproduce={original.run_dir.path}"]
+
+
+@pytest.mark.slow
+def test_a_sweep_of_a_snapshot(runner: Runner, original: Command, tmp_path: Path) -> None:
+    """The flag in the middle, its points in folders of their own; and --cfg job."""
+    sweep = tmp_path / "sweep"
+    words = (f"reproduce={original.run_dir.path}", "-m", "seed=1,1234", "train.max_steps=4")
+    done = runner.bare(*words, f"hydra.sweep.dir={sweep}")
+    folders = sorted(path for path in sweep.iterdir() if path.is_dir())
+    assert [path.name for path in folders] == [
+        "0-seed=1,train.max_steps=4",
+        "1-seed=1234,train.max_steps=4",
+    ]
+    states = [status(Command(0, "", RunDir(path))) for path in folders]
+    assert states == ["diverged", "reproduced"]
+    assert done.output.count("likeliest cause") == 1
+    shown = runner.bare(f"reproduce={original.run_dir.path}", "--cfg", "job", "seed=9")
+    assert "\nseed: 9\n" in shown.output
+    assert "Traceback" not in shown.output
+
+
+# To the bit, whatever has become of conf/
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project, whose conf/ may be edited."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("llama_pretrain", "conf", "sweeps"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "run.py", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def edited(project: Path) -> Callable[[], Iterator[None]]:
+    """Edits conf/ for as long as it lasts: other values, a missing group, files in the way."""
+
+    def edit() -> Iterator[None]:
+        kept = project / "kept"
+        shutil.copytree(project / "conf", kept)
+        conf = project / "conf"
+        text = (conf / "config.yaml").read_text()
+        (conf / "config.yaml").write_text(text.replace("learning_rate: 1.0e-3", "learning_rate: 9"))
+        (conf / "model" / "tiny.yaml").write_text("name: other\nhidden_size: 64\n")
+        shutil.rmtree(conf / "schedule")
+        for name in ("snapshot", "run_schema"):
+            (conf / f"{name}.yaml").write_text("seed: 666\nhydra: {run: {dir: elsewhere}}\n")
+        yield
+        shutil.rmtree(conf)
+        kept.rename(conf)
+
+    return edit
+
+
+def call(project: Path, cwd: Path, *words: str, code: int = 0) -> str:
+    """`python run.py` of a copy of the project."""
+    done = subprocess.run(
+        [sys.executable, str(project / "run.py"), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        cwd=cwd,
+        env=os.environ | {"COLUMNS": "200"} | OPERATORS,
+    )
+    assert done.returncode == code, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def weights() -> set[str]:
+    """Hashes of the initial weights of all points."""
+    return set()
+
+
+POINTS = [(1, 2), (0, 2), (2, 2), (3, 2), (0, 1), (1, 1), (2, 1), (3, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "ranks"), POINTS)
+def test_the_default_run_is_reproduced_to_the_bit(
+    project: Path,
+    edited: Callable[[], Iterator[None]],
+    cache_dir: Path,
+    tmp_path: Path,
+    stage: int,
+    ranks: int,
+    weights: set[str],
+) -> None:
+    """At each stage and number of ranks, from its snapshot, after conf/ was edited underneath."""
+    first, again = RunDir(tmp_path / "first"), RunDir(tmp_path / "again")
+    call(
+        project,
+        tmp_path,
+        *SHORT,
+        *at_stage(stage),
+        f"launch.num_processes={ranks}",
+        f"data.cache_dir={cache_dir}",
+        f"hydra.run.dir={first.path}",
+    )
+    for _ in edited():
+        output = call(
+            project,
+            tmp_path,
+            f"reproduce={first.path}",
+            f"hydra.run.dir={again.path}",
+            "drift=error",
+        )
+    assert f"reproduced: bitwise equal to {first.path} in all 4 steps" in output
+    found = [numbers(Command(0, "", side)) for side in (first, again)]
+    assert len(found[0]) == 4
+    assert found[0] == found[1]
+    assert first.snapshot.read_text() == again.snapshot.read_text()
+    losses = [
+        [row for row in read_metrics(side.metrics) if "eval_loss" in row] for side in (first, again)
+    ]
+    assert losses[0] == losses[1]
+    weights.add(read_metrics(first.metrics)[0]["initial_weights"])
+    assert len(weights) == 1  # and at every point the run begins with the same weights
+
+
+@pytest.mark.slow
+def test_a_changed_line_of_code_is_named(
+    project: Path, cache_dir: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """In a copy without git: by the hash of its file."""
+    words = (*SMALL, f"data.paths=['{corpus}/*.py']", f"data.cache_dir={cache_dir}")
+    first = tmp_path / "first"
+    call(project, tmp_path, *words, f"hydra.run.dir={first}")
+    file = project / "llama_pretrain" / "train" / "loss.py"
+    text = file.read_text()
+    changed = text.replace('reduction="none",\n    )', 'reduction="none",\n    ) * 1.001')
+    assert changed != text
+    file.write_text(changed)
+    try:
+        output = call(project, tmp_path, f"reproduce={first}", f"hydra.run.dir={tmp_path}/again")
+    finally:
+        file.write_text(text)
+    assert re.search(r"code: llama_pretrain/train/loss\.py: \w{12} -> \w{12}\n", output)
+    assert "the likeliest cause (code): llama_pretrain/train/loss.py: " in output
+
+
+# Secrets
+
+
+def files_with(folder: Path, secret: str) -> list[str]:
+    return [
+        str(path)
+        for path in folder.rglob("*")
+        if secret in path.name or (path.is_file() and secret.encode() in path.read_bytes())
+    ]
+
+
+SECRETS = {
+    "HF_TOKEN": SECRET,
+    "WANDB_API_KEY": f"{SECRET}2",
+    "NCCL_NET_PLUGIN": f"has {SECRET} in it",
+    "TORCH_OF_OURS": f"https://me:{SECRET}@host",
+    "UNLISTED": f"more of {SECRET}",
+}
+
+
+def test_a_run_in_an_environment_of_secrets_writes_none(runner: Runner, tmp_path: Path) -> None:
+    """Its logs, events, report, card and all the rest: every file of the run directory."""
+    done = runner(
+        "monitor=tensorboard",
+        "checkpoint.at_end=true",
+        "checkpoint.export=true",
+        f"hydra.run.dir={tmp_path}/run",
+        variables=SECRETS,
+    )
+    assert done.run_dir.report.is_file()
+    assert len(list(done.run_dir.path.rglob("*"))) > 20
+    assert files_with(tmp_path, SECRET) == []
+    kept = json.loads(done.run_dir.provenance.read_text())["environment"]
+    assert kept["NCCL_NET_PLUGIN"] == "has [redacted] in it"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["monitor.wandb_project=${oc.env:HF_TOKEN}"],
+        ["-m", "seed=1,2", "monitor.wandb_project=${oc.env:HF_TOKEN}"],
+        ["-m", "seed=1,2", f"monitor.wandb_project={SECRET}"],
+        ["-m", f"train.sample_prompt=a,{SECRET}"],
+        [f"monitor.wandb_project={SECRET}", "hydra.output_subdir=.hydra"],
+        ["hydra.run.dir=out/${oc.env:HF_TOKEN}"],
+        ["-m", "seed=1,2", "hydra.sweep.dir=out/${oc.env:HF_TOKEN}"],
+        ["--config-dir", "mine", "monitor=mine", "-m", "seed=1,2"],
+        ["--config-dir", "mine", "monitor=mine", "hydra.output_subdir=.hydra"],
+        ["--config-dir", "mine", "monitor=mine"],
+        ["--config-dir", "mine", "monitor=interpolated", "-m", "seed=1,2"],
+    ],
+    ids=" ".join,
+)
+def test_a_secret_in_a_config_reaches_no_file(
+    runner: Runner, tmp_path: Path, words: list[str]
+) -> None:
+    mine = tmp_path / "mine" / "monitor"
+    mine.mkdir(parents=True)
+    if "monitor=mine" in words:
+        (mine / "mine.yaml").write_text(f"wandb_project: {SECRET}\n")
+    (mine / "interpolated.yaml").write_text("wandb_project: ${oc.env:HF_TOKEN}\n")
+    flags = [word for word in words if word.startswith("-") or word == "mine"]
+    others = [word for word in words if word not in flags]
+    done = runner.bare(*flags, "debug=smoke", *others, variables=SECRETS, expect=1)
+    assert "secret" in done.output
+    assert SECRET not in done.output
+    assert "Traceback" not in done.output
+    assert [path for path in files_with(tmp_path, SECRET) if "/mine.yaml" not in path] == []
