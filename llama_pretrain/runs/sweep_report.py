@@ -127,9 +127,12 @@ class Axis:
         room = max(1, (RIGHT - LEFT) // 48)
         every = -(-len(self.values) // room)
         drawn = ""
-        for text in self.values[::every]:
+        for value in self.values[::every]:
+            text, x = value, self.x(value)
+            number = _to_number(text)
+            if number is not None and len(text) > 6:
+                text = tick_label(number)
             short = text if len(text) <= 14 else f"{text[:13]}…"
-            x = self.x(text)
             drawn += f'<path class="grid" d="M{x:.1f} {BOTTOM}v4"/>'
             drawn += f'<text class="mid" x="{x:.1f}" y="{BOTTOM + 17}">{escape(short)}</text>'
         return drawn
