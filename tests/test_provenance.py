@@ -123,6 +123,7 @@ def test_a_secret_of_the_environment_is_known_by_its_value(tmp_path: Path) -> No
         "A_TOKEN": "1",
         "X_TOKEN": str(tmp_path),
         "HOME": "12345678",
+        "PWD": "/a/folder/that/is/gone",
     }
     assert known_secrets(variables) == ["opaque-value"]
     assert known_secrets({"BIG_TOKEN": "x" * 10_000}) == ["x" * 10_000]

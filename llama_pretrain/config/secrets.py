@@ -76,7 +76,10 @@ def known_secrets(environment: Mapping[str, str] | None = None) -> list[str]:
     found = {
         value
         for name, value in variables.items()
-        if is_secret_name(name) and len(value) >= SHORTEST and not os.path.exists(value)
+        if is_secret_name(name)
+        and name != "PWD"
+        and len(value) >= SHORTEST
+        and not os.path.exists(value)
     }
     return sorted(found, key=len, reverse=True)
 
