@@ -314,7 +314,8 @@ def test_a_run_that_was_cut_is_compared_as_far_as_it_goes() -> None:
 
 def test_weights_and_evaluations_are_compared_too() -> None:
     def with_extra(weights: str, loss: float) -> list[Row]:
-        lines = [{"step": 0, "initial_weights": weights}, {"step": 0, "eval_loss": loss}]
+        lines: list[Row] = [{"step": 0, "initial_weights": weights}]
+        lines.append({"step": 0, "eval_loss": loss})
         return lines + steps(1.0)
 
     assert compare_rows(with_extra("a", 5.0), with_extra("a", 5.0)).is_equal

@@ -288,9 +288,11 @@ def test_what_is_no_export_is_not_replaced(trained: Trained) -> None:
 
 def test_the_card_and_the_proof_say_what_was_trained(trained: Trained) -> None:
     _, run_dir, run = trained()
-    run_dir.provenance.write_text(json.dumps({"python": "3.11", "packages": {"torch": "2.9"}}))
+    packages = {"torch": "2.9", "rich": "13.1"}
+    run_dir.provenance.write_text(json.dumps({"python": "3.11", "packages": packages}))
     export(run_dir, run)
     card = (run_dir.export / "README.md").read_text()
+    assert "rich" not in card  # of all that is installed, what it was trained with
     for fact in (
         "| step | 3 |",
         "| tokens seen | 6,144 in rows of 512 |",  # 12 rows

@@ -61,6 +61,8 @@ def test_tokens_are_known_by_their_form(token: str) -> None:
     ("text", "hidden"),
     [
         ("password=hunter2hunter", "hunter2"),
+        ("db.password: 12345678", "12345678"),
+        ("clientSecret: 'abcdef'", "abcdef"),
         ('api_key: "two words"', "two words"),
         ('{"auth_token": "a1b2c3d4"}', "a1b2c3d4"),
         ("+HF_TOKEN=abcdef123456", "abcdef123456"),
@@ -87,6 +89,7 @@ def test_what_is_secret_is_cut_out_of_a_text(text: str, hidden: str) -> None:
         "batch.global_batch_tokens=4096",
         "password = getpass.getpass()",
         "num_key_value_heads: 128000",
+        "num_token: 128000",
         "sorted(values, key=lambda value: value)",
         "https://example.org:8080/a@b",
         "a sketch of sk-learn",
@@ -101,11 +104,20 @@ def test_no_shipped_file_looks_like_a_secret() -> None:
 
 
 def test_names_of_secrets() -> None:
-    secret = ["HF_TOKEN", "WANDB_API_KEY", "monitor.password", "AWS_SECRET_ACCESS_KEY", "db_dsn"]
+    secret = [
+        "HF_TOKEN",
+        "WANDB_API_KEY",
+        "monitor.password",
+        "AWS_SECRET_ACCESS_KEY",
+        "db_dsn",
+        "PASSWORD_OF_DB",
+        "a.my_token.0",
+    ]
     plain = [
         "train.max_tokens",
         "eos_token",
         "data.text_field",
+        "data.sources.secretary.paths.0",
         "PYTHONHASHSEED",
         "seed",
         "token_id",
@@ -123,6 +135,7 @@ def test_a_secret_of_the_environment_is_known_by_its_value(tmp_path: Path) -> No
         "A_TOKEN": "1",
         "X_TOKEN": str(tmp_path),
         "HOME": "12345678",
+        "PWD": "/a/folder/that/is/gone",
     }
     assert known_secrets(variables) == ["opaque-value"]
     assert known_secrets({"BIG_TOKEN": "x" * 10_000}) == ["x" * 10_000]

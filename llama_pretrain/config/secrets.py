@@ -15,10 +15,11 @@ REDACTED = "[redacted]"
 SHORTEST = 8
 """Shorter values of environment variables are not looked for: `TOKEN=1` is everywhere."""
 
+_ANYWHERE = re.compile(r"password|passwd|passphrase|secret|credential", re.IGNORECASE)
 _NAME = re.compile(
-    r"(?:^|[_.\-])(?:password|passwd|passphrase|pwd|secret|credentials?|"
-    r"(?:api|access|private|secret|account|signing|encryption|storage|ssh|gpg|auth)_?key(?:_id)?|"
-    r"(?:auth|access|api|refresh|bearer|hub|hf|bot|session)?_?token|authorization|cookie|dsn)$",
+    r"(?:password|passwd|passphrase|secret|credentials?|"
+    r"(?:api|access|private|account|signing|encryption|storage|ssh|gpg|auth)_?key(?:_id)?|"
+    r"token|(?:^|[_.\-])(?:pwd|authorization|cookie|dsn))$",
     re.IGNORECASE,
 )
 _NO_SECRET = re.compile(
@@ -46,7 +47,8 @@ _SETTING = re.compile(
     r"""(?P<value>"[^"\n]{4,}"|'[^'\n]{4,}'|[^\s"',;{}\[\]()<>]{6,}+(?![(\[]))"""
 )
 _WORDS = re.compile(r"[A-Za-z_.]+")
-_PLAIN = re.compile(r"(?:true|false|null|none|[-+]?\d+(?:\.\d*)?|\$\{.*|os\..*|<.*)", re.IGNORECASE)
+_PLAIN = re.compile(r"(?:true|false|null|none|\$\{.*|os\..*|<.*)", re.IGNORECASE)
+_COUNT = re.compile(r"[-+]?[\d_]+(?:\.\d*)?")
 _FILE = re.compile(
     r"(?:\.env(?:\..*)?|.*\.(?:env|pem|key|p12|pfx|jks|keystore|ppk|kdbx|gpg|asc)|\.?netrc|_netrc|"
     r"\.pgpass|\.npmrc|\.pypirc|\.git-credentials|\.htpasswd|id_(?:rsa|dsa|ecdsa|ed25519).*|"
@@ -58,7 +60,22 @@ _FOLDERS = {".ssh", ".aws", ".gnupg", ".azure", ".kube", ".docker", "secrets"}
 
 def is_secret_name(name: str) -> bool:
     """Whether a setting or an environment variable of this name would hold a secret."""
+    parts = [part for part in name.split(".") if not part.isdecimal()]
+    last = parts[-1] if parts else name  # of a setting's dotted path, or of a list in it
+    return _ANYWHERE.search(last) is not None or _ends_as_secret(last)
+
+
+def _ends_as_secret(name: str) -> bool:
     return _NAME.search(name) is not None and _NO_SECRET.search(name) is None
+
+
+def _is_plain(name: str, value: str) -> bool:
+    """Whether a value is none that is kept secret, though its name says so."""
+    if _PLAIN.fullmatch(value):
+        return True
+    # In this field tokens are no secrets as a rule: `token = first_token`, `num_token: 128000`.
+    is_token = name.lower().endswith("token")
+    return is_token and _COUNT.fullmatch(value) is not None
 
 
 def is_secret_file(path: str) -> bool:
@@ -76,7 +93,10 @@ def known_secrets(environment: Mapping[str, str] | None = None) -> list[str]:
     found = {
         value
         for name, value in variables.items()
-        if is_secret_name(name) and len(value) >= SHORTEST and not os.path.exists(value)
+        if is_secret_name(name)
+        and name != "PWD"
+        and len(value) >= SHORTEST
+        and not os.path.exists(value)
     }
     return sorted(found, key=len, reverse=True)
 
@@ -95,10 +115,11 @@ def redact(text: str, *, known: Iterable[str] | None = None) -> str:
 
 
 def _redact_setting(match: re.Match[str]) -> str:
-    if not is_secret_name(match["key"]) or _PLAIN.fullmatch(match["value"].strip("'\"")):
+    name, value = match["key"], match["value"]
+    if not _ends_as_secret(name) or _is_plain(name, value.strip("'\"")):
         return match[0]
-    if match["key"].lower().endswith("token") and _WORDS.fullmatch(match["value"]):
-        return match[0]  # `token = first_token`: in this field tokens are no secrets as a rule
+    if name.lower().endswith("token") and _WORDS.fullmatch(value):
+        return match[0]
     return f"{match['key']}{match['mid']}{REDACTED}"
 
 
@@ -107,7 +128,7 @@ def redact_values(values: Any, *, known: Iterable[str]) -> Any:
     if isinstance(values, dict):
         return {
             key: REDACTED
-            if isinstance(item, str) and is_secret_name(str(key)) and not _PLAIN.fullmatch(item)
+            if isinstance(item, str) and is_secret_name(str(key)) and not _is_plain(str(key), item)
             else redact_values(item, known=known)
             for key, item in values.items()
         }
@@ -128,7 +149,7 @@ def find_secrets(values: Any, path: str = "") -> Iterator[str]:
             for number, inner in enumerate(item):
                 yield from look(inner, f"{path}.{number}")
         elif isinstance(item, str):
-            named = is_secret_name(path) and len(item) >= 6 and not _PLAIN.fullmatch(item)
+            named = is_secret_name(path) and len(item) >= 6 and not _is_plain(path, item)
             if named or redact(item, known=known) != item:
                 yield path
 
@@ -149,7 +170,7 @@ def check_words(words: Iterable[str]) -> Iterator[Problem]:
     known = known_secrets()
     for word in words:
         key, equals, value = word.lstrip("+~").partition("=")
-        named = is_secret_name(key) and len(value) >= 6 and not _PLAIN.fullmatch(value)
+        named = is_secret_name(key) and len(value) >= 6 and not _is_plain(key, value)
         if (equals and named) or redact(word, known=known) != word:
             safe = redact(key, known=known) == key
             yield secret_problem(key if equals and safe else "command line")

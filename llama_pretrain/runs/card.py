@@ -8,6 +8,7 @@ from typing import Any
 
 from llama_pretrain.config.schema import Run
 from llama_pretrain.runs.checkpoints import METRICS, Manifest
+from llama_pretrain.runs.provenance import PACKAGES
 from llama_pretrain.runs.rundir import RunDir, read_metrics
 
 Row = dict[str, Any]
@@ -100,7 +101,9 @@ def _facts(
         more = f"perplexity {evaluation['perplexity']:.4g}"
         more += f", {evaluation['bits_per_byte']:.4f} bits per byte"
         yield "held-out loss", f"{loss:.4f} at step {at:,} ({more})"
-    packages = {"python": provenance.get("python"), **provenance.get("packages", {})}
+    noted = provenance.get("packages", {})
+    packages = {"python": provenance.get("python")}
+    packages |= {name: noted.get(name) for name in PACKAGES}
     versions = [f"{name} {version}" for name, version in packages.items() if version]
     if versions:
         yield "versions", ", ".join(versions)
