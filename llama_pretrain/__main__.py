@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from llama_pretrain.commands.compare import add_compare
 from llama_pretrain.commands.list_runs import add_list
+from llama_pretrain.commands.verify import add_verify
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -18,6 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_list(commands)
     add_compare(commands)
+    add_verify(commands)
     return parser
 
 

@@ -206,13 +206,13 @@ def _status(run_dir: RunDir, status: Mapping[str, Any]) -> str:
     said = status.get("status")
     if not isinstance(said, str):
         return UNKNOWN
-    if said == RUNNING and not _is_held(run_dir, status.get("pid")):
+    if said == RUNNING and not is_held(run_dir, status.get("pid")):
         now = _load(run_dir.status).get("status")  # it may have ended in between
         return CRASHED if now == RUNNING else str(now)
     return said
 
 
-def _is_held(run_dir: RunDir, pid: Any) -> bool:
+def is_held(run_dir: RunDir, pid: Any) -> bool:
     """Whether a process holds the run: by its lock, which ends with the process.
 
     The lock is asked for as one of many readers, and let go of at once. Where there is no lock
