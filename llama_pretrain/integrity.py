@@ -22,7 +22,7 @@ from llama_pretrain.config.snapshot import config_hash, load_snapshot
 from llama_pretrain.plan.ds_config import get_eval_ds_config, get_train_ds_config
 from llama_pretrain.plan.plan import Plan, build_plan, load_plan
 from llama_pretrain.runs.checkpoints import LATEST, find_fault, read_manifest
-from llama_pretrain.runs.listing import is_held
+from llama_pretrain.runs.listing import WITHOUT_STATUS, is_held
 from llama_pretrain.runs.rundir import RunDir, Status, read_metrics, take_back
 
 PROOF = "export.json"
@@ -349,8 +349,8 @@ def _read_tokens(folder: Path, meta: Any, split: str, *, name: str) -> None:
 
 def _check_status(files: Files) -> str:
     """It agrees with the metrics, and a run that is running is held by a process."""
-    if files.evaluates:
-        raise AbsentError("an evaluation has none")
+    if files.run.task.value in WITHOUT_STATUS:
+        raise AbsentError(f"task={files.run.task.value} writes none")
     status = files.status
     if status == "running":
         if not is_held(files.dir, _read_json(files.dir.status).get("pid")):
