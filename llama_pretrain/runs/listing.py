@@ -22,7 +22,7 @@ INSIDE = {
     "wandb",
 }
 """Folders of a run in which no other run lies."""
-TAIL, FAR = 1 << 16, 1 << 20
+TAIL, FAR = 1 << 14, 1 << 20
 """Bytes at the end of metrics.jsonl that are read, and in which an evaluation is looked for where
 the first hold none."""
 HEAD = 4096
