@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 
+from llama_pretrain.config.snapshot import load_snapshot
 from llama_pretrain.integrity import Result, iter_failures, verify_run
+from llama_pretrain.plan.ds_config import get_train_ds_config
+from llama_pretrain.plan.plan import load_plan
 from llama_pretrain.runs.rundir import RunDir, hold
 from tests.conftest import ROOT, Runner
 
@@ -108,6 +111,15 @@ def drop_line(path: Path, holding: str) -> None:
 def double_line(path: Path, holding: str) -> None:
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(line * (1 + (holding in line)) for line in lines))
+
+
+def change_batch(path: Path, *, step: int) -> None:
+    """Give a step's batch another hash."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        if row["step"] == step and "sample_hash" in row:
+            row["sample_hash"] = "0" * 16
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def checkpoint_of(run_dir: RunDir) -> Path:
@@ -227,6 +239,25 @@ DAMAGES = [
     ),
     pytest.param(
         lambda d: cut(d.metrics), {"metrics.jsonl": "line 10 was cut short"}, id="metrics-cut"
+    ),
+    pytest.param(
+        lambda d: change_batch(d.metrics, step=4),
+        {"checkpoints/step-00000004": "its last batch differs from that of metrics.jsonl"},
+        id="metrics-batch",
+    ),
+    pytest.param(
+        lambda d: drop_line(d.metrics, '"step": 4, "tokens": 1024, "loss"'),
+        {
+            "metrics.jsonl": "a line is of step 4, and steps end at 3",
+            "checkpoints/step-00000004": "is of step 4, which metrics.jsonl doesn't have",
+            "export": "is of step 4, which metrics.jsonl doesn't have",
+        },
+        id="metrics-end",
+    ),
+    pytest.param(
+        lambda d: edit(d.plan, '"last": 4', '"last": 5'),
+        {"status.json": "says completed, and the last step is 4, not 5"},
+        id="plan-last",
     ),
     pytest.param(lambda d: d.metrics.unlink(), {"metrics.jsonl": "is missing"}, id="no-metrics"),
     pytest.param(
@@ -365,6 +396,16 @@ def test_what_a_run_need_not_have(copy: RunDir) -> None:
     checks = verify_run(copy.path)
     absent = [check.name for check in checks if check.result is Result.absent]
     assert absent == ["metrics.jsonl", "samples.jsonl", "checkpoints", "export"]
+    assert failures(copy) == {}
+
+
+def test_a_moved_run_is_whole(copy: RunDir) -> None:
+    """DeepSpeed's own monitors are told where the run was."""
+    edit(copy.snapshot, "  tensorboard:\n    enabled: false", "  tensorboard:\n    enabled: true")
+    run, plan = load_snapshot(copy.snapshot), load_plan(copy.plan)
+    config = get_train_ds_config(run, plan.batch, run_dir=Path("/where/it/was"))
+    assert "/where/it/was" in json.dumps(config)
+    copy.ds_config.write_text(json.dumps(config))
     assert failures(copy) == {}
 
 
