@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from llama_pretrain.commands.compare import add_compare
 from llama_pretrain.commands.leaderboard import add_leaderboard
 from llama_pretrain.commands.list_runs import add_list
+from llama_pretrain.commands.verify import add_verify
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -20,6 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_list(commands)
     add_compare(commands)
     add_leaderboard(commands)
+    add_verify(commands)
     return parser
 
 

@@ -85,6 +85,7 @@ def test_where_runs_are_found(tmp_path: Path) -> None:
     write_run(
         tmp_path / "2026" / "b" / "evaluations" / "cut", status=None, rows=[], task=Task.evaluate
     )
+    write_run(tmp_path / "proof" / "whole", status=None, task=Task.verify_resume)
     for inside in ("export/x", "checkpoints/step-00000003", ".hidden"):
         write_run(tmp_path / "2026" / "b" / inside)
     (tmp_path / "again").symlink_to(tmp_path / "2026")
@@ -95,11 +96,12 @@ def test_where_runs_are_found(tmp_path: Path) -> None:
         "2026/b": ("run", "completed"),
         "2026/b/evaluations/now": ("evaluation", "completed"),
         "2026/b/evaluations/cut": ("evaluation", "unfinished"),
+        "proof/whole": ("run", "unfinished"),
     }
     assert next(iter(found)) == "sweeps/x/0-lr=1"  # the newest last
     text = "\n".join(render_list(list(found.values()), root=tmp_path, width=None))
     assert "sweeps/x/0-lr=1 (sweep)" in text
-    assert "3 completed, 1 unfinished" in text
+    assert "3 completed, 2 unfinished" in text
 
 
 def test_a_run_has_crashed_if_nobody_holds_it(tmp_path: Path) -> None:
@@ -190,7 +192,7 @@ def test_what_was_taken_back_does_not_count(tmp_path: Path) -> None:
 def test_an_evaluation_far_back_is_found(tmp_path: Path) -> None:
     rows = [{"step": 1, "tokens": 1, "eval_loss": 7.5}, {"step": 2, "tokens": 2, "eval_loss": 3.5}]
     write_run(tmp_path / "a", rows=[*rows, *(step_row(step) for step in range(3, 2000))])
-    assert RunDir(tmp_path / "a").metrics.stat().st_size > 1 << 16
+    assert RunDir(tmp_path / "a").metrics.stat().st_size > 1 << 14
     (run,) = list_runs(tmp_path)
     assert (run.step, run.eval_loss) == (1999, 3.5)
 
@@ -264,9 +266,9 @@ def test_five_hundred_runs_take_no_time(tmp_path: Path, capsys: pytest.CaptureFi
         (tmp_path / str(number)).mkdir()
         for name, content in files:
             (tmp_path / str(number) / name).write_bytes(content)
-    started = time.perf_counter()
+    started = time.process_time()  # not that of others on a busy machine
     assert main(["list", str(tmp_path)]) == 0
-    assert time.perf_counter() - started < 3
+    assert time.process_time() - started < 3
     assert capsys.readouterr().out.count("completed") == 501
 
 

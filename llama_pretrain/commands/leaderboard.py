@@ -2,10 +2,12 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+
+from llama_pretrain.commands.terminal import say
+from llama_pretrain.config.problems import UserError
 
 
-def add_leaderboard(commands: Any) -> None:
+def add_leaderboard(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the subcommand."""
     parser = commands.add_parser(
         "leaderboard",
@@ -26,13 +28,11 @@ def add_leaderboard(commands: Any) -> None:
 
 def show_leaderboard(arguments: argparse.Namespace) -> int:
     """Returns the exit code: 2 where there is no sweep."""
-    from llama_pretrain import endings
-    from llama_pretrain.config.problems import UserError
-    from llama_pretrain.sweep.results import conclude_newest
+    from llama_pretrain.sweep.results import conclude_newest  # torch's SummaryWriter: 2 s
 
     try:
         conclude_newest(arguments.sweep)
     except UserError as error:
-        endings.tell(error)
+        say(f"error: {error}", error=True)
         return 2
     return 0

@@ -21,11 +21,13 @@ INSIDE = {
     "wandb",
 }
 """Folders of a run in which no other run lies."""
-TAIL, FAR = 1 << 16, 1 << 20
+TAIL, FAR = 1 << 14, 1 << 20
 """Bytes at the end of metrics.jsonl that are read, and in which an evaluation is looked for where
 the first hold none."""
 HEAD = 4096
 """Bytes at the beginning of a snapshot in which its task and its model stand."""
+WITHOUT_STATUS = ("evaluate", "verify_resume")
+"""Tasks whose folders have no status.json."""
 RUNNING, CRASHED, UNREADABLE, UNKNOWN = "running", "crashed", "unreadable", "unknown"
 
 
@@ -98,7 +100,8 @@ def _look_at(folder: Path) -> Listed:
         plan, provenance = _load(run_dir.plan), _load(run_dir.provenance)
         rows = _read_end(run_dir.metrics)
         evaluates = head.get("task") == "evaluate"
-        said = _evaluation_status(rows) if evaluates else _status(run_dir, status)
+        bare = head.get("task") in WITHOUT_STATUS
+        said = _status_of(rows) if bare else _status(run_dir, status)
     except OSError as error:
         return Listed(path=folder, status=UNREADABLE, error=error.strerror)
     kind = Kind.evaluation if evaluates else Kind.run
@@ -195,8 +198,8 @@ def _last(rows: Sequence[Mapping[str, Any]], key: str) -> Any:
     return next((row[key] for row in reversed(rows) if isinstance(row.get(key), int | float)), None)
 
 
-def _evaluation_status(rows: Sequence[Mapping[str, Any]]) -> str:
-    """An evaluation has no status.json: its one line is there, or not."""
+def _status_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Where there is no status.json: whether the last line is there."""
     return "completed" if any("finished" in row for row in rows) else "unfinished"
 
 

@@ -135,7 +135,7 @@ caption { text-align: left; color: var(--dim); font-size: .85rem }
 table { border-collapse: collapse; width: 100%; max-width: 60rem; font-size: .92rem }
 th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0;
   border-bottom: 1px solid var(--edge) }
-th { overflow-wrap: break-word } td { min-width: 4.5rem }
+th { overflow-wrap: break-word } td { min-width: 5.5rem }
 pre { white-space: pre-wrap; margin: 0; font: .87rem/1.45 ui-monospace, monospace }
 @media (min-width: 600px) { .charts { grid-template-columns: 1fr 1fr } .wide { grid-column: span 2 }
   .wide text { font-size: 8px } }

@@ -93,10 +93,14 @@ def _dig(values: Any, *keys: str) -> Any:
     return values
 
 
-def _memory_parts(plan: Row) -> dict[str, int]:
+def _memory_parts(plan: Row) -> dict[str, float]:
     """Bytes that the plan expects on a rank's device, by part; `host` and `disk` lie elsewhere."""
     parts = plan.get("memory") or {}
-    return {name: size for name, size in parts.items() if name not in ("phase", "host", "disk")}
+    return {
+        name: size
+        for name, size in parts.items()
+        if is_number(size) and name not in ("host", "disk")
+    }
 
 
 def _show(value: Any, form: str) -> str:
@@ -282,7 +286,7 @@ def _flatten(values: Row, prefix: str = "") -> list[tuple[str, str]]:
         name = f"{prefix}{key.replace('_', ' ')}"
         if isinstance(value, dict):
             found += _flatten(value, f"{name} · ")
-        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             for number, item in enumerate(value, start=1):
                 found += _flatten(item, f"{name} · {item.get('name', number)} · ")
         elif isinstance(value, list):

@@ -72,6 +72,7 @@ def _gathers_once(run: Run, plan: Plan) -> bool:
     of all is far quicker than one of each layer for each token."""
     zero = run.zero
     here = zero.stage == 3 and zero.offload_param.device is OffloadDevice.none
+    here = here and not zero.zero_quantized_weights and zero.zero_hpz_partition_size in (None, 1)
     fits = plan.parameters.total <= zero.stage3_max_live_parameters
     return here and fits and not run.precision.torch_autocast.enabled
 

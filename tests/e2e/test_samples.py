@@ -68,6 +68,9 @@ def test_a_resumed_run_writes_each_sample_once(runner: Runner) -> None:
     rows = read_metrics(done.run_dir.samples)
     assert [row["step"] for row in rows] == [0, 2, 4, 6]
     assert rows[:2] == before[:2]
+    (resumed,) = done.rows("resumed")
+    assert resumed["step"] == 2  # the last checkpoint
+    assert f"step 2: resumed from here at {resumed['resumed']}" in done.run_dir.report.read_text()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(done.run_dir.tensorboard))
