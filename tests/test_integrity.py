@@ -229,7 +229,7 @@ DAMAGES = [
     ),
     pytest.param(
         lambda d: edit(d.metrics, '"grad_norm": ', '"grad_norm": NaN, "x": '),
-        {"metrics.jsonl": "line 2: grad_norm is not finite"},
+        {"metrics.jsonl": "line 3: grad_norm is not finite"},
         id="metrics-nan",
     ),
     pytest.param(
@@ -238,7 +238,7 @@ DAMAGES = [
         id="metrics-hash",
     ),
     pytest.param(
-        lambda d: cut(d.metrics), {"metrics.jsonl": "line 10 was cut short"}, id="metrics-cut"
+        lambda d: cut(d.metrics), {"metrics.jsonl": "line 11 was cut short"}, id="metrics-cut"
     ),
     pytest.param(
         lambda d: change_batch(d.metrics, step=4),
