@@ -55,6 +55,8 @@ from llama_pretrain.sweep.view import (
     summary,
 )
 
+NOTHING_CAME = "No trials are completed yet"
+"""Optuna's words where no point has come to anything: their rows say why."""
 STOP = ".stop"
 """A file in a sweep's directory while its points are asked to end."""
 SWEPT_TASKS = (Task.pretrain.value, Task.plan.value)
@@ -204,9 +206,9 @@ class Sweep:
             try:
                 with pass_signals_on(self.folder) if beside else contextlib.nullcontext():
                     sweeper.sweep(arguments=command.words)
-            except ValueError:  # Optuna's, where no point has come to anything: its rows say why
-                if any(row["objective"] is not None for row in write_tables(self.folder)):
-                    raise
+            except ValueError as error:
+                if NOTHING_CAME not in str(error):
+                    raise UserError([Problem(path="hydra.sweeper", message=str(error))]) from error
 
     @contextlib.contextmanager
     def _hydra(
