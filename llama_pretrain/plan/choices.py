@@ -69,9 +69,6 @@ CHOSEN = {
     "batch.global_batch_size": "chosen: 16 rows, or the next number that the ranks divide",
     "precision.name": "chosen: bf16 where the device computes in it natively",
     "optim.name": "chosen: for the device and the offload",
-    "optim.learning_rate": "derived: optim.scale_by_batch of the global batch",
-    "optim.muon_learning_rate": "derived: optim.scale_by_batch of the global batch",
-    "train.max_tokens": "derived: train.tokens_per_parameter * parameters",
     "train.gradient_clipping": "chosen: 1.0, but 0 with Muon",
     "zero.reduce_scatter": "chosen: true, but for Muon at stage 3",
     "zero.reduce_bucket_size": "derived: hidden_size^2 at stage 3, else 5e8",
@@ -80,6 +77,14 @@ CHOSEN = {
     "zero.zero_hpz_partition_size": "chosen: the ranks of a machine",
 }
 """What decides a setting that was left open; the sizes are those of transformers' integration."""
+
+
+RULED = {
+    "optim.learning_rate": "derived: optim.scale_by_batch of the global batch",
+    "optim.muon_learning_rate": "derived: optim.scale_by_batch of the global batch",
+    "train.max_tokens": "derived: train.tokens_per_parameter * parameters",
+}
+"""Settings that were given, and that a rule has changed."""
 
 
 def resolve_choices(run: Run, machine: Machine) -> Run:
@@ -156,7 +161,7 @@ def _count_tokens(run: Run) -> Train:
 def describe_choices(before: Run, after: Run) -> dict[str, str]:
     """What decided each setting that `resolve_choices` has filled in."""
     were, are = (dict(flatten(to_plain(run))) for run in (before, after))
-    described = {path: text for path, text in CHOSEN.items() if were[path] != are[path]}
+    described = {path: text for path, text in (CHOSEN | RULED).items() if were[path] != are[path]}
     sizes = ("global_batch_size", "micro_batch_size", "gradient_accumulation_steps")
     triangle = "derived: global = micro x accumulation x ranks"
     return {f"batch.{n}": triangle for n in sizes if are[f"batch.{n}"] is None} | described
