@@ -152,14 +152,13 @@ def test_a_sweep_of_a_snapshot(runner: Runner, original: Command, tmp_path: Path
     sweep = tmp_path / "sweep"
     words = (f"reproduce={original.run_dir.path}", "-m", "seed=1,1234", "train.max_steps=4")
     done = runner.bare(*words, f"hydra.sweep.dir={sweep}")
-    folders = sorted(path for path in sweep.iterdir() if path.is_dir())
-    assert [path.name for path in folders] == [
-        "0-seed=1,train.max_steps=4",
-        "1-seed=1234,train.max_steps=4",
-    ]
+    folders = sorted(path.parent for path in sweep.glob("*/snapshot.yaml"))
+    assert [path.name[:-9] for path in folders] == ["00-seed=1", "01-seed=1234"]
     states = [status(Command(0, "", RunDir(path))) for path in folders]
     assert states == ["diverged", "reproduced"]
-    assert done.output.count("likeliest cause") == 1
+    assert "2 points: 1 diverged, 1 reproduced" in done.output
+    logs = [(path / "console.log").read_text() for path in folders]
+    assert ["likeliest cause" in log for log in logs] == [True, False]
     shown = runner.bare(f"reproduce={original.run_dir.path}", "--cfg", "job", "seed=9")
     assert "\nseed: 9\n" in shown.output
     assert "Traceback" not in shown.output
