@@ -34,6 +34,12 @@ class Reproduction:
     """What the earlier run's directory doesn't tell."""
 
 
+def is_reproduction(run: Run, run_dir: RunDir) -> bool:
+    """Whether a run does another one again, or goes on with doing so."""
+    resumed = run.resume.run_dir is not None
+    return run.reproduce_of is not None or (resumed and _begun(run_dir)[0] is not None)
+
+
 def find_reproduction(
     run: Run,
     plan: Plan,

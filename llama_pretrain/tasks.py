@@ -38,7 +38,13 @@ from llama_pretrain.plan.plan import (
     check_plan,
     render_plan,
 )
-from llama_pretrain.reproduce import Reproduction, begin, find_reproduction, finish
+from llama_pretrain.reproduce import (
+    Reproduction,
+    begin,
+    find_reproduction,
+    finish,
+    is_reproduction,
+)
 from llama_pretrain.resume import Start, find_start, has_finished, note_start, rewind, start_again
 from llama_pretrain.runs.agreement import DivergedError
 from llama_pretrain.runs.checkpoints import newest_of
@@ -121,7 +127,7 @@ def look_back(
     Raises:
         UserError: with drift=error, for drift that nobody asked for.
     """
-    if run.reproduce_of is None and run.resume.run_dir is None:
+    if not is_reproduction(run, run_dir):
         return None
     return find_reproduction(
         run,

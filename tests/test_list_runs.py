@@ -78,7 +78,7 @@ def test_where_runs_are_found(tmp_path: Path) -> None:
     write_run(tmp_path / "2026" / "b", started="2026-05-04T02:00:00+00:00")
     sweep = tmp_path / "sweeps" / "x"
     write_run(sweep / "0-lr=1", started="2026-05-04T01:00:00+00:00")
-    (sweep / "multirun.yaml").touch()
+    (sweep / "sweep.json").touch()
     finished = [{"step": 2, "eval_loss": 4.5, "finished": True}]
     evaluation = tmp_path / "2026" / "b" / "evaluations" / "now"
     write_run(evaluation, status=None, rows=finished, task=Task.evaluate)

@@ -10,6 +10,7 @@ from llama_pretrain.config.problems import UserError
 from llama_pretrain.config.rewrite import is_sweep
 from llama_pretrain.plan.machine import Machine
 from llama_pretrain.runs.sweepdir import SweepDir, Verdict
+from llama_pretrain.sweep.command import run_sweep
 from llama_pretrain.sweep.points import (
     Command,
     Corpora,
@@ -127,6 +128,19 @@ def test_each_point_is_checked_on_its_own() -> None:
     assert typed.problem.startswith("optim.learning_rate: should be a number (got fast)")
     assert "there is no option 'stage8'" in option.problem
     assert {point.verdict for point in (range_, typed, option)} == {Verdict.refused}
+
+
+def test_points_of_a_sweep_have_one_task() -> None:
+    train, evaluate = check("task=pretrain,prepare")
+    assert train.verdict is Verdict.runs
+    assert evaluate.problem == "task: is the same for all points of a sweep (got prepare)"
+
+
+def test_points_that_a_sampler_draws_are_not_planned_in_a_table() -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    words = ["sweep=optuna_lr", "task=plan"]
+    with pytest.raises(UserError, match="optuna draws them one by one"):
+        run_sweep(words, command(*words))
 
 
 def test_what_does_not_fit_is_left_out_with_its_need() -> None:

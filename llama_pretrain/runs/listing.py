@@ -28,6 +28,8 @@ HEAD = 4096
 """Bytes at the beginning of a snapshot in which its task and its model stand."""
 WITHOUT_STATUS = ("evaluate", "verify_resume")
 """Tasks whose folders have no status.json."""
+OF_A_SWEEP = ("sweep.json", "multirun.yaml")
+"""In a folder of runs: what ours and Hydra's plain sweeps write."""
 RUNNING, CRASHED, UNREADABLE, UNKNOWN = "running", "crashed", "unreadable", "unknown"
 
 
@@ -98,14 +100,14 @@ def _look_at(folder: Path) -> Listed:
         head = _read_head(run_dir.snapshot)
         status = _load(run_dir.status)
         plan, provenance = _load(run_dir.plan), _load(run_dir.provenance)
-        rows = _read_end(run_dir.metrics)
+        rows = read_end(run_dir.metrics)
         evaluates = head.get("task") == "evaluate"
         bare = head.get("task") in WITHOUT_STATUS
         said = _status_of(rows) if bare else _status(run_dir, status)
     except OSError as error:
         return Listed(path=folder, status=UNREADABLE, error=error.strerror)
     kind = Kind.evaluation if evaluates else Kind.run
-    if not evaluates and (folder.parent / "multirun.yaml").exists():
+    if not evaluates and any((folder.parent / name).exists() for name in OF_A_SWEEP):
         kind = Kind.sweep
     steps = plan.get("steps")
     time = provenance.get("time")
@@ -153,7 +155,7 @@ def _read_head(path: Path) -> dict[str, str]:
     return found
 
 
-def _read_end(path: Path) -> list[dict[str, Any]]:
+def read_end(path: Path) -> list[dict[str, Any]]:
     """The last lines of metrics.jsonl, without what a rollback has taken back."""
     try:
         with path.open("rb") as file:

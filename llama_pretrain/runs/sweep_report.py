@@ -104,7 +104,7 @@ class Axis:
 
     def __init__(self, texts: Sequence[str]):
         self.values = list(dict.fromkeys(texts))
-        numbers = [_to_number(text) for text in self.values]
+        numbers = [to_number(text) for text in self.values]
         self.numbers: dict[str, float] = {}
         if len(numbers) > 1 and all(number is not None for number in numbers):
             known = [number for number in numbers if number is not None]
@@ -129,7 +129,7 @@ class Axis:
         drawn = ""
         for value in self.values[::every]:
             text, x = value, self.x(value)
-            number = _to_number(text)
+            number = to_number(text)
             if number is not None and len(text) > 6:
                 text = tick_label(number)
             short = text if len(text) <= 14 else f"{text[:13]}…"
@@ -138,7 +138,8 @@ class Axis:
         return drawn
 
 
-def _to_number(text: str) -> float | None:
+def to_number(text: str) -> float | None:
+    """A setting's value, where it is a finite number."""
     try:
         value = float(text.replace("_", ""))
     except ValueError:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_pretrain.config.schema import Objective
+from llama_pretrain.runs.figures import last_number, median, seconds_of_steps
 from llama_pretrain.runs.rundir import FINISHED, RunDir, Status, is_held, read_metrics, write_text
 
 Row = dict[str, Any]
@@ -140,15 +141,13 @@ def read_row(folder: SweepDir, point: PointRecord, *, objective: Objective) -> R
     rows = read_metrics(run_dir.metrics)
     steps = [line for line in rows if "loss" in line]
     if steps:
-        row |= {"steps": steps[-1]["step"], "tokens": steps[-1]["tokens"]}
-        row["train_loss"] = steps[-1]["loss"]
-        row["tokens_per_s"] = sorted(line["tokens_per_s"] for line in steps)[len(steps) // 2]
+        last = steps[-1]
+        row |= {"steps": last["step"], "tokens": last["tokens"], "train_loss": last["loss"]}
+        row["tokens_per_s"] = median(steps, "tokens_per_s")
         row["peak_memory_bytes"] = max(line["memory_bytes"] for line in steps)
-        row["seconds"] = sum(
-            line["tokens"] / max(1, line["step"]) / line["tokens_per_s"] for line in steps
-        )
-    evaluated = [line["eval_loss"] for line in rows if "eval_loss" in line]
-    row["eval_loss"] = evaluated[-1] if evaluated else None
+        per_step = last["tokens"] // last["step"]
+        row["seconds"] = sum(seconds_of_steps(steps, tokens_per_step=per_step).values())
+    row["eval_loss"] = last_number(rows, "eval_loss")
     summary = next((line for line in reversed(rows) if "finished" in line), None)
     if summary is not None:
         row["train_loss"] = summary["train_loss"]

@@ -76,22 +76,26 @@ def run_sweep(argv: Sequence[str], command: Command) -> int:
     settings = read_config(command.run_config).sweep
     slots = _count_slots(command, machine)
     own = share(machine, max(1, slots))
-    if command.sweeper != BASIC:
-        points: list[SweepPoint] = []
-    else:
+    only_plans = command.base.task == Task.plan.value
+    points: list[SweepPoint] = []
+    if command.sweeper == BASIC:
         points = [check_point(point, command, own) for point in list_points(command)]
         _refuse_if_all_alike(points)
-        if command.base.task == Task.plan.value:
+        if only_plans:
             return show_plans(points)
+    elif only_plans:
+        message = f"shows points that are listed, and {command.sweeper} draws them one by one"
+        raise UserError([Problem(path="task", message=message, hint="add hydra/sweeper=basic")])
     folder = sweep_folder(command, argv)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    try:
-        with hold(RunDir(folder.path)), fork_servers():
-            sweep = Sweep(command, folder, Job(folder, settings, own, slots), list(argv))
-            return sweep.run(points)
-    except BlockingIOError as error:
-        message = f"another process runs this sweep in {folder.path}"
-        raise UserError([Problem(path="hydra.sweep.dir", message=message)]) from error
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(hold(RunDir(folder.path)))
+        except BlockingIOError as error:
+            message = f"another process runs this sweep in {folder.path}"
+            raise UserError([Problem(path="hydra.sweep.dir", message=message)]) from error
+        stack.enter_context(fork_servers())
+        sweep = Sweep(command, folder, Job(folder, settings, own, slots), list(argv))
+        return sweep.run(points)
 
 
 def _count_slots(command: Command, machine: Machine) -> int:

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Sequence
 
 from llama_pretrain.config.schema import Objective
-from llama_pretrain.runs.sweep_report import value_of
+from llama_pretrain.runs.sweep_report import to_number, value_of
 from llama_pretrain.runs.sweepdir import Row, SweepDir, SweepRecord
 
 NAMES = {
@@ -20,19 +20,16 @@ def write_hparams(folder: SweepDir, record: SweepRecord, rows: Sequence[Row]) ->
     from torch.utils.tensorboard import SummaryWriter  # 2 s
 
     shutil.rmtree(folder.hparams, ignore_errors=True)
-    for row in rows:
+    results = [row for row in rows if row["objective"] is not None]
+    if not results:
+        return
+    writer = SummaryWriter(str(folder.hparams))
+    for row in results:
         values = {NAMES[key]: value_of(row, key) for key in Objective}
         metrics = {name: value for name, value in values.items() if value is not None}
-        if row["objective"] is None or not metrics:
-            continue
-        settings = {key: to_value(row["settings"].get(key, "")) for key in record.swept}
-        with SummaryWriter(str(folder.hparams)) as writer:
-            writer.add_hparams(settings, metrics, run_name=row["run_dir"], global_step=row["steps"])
-
-
-def to_value(text: str) -> float | str:
-    """A number where it is one: the page draws an axis for it."""
-    try:
-        return float(text.replace("_", ""))
-    except ValueError:
-        return text
+        texts = {key: row["settings"].get(key, "") for key in record.swept}
+        # The page draws an axis for a number.
+        numbers = {key: to_number(text) for key, text in texts.items()}
+        settings = {key: texts[key] if numbers[key] is None else numbers[key] for key in texts}
+        writer.add_hparams(settings, metrics, run_name=row["run_dir"], global_step=row["steps"])
+    writer.close()

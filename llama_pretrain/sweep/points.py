@@ -1,9 +1,8 @@
 """A sweep's command line -> its points, each composed, checked and planned before any starts."""
 
-import contextlib
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -137,8 +136,13 @@ def read_command(argv: Sequence[str]) -> Command:
     return Command(folder=folder, name=name, words=words, hydra_words=about_hydra, base=base)
 
 
-EXTRAS = {"optuna": "optuna", "joblib": "joblib", "submitit_slurm": "slurm"}
-EXTRAS["submitit_local"] = "slurm"
+EXTRAS = {
+    "optuna": "optuna",
+    "joblib": "joblib",
+    "submitit_slurm": "slurm",
+    "submitit_local": "slurm",
+}
+"""Where Hydra's plugins come from."""
 
 
 def explain_plugin(error: str) -> list[Problem]:
@@ -252,6 +256,9 @@ def check_config(
     before = read_config(without_hydra(config))
     run, problems = check_everything(before, machine)
     refuse(problems)
+    if run.task.value != command.base.task:
+        message = f"is the same for all points of a sweep (got {run.task.value})"
+        raise UserError([Problem(path="task", message=message)])
     plan = build_plan(run, None)
     point = replace(point, run=run, plan=plan, origins={**origins, **describe_choices(before, run)})
     unfit = list(check_fits(run, plan))
@@ -315,15 +322,3 @@ def sweep_folder(command: Command, argv: Sequence[str]) -> SweepDir:
     if any(word.startswith("hydra.sweep.dir=") for word in argv):
         return SweepDir(Path(str(command.base.hydra.sweep.dir)).expanduser().resolve())
     return SweepDir(Path("outputs/sweeps").resolve() / name_sweep(argv))
-
-
-@contextlib.contextmanager
-def told_in(path: Path) -> Iterator[None]:
-    """What is printed goes to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        path.open("a", encoding="utf-8", buffering=1) as file,
-        contextlib.redirect_stdout(file),
-        contextlib.redirect_stderr(file),
-    ):
-        yield

@@ -1,9 +1,11 @@
 """Running the points of a sweep: each in its own directory, whatever becomes of the others."""
 
+import contextlib
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -24,7 +26,7 @@ from llama_pretrain.runs.sweepdir import (
     read_state,
 )
 from llama_pretrain.sweep.placing import claim_slot
-from llama_pretrain.sweep.points import SweepPoint, told_in
+from llama_pretrain.sweep.points import SweepPoint
 from llama_pretrain.tasks import BusyError, PrunedError, look_back, pretrain
 
 LOG = "console.log"
@@ -122,6 +124,18 @@ class Job:
                 raise PrunedError(reason)
 
         return look
+
+
+@contextlib.contextmanager
+def told_in(path: Path) -> Iterator[None]:
+    """What is printed goes to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        path.open("a", encoding="utf-8", buffering=1) as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        yield
 
 
 @cache

@@ -1,10 +1,8 @@
 """What a person sees of a sweep: a table that lives while it runs, and the leaderboard."""
 
-import json
 import sys
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -15,6 +13,7 @@ from rich.text import Text
 
 from llama_pretrain import console
 from llama_pretrain.config.schema import Objective
+from llama_pretrain.runs.listing import read_end
 from llama_pretrain.runs.rundir import FINISHED
 from llama_pretrain.runs.sweepdir import (
     PointRecord,
@@ -29,8 +28,6 @@ from llama_pretrain.runs.sweepdir import (
 from llama_pretrain.sweep.points import SweepPoint, shorten
 
 LOOK_EVERY_S = 0.5
-TAIL = 1 << 16
-"""Bytes at the end of metrics.jsonl in which the last step and evaluation are looked for."""
 NARROW = 90
 """Columns of a terminal below which a table has its most important columns alone."""
 STYLES = {
@@ -49,19 +46,6 @@ NAMES = {
     Objective.peak_memory_bytes: "peak memory",
 }
 MIB = 1 << 20
-
-
-def read_tail(metrics: Path) -> list[dict[str, Any]]:
-    """The last lines of metrics.jsonl, whole ones."""
-    try:
-        with metrics.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - TAIL))
-            lines = file.read().split(b"\n")
-    except OSError:
-        return []
-    whole = lines[1:-1] if size > TAIL else lines[:-1]
-    return [json.loads(line) for line in whole]
 
 
 class View:
@@ -140,7 +124,7 @@ class View:
             return self._ended[point.folder]
         run_dir = self._folder.point(point)
         status, reason = read_state(run_dir)
-        rows = read_tail(run_dir.metrics) if status != "waiting" else []
+        rows = read_end(run_dir.metrics) if status != "waiting" else []
         step: Row = next((row for row in reversed(rows) if "loss" in row), {})
         evaluated: Row = next((row for row in reversed(rows) if "eval_loss" in row), {})
         cells = [
