@@ -32,6 +32,7 @@ CLUSTER = Machine(
     gpu_memory_bytes=80 << 30,
     gpu_capability=(9, 0),
     cpu_bf16=True,
+    cpu_intel=False,
     has_compiler=True,
     has_libaio=True,
 )
@@ -513,6 +514,7 @@ def test_choices_follow_the_machine() -> None:
         gpu_memory_bytes=None,
         gpu_capability=None,
         cpu_bf16=False,
+        cpu_intel=False,
         has_compiler=False,
         has_libaio=False,
     )

@@ -34,6 +34,7 @@ MACHINE = Machine(
     gpu_memory_bytes=None,
     gpu_capability=None,
     cpu_bf16=False,
+    cpu_intel=False,
     has_compiler=True,
     has_libaio=False,
 )

@@ -32,6 +32,7 @@ LAPTOP = Machine(
     gpu_memory_bytes=None,
     gpu_capability=None,
     cpu_bf16=False,
+    cpu_intel=False,
     has_compiler=False,
     has_libaio=False,
 )

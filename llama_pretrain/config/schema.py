@@ -281,6 +281,65 @@ class Precision:
     """fp16: keep no fp32 master weights (cpu_adam)."""
 
 
+class AttentionKernel(str, Enum):
+    auto = "auto"
+    sdpa = "sdpa"
+    eager = "eager"
+    blocked = "blocked"
+    flash_attention_2 = "flash_attention_2"
+    flex_attention = "flex_attention"
+
+
+class LossKernel(str, Enum):
+    auto = "auto"
+    plain = "plain"
+    chunked = "chunked"
+    liger = "liger"
+
+
+class LayerKernel(str, Enum):
+    auto = "auto"
+    plain = "plain"
+    fused = "fused"
+    liger = "liger"
+
+
+class CompiledPart(str, Enum):
+    none = "none"
+    layers = "layers"
+    model = "model"
+
+
+@schema
+class Kernels:
+    """How the model is computed, not what: losses differ by rounding alone (docs/performance.md).
+    `auto` takes the fastest that is sound on the device; `liger` needs CUDA and the extra `liger`.
+    """
+
+    attention: AttentionKernel = AttentionKernel.auto
+    """`sdpa` = PyTorch's; `blocked` = products by blocks, for CPUs whose MKL is slow; `eager` =
+    with all scores in memory; `flash_attention_2` needs CUDA and its package, `flex_attention`
+    CUDA. `auto` = `blocked` in bf16 on a CPU that isn't Intel's, `flash_attention_2` on CUDA where
+    it is installed, else `sdpa`."""
+    loss: LossKernel = LossKernel.auto
+    """`plain` = all logits, and fp32 copies of them; `chunked` = 1,024 tokens' at a time, with the
+    gradient made in the forward pass (arXiv 2410.10989). `auto` = `chunked`, but for fp16 and
+    autocast."""
+    rms_norm: LayerKernel = LayerKernel.auto
+    """`plain` = transformers' module; `fused` = fewer passes over memory, less of it kept. `auto` =
+    `fused` on a CPU, `liger` on CUDA where it is installed, `plain` in what is compiled."""
+    rotary: LayerKernel = LayerKernel.auto
+    """Rotary embedding, as rms_norm."""
+    swiglu: LayerKernel = LayerKernel.auto
+    """The feed-forward layer's activation, as rms_norm."""
+    compile: CompiledPart = CompiledPart.none
+    """What torch.compile makes kernels of, at the first step: each of the `layers`, or the `model`
+    but its head. Needs a C++ compiler on a CPU; not at ZeRO stage 3."""
+    huge_pages: bool | None = None
+    """On a CPU: ask the system for 2 MiB pages (glibc's hugetlb tunable), which are quicker to get
+    than 4 KiB ones; `null` = true."""
+
+
 class Spike(str, Enum):
     none = "none"
     skip = "skip"
@@ -539,6 +598,8 @@ class Run:
     """ZeRO."""
     precision: Precision = field(default_factory=Precision)
     """Number formats."""
+    kernels: Kernels = field(default_factory=Kernels)
+    """How the model is computed."""
     train: Train = field(default_factory=Train)
     """Length, evaluation, clipping."""
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

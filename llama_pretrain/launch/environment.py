@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from llama_pretrain.config.compose import PROJECT_ROOT
-from llama_pretrain.config.schema import Device, Run
+from llama_pretrain.config.schema import CompiledPart, Device, Run
 
 
 def extensions_dir(run: Run) -> Path:
@@ -32,8 +32,14 @@ def worker_environment(run: Run) -> dict[str, str]:
     if run.launch.device is Device.cpu:
         values["DS_ACCELERATOR"] = "cpu"
         values["CUDA_VISIBLE_DEVICES"] = ""
+    if run.kernels.compile is not CompiledPart.none:  # kept, as operators are
+        values["TORCHINDUCTOR_CACHE_DIR"] = str(extensions_dir(run).with_name("torch_inductor"))
+    elif run.launch.device is Device.cpu:
         # DeepSpeed compiles Muon's update: half a minute at each start, and a C++ compiler
         values["TORCHDYNAMO_DISABLE"] = "1"
+    if run.kernels.huge_pages:
+        given = os.environ.get("GLIBC_TUNABLES")
+        values["GLIBC_TUNABLES"] = ":".join(filter(None, (given, "glibc.malloc.hugetlb=1")))
     if run.launch.malloc_mmap_threshold is not None:
         values["MALLOC_MMAP_THRESHOLD_"] = str(run.launch.malloc_mmap_threshold)
     return values

@@ -8,6 +8,7 @@ import json
 import math
 import os
 from dataclasses import fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,15 @@ from llama_pretrain.config.deepspeed import OffloadDevice, Zero
 from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.config.rules import flatten
 from llama_pretrain.config.schema import (
+    AttentionKernel,
     Batch,
     BatchScaling,
+    CompiledPart,
     Device,
+    Kernels,
     Launch,
+    LayerKernel,
+    LossKernel,
     Model,
     Optim,
     OptimName,
@@ -69,6 +75,12 @@ CHOSEN = {
     "batch.global_batch_size": "chosen: 16 rows, or the next number that the ranks divide",
     "precision.name": "chosen: bf16 where the device computes in it natively",
     "optim.name": "chosen: for the device and the offload",
+    "kernels.attention": "chosen: for the device, the precision and the row",
+    "kernels.loss": "chosen: chunked, but for fp16 and autocast",
+    "kernels.rms_norm": "chosen: for the device",
+    "kernels.rotary": "chosen: for the device",
+    "kernels.swiglu": "chosen: for the device",
+    "kernels.huge_pages": "chosen: true on a CPU",
     "train.gradient_clipping": "chosen: 1.0, but 0 with Muon",
     "zero.reduce_scatter": "chosen: true, but for Muon at stage 3",
     "zero.reduce_bucket_size": "derived: hidden_size^2 at stage 3, else 5e8",
@@ -109,6 +121,7 @@ def resolve_choices(run: Run, machine: Machine) -> Run:
         precision=replace(run.precision, name=_choose_precision(run, machine)),
         optim=replace(run.optim, name=_choose_optimizer(run)),
     )
+    run = replace(run, kernels=_choose_kernels(run, machine))
     clipping = run.train.gradient_clipping
     if clipping is None:
         clipping = 0.0 if run.optim.name is OptimName.muon else 1.0
@@ -243,6 +256,41 @@ def _choose_optimizer(run: Run) -> OptimName:
     if run.optim.name is OptimName.lion:
         return OptimName.cpu_lion if offloaded or not on_gpu else OptimName.fused_lion
     return run.optim.name
+
+
+def _choose_kernels(run: Run, machine: Machine) -> Kernels:
+    """The fastest kernels that are sound here, by measurements of docs/performance.md."""
+    kernels, on_gpu = run.kernels, run.launch.device is Device.cuda
+    sixteen = run.precision.name is not PrecisionName.fp32
+    attention = AttentionKernel.sdpa
+    if on_gpu:
+        capable = machine.gpu_capability is None or machine.gpu_capability >= (8, 0)
+        if sixteen and capable and find_spec("flash_attn") is not None:
+            attention = AttentionKernel.flash_attention_2
+    elif sixteen and not machine.cpu_intel and run.model.attention_dropout == 0:
+        attention = AttentionKernel.blocked
+    fp16 = run.precision.name is PrecisionName.fp16
+    plain = fp16 or run.precision.torch_autocast.enabled
+    loss = LossKernel.plain if plain else LossKernel.chunked
+    layer = LayerKernel.fused
+    if kernels.compile is not CompiledPart.none:
+        layer = LayerKernel.plain
+    elif on_gpu:
+        installed = find_spec("liger_kernel") is not None
+        layer = LayerKernel.liger if installed else LayerKernel.plain
+
+    def choose(given: LayerKernel) -> LayerKernel:
+        return layer if given is LayerKernel.auto else given
+
+    return replace(
+        kernels,
+        attention=attention if kernels.attention is AttentionKernel.auto else kernels.attention,
+        loss=loss if kernels.loss is LossKernel.auto else kernels.loss,
+        rms_norm=choose(kernels.rms_norm),
+        rotary=choose(kernels.rotary),
+        swiglu=choose(kernels.swiglu),
+        huge_pages=not on_gpu if kernels.huge_pages is None else kernels.huge_pages,
+    )
 
 
 def _starts_from(run: Run) -> bool:

@@ -27,6 +27,8 @@ class Machine:
     """CUDA compute capability of the first GPU."""
     cpu_bf16: bool
     """Whether the CPU multiplies bf16 natively."""
+    cpu_intel: bool
+    """Whether it is Intel's, for which MKL is made."""
     has_compiler: bool
     """Whether DeepSpeed's operators can be compiled: a C++ compiler and ninja."""
     has_libaio: bool
@@ -35,6 +37,7 @@ class Machine:
 def detect_machine() -> Machine:
     """Look at this machine."""
     gpus = _query_gpus() if _torch_has_cuda() else []
+    processor = _describe_processor()
     return Machine(
         cores=_count_cores(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -42,7 +45,8 @@ def detect_machine() -> Machine:
         gpu_name=gpus[0][0] if gpus else None,
         gpu_memory_bytes=gpus[0][1] if gpus else None,
         gpu_capability=gpus[0][2] if gpus else None,
-        cpu_bf16=_cpu_has_bf16(),
+        cpu_bf16=re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", processor) is not None,
+        cpu_intel="GenuineIntel" in processor,
         has_compiler=_has_compiler(),
         has_libaio=ctypes.util.find_library("aio") is not None,
     )
@@ -86,12 +90,11 @@ def _query_gpus() -> list[tuple[str, int, tuple[int, int]]]:
     return gpus
 
 
-def _cpu_has_bf16() -> bool:
+def _describe_processor() -> str:
     try:
-        flags = Path("/proc/cpuinfo").read_text()
+        return Path("/proc/cpuinfo").read_text()
     except OSError:
-        return False
-    return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags) is not None
+        return ""
 
 
 def _has_compiler() -> bool:

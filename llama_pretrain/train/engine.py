@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from llama_pretrain.config.schema import Run
 from llama_pretrain.plan.plan import Plan
 from llama_pretrain.train.distributed import Rank, print_rank_0
+from llama_pretrain.train.kernels.install import compile_layers, install_kernels
 from llama_pretrain.train.model import Digest, build_llama_config, build_model, restore_rotary
 from llama_pretrain.train.optimizer import (
     audit_groups,
@@ -52,6 +53,7 @@ def build_engine(
     )
     weights = None if run.model.path is None else Path(run.model.path)
     model = build_model(config, seed=run.seed, weights=weights, ds_config=ds_config, digest=digest)
+    install_kernels(model, run.kernels)
     if run.train.gradient_checkpointing:
         recompute_activations(model, ds_config)
     groups = get_optimizer_grouped_parameters(model, run.optim.weight_decay)
@@ -68,6 +70,7 @@ def build_engine(
     undo_initial_step(engine)
     if run.precision.buffer_dtype is None:  # else they are asked for in another type
         restore_rotary(engine.module, config, rank.device)
+    compile_layers(engine.module, run.kernels.compile)
     engine.train()
     return engine
 

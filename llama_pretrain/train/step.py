@@ -17,7 +17,7 @@ from llama_pretrain.runs.rundir import RunDir
 from llama_pretrain.train.checkpoint import Saver
 from llama_pretrain.train.distributed import Rank, sum_over_ranks
 from llama_pretrain.train.engine import apply_update
-from llama_pretrain.train.loss import token_losses
+from llama_pretrain.train.loss import sum_of_losses
 from llama_pretrain.train.progress import Progress, spike_score
 from llama_pretrain.train.sample import Prompt
 
@@ -108,7 +108,7 @@ def train_step(
         }
         # DeepSpeed takes the mean of the gradients over micro batches and ranks. Each is divided by
         # the same number of targets, so that is the mean over the targets of the global batch.
-        loss = token_losses(engine, batch).sum() / targets
+        loss = sum_of_losses(engine, batch) / targets
         loss_sum += loss.detach().double()
         rank.beat()
         if micro == num_micro - 1:

@@ -141,11 +141,13 @@ def evaluate_rank(run: Any, plan: Any, run_dir: RunDir, rank: Any, checkpoint: P
     from llama_pretrain.runs.checkpoints import read_manifest
     from llama_pretrain.runs.rundir import write_text
     from llama_pretrain.train.evaluate import sum_losses
+    from llama_pretrain.train.kernels.install import install_kernels
     from llama_pretrain.train.model import build_model, restore_rotary
 
     ds_config = json.loads(run_dir.ds_config.read_text(encoding="utf-8"))
     config = LlamaConfig.from_pretrained(checkpoint, attn_implementation="sdpa")
     model = build_model(config, seed=run.seed, weights=checkpoint, ds_config=ds_config)
+    install_kernels(model, run.kernels)
     rank.beat()
     engine, *_ = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)
     if run.precision.buffer_dtype is None:

@@ -1,0 +1,1 @@
+"""Faster forms of what transformers' LLaMA computes; config group `kernels`."""
