@@ -111,9 +111,9 @@ def _group(
     groups = heads // key.shape[1]
     shape = (rows, key.shape[1]) if masked else (1, rows * key.shape[1])
     return (
-        query.reshape(*shape, groups, tokens, width),
-        key.reshape(*shape, tokens, width),
-        value.reshape(*shape, tokens, width),
+        query.reshape(*shape, groups, tokens, width).contiguous(),
+        key.reshape(*shape, tokens, width).contiguous(),
+        value.reshape(*shape, tokens, width).contiguous(),
     )
 
 

@@ -31,7 +31,8 @@ def linear_cross_entropy(
         The sum, a float32 scalar that has a gradient, and each token's loss, (N,) float32, which
         has none.
     """
-    losses: tuple[torch.Tensor, torch.Tensor] = _LinearCrossEntropy.apply(hidden, weight, targets)
+    apply: Any = _LinearCrossEntropy.apply
+    losses: tuple[torch.Tensor, torch.Tensor] = apply(hidden, weight, targets)
     return losses
 
 

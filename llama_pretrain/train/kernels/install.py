@@ -15,7 +15,6 @@ from torch import nn
 from transformers import AttentionInterface, LlamaForCausalLM
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.llama.modeling_llama import (
-    ALL_ATTENTION_FUNCTIONS,
     LlamaAttention,
     LlamaMLP,
     LlamaRMSNorm,
@@ -24,7 +23,6 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from llama_pretrain.config.schema import (
-    AttentionKernel,
     CompiledPart,
     Kernels,
     LayerKernel,
@@ -34,30 +32,29 @@ from llama_pretrain.train.kernels.attention import blocked_attention
 from llama_pretrain.train.kernels.cross_entropy import linear_cross_entropy
 from llama_pretrain.train.kernels.elementwise import RmsNorm, Rotate, SwiGlu
 
+INTERFACES: Any = AttentionInterface()  # type: ignore[no-untyped-call]  # transformers'
+"""Attention by name: transformers', and `blocked`."""
 LIGER = "liger_kernel.transformers.functional"
 
 
 def install_kernels(model: LlamaForCausalLM, kernels: Kernels) -> None:
     """Let a model compute as its run has chosen; no choice is open any more."""
-    AttentionInterface.register("blocked", _attend_blocked)
-    AttentionMaskInterface.register("blocked", sdpa_mask)
     model.config._attn_implementation = kernels.attention.value
     if kernels.loss is not LossKernel.plain:
         model.__class__ = LlamaWithLoss
-        model.lm_head.__class__ = LossHead
-        model.lm_head.losses = _loss_function(kernels.loss)
+        head: Any = model.lm_head
+        head.__class__, head.losses = LossHead, _loss_function(kernels.loss)
     normalize = _layer_function(kernels.rms_norm, fused=RmsNorm.apply, liger="liger_rms_norm")
     swiglu = _layer_function(kernels.swiglu, fused=SwiGlu.apply, liger="liger_swiglu")
+    rotate = _rotation(kernels.rotary)
     for module in list(model.modules()):
+        changed: Any = module
         if isinstance(module, LlamaRMSNorm) and normalize is not None:
-            module.__class__ = Norm
-            module.normalize = normalize
+            changed.__class__, changed.normalize = Norm, normalize
         elif isinstance(module, LlamaMLP) and swiglu is not None:
-            module.__class__ = Mlp
-            module.swiglu = swiglu
+            changed.__class__, changed.swiglu = Mlp, swiglu
         elif isinstance(module, LlamaAttention):
-            module.__class__ = Attention
-            module.rotate = _rotation(kernels.rotary)
+            changed.__class__, changed.rotate = Attention, rotate
 
 
 def compile_layers(model: LlamaForCausalLM, part: CompiledPart) -> None:
@@ -68,7 +65,7 @@ def compile_layers(model: LlamaForCausalLM, part: CompiledPart) -> None:
     elif part is CompiledPart.model:
         parts = [model.model]
     for module in parts:
-        module.compile(dynamic=False)  # type: ignore[no-untyped-call]  # torch's
+        module.compile(dynamic=False)
 
 
 def without_compilation() -> AbstractContextManager[None]:
@@ -115,7 +112,7 @@ class Attention(LlamaAttention):
         )
         query, key = self.rotate(query, key, *position_embeddings)
         name = self.config._attn_implementation
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        attend = INTERFACES.get_interface(name, eager_attention_forward)
         kwargs.pop("cache", None)
         mixed, weights = attend(
             self,
@@ -142,15 +139,17 @@ def _layer_function(kernel: LayerKernel, *, fused: Any, liger: str) -> Any:
 
 def _rotation(kernel: LayerKernel) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """(B, T, H, D) queries and (B, T, K, D) keys, cos, sin -> (B, H, T, D) and (B, K, T, D)."""
+    turn: Any = Rotate.apply
     heads_first = _layer_function(kernel, fused=None, liger="liger_rope") or apply_rotary_pos_emb
 
     def rotate(
         query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if kernel is LayerKernel.fused:
-            return Rotate.apply(query, cos, sin), Rotate.apply(key, cos, sin)  # type: ignore
+            return turn(query, cos, sin), turn(key, cos, sin)
+        turned: tuple[torch.Tensor, torch.Tensor]
         turned = heads_first(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
-        return turned  # type: ignore[no-any-return]  # transformers' or Liger's
+        return turned
 
     return rotate
 
@@ -171,6 +170,10 @@ def _attend_blocked(
     return mixed.transpose(1, 2).contiguous(), None
 
 
+AttentionInterface.register("blocked", _attend_blocked)
+AttentionMaskInterface.register("blocked", sdpa_mask)
+
+
 class LossHead(nn.Linear):
     """The head of a model: logits as ever, or with `targets` the losses alone."""
 
@@ -184,13 +187,13 @@ class LossHead(nn.Linear):
         return self.losses(hidden.flatten(0, 1), self.weight, targets.flatten())
 
 
-class LlamaWithLoss(LlamaForCausalLM):
+class LlamaWithLoss(LlamaForCausalLM):  # type: ignore[no-untyped-call]  # transformers'
     """A LLaMA whose forward pass ends in logits, or with `targets` in losses.
 
     The head is called as a module, for DeepSpeed gathers its weights then.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, input_ids: torch.Tensor, *, targets: torch.Tensor | None = None, **inputs: Any
     ) -> Any:
         """`targets` (B, T): their sum, which has a gradient, and each one's loss, (B * T,)."""
