@@ -8,7 +8,6 @@ import json
 import math
 import os
 from dataclasses import fields, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,10 @@ from llama_pretrain.config.deepspeed import OffloadDevice, Zero
 from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.config.rules import flatten
 from llama_pretrain.config.schema import (
-    AttentionKernel,
     Batch,
     BatchScaling,
-    CompiledPart,
     Device,
-    Kernels,
     Launch,
-    LayerKernel,
-    LossKernel,
     Model,
     Optim,
     OptimName,
@@ -37,6 +31,7 @@ from llama_pretrain.config.schema import (
 )
 from llama_pretrain.config.snapshot import to_plain
 from llama_pretrain.plan.batch import count_replicas, solve_batch
+from llama_pretrain.plan.kernels import choose_kernels
 from llama_pretrain.plan.machine import Machine
 from llama_pretrain.plan.model_size import count_parameters
 
@@ -121,7 +116,7 @@ def resolve_choices(run: Run, machine: Machine) -> Run:
         precision=replace(run.precision, name=_choose_precision(run, machine)),
         optim=replace(run.optim, name=_choose_optimizer(run)),
     )
-    run = replace(run, kernels=_choose_kernels(run, machine))
+    run = replace(run, kernels=choose_kernels(run, machine))
     clipping = run.train.gradient_clipping
     if clipping is None:
         clipping = 0.0 if run.optim.name is OptimName.muon else 1.0
@@ -256,41 +251,6 @@ def _choose_optimizer(run: Run) -> OptimName:
     if run.optim.name is OptimName.lion:
         return OptimName.cpu_lion if offloaded or not on_gpu else OptimName.fused_lion
     return run.optim.name
-
-
-def _choose_kernels(run: Run, machine: Machine) -> Kernels:
-    """The fastest kernels that are sound here, by measurements of docs/performance.md."""
-    kernels, on_gpu = run.kernels, run.launch.device is Device.cuda
-    sixteen = run.precision.name is not PrecisionName.fp32
-    attention = AttentionKernel.sdpa
-    if on_gpu:
-        capable = machine.gpu_capability is None or machine.gpu_capability >= (8, 0)
-        if sixteen and capable and find_spec("flash_attn") is not None:
-            attention = AttentionKernel.flash_attention_2
-    elif sixteen and not machine.cpu_intel and run.model.attention_dropout == 0:
-        attention = AttentionKernel.blocked
-    fp16 = run.precision.name is PrecisionName.fp16
-    plain = fp16 or run.precision.torch_autocast.enabled
-    loss = LossKernel.plain if plain else LossKernel.chunked
-    layer = LayerKernel.fused
-    if kernels.compile is not CompiledPart.none:
-        layer = LayerKernel.plain
-    elif on_gpu:
-        installed = find_spec("liger_kernel") is not None
-        layer = LayerKernel.liger if installed else LayerKernel.plain
-
-    def choose(given: LayerKernel) -> LayerKernel:
-        return layer if given is LayerKernel.auto else given
-
-    return replace(
-        kernels,
-        attention=attention if kernels.attention is AttentionKernel.auto else kernels.attention,
-        loss=loss if kernels.loss is LossKernel.auto else kernels.loss,
-        rms_norm=choose(kernels.rms_norm),
-        rotary=choose(kernels.rotary),
-        swiglu=choose(kernels.swiglu),
-        huge_pages=not on_gpu if kernels.huge_pages is None else kernels.huge_pages,
-    )
 
 
 def _starts_from(run: Run) -> bool:

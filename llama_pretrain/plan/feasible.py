@@ -15,6 +15,7 @@ from llama_pretrain.config.schema import (
     Task,
 )
 from llama_pretrain.plan.batch import count_ranks
+from llama_pretrain.plan.kernels import check_kernels
 from llama_pretrain.plan.machine import Machine
 
 CPU_OPERATORS = (
@@ -38,6 +39,7 @@ def check_machine(run: Run, machine: Machine) -> Iterator[Problem]:
         _check_disk,
         _check_cuda_features,
         _check_packages,
+        check_kernels,
     ):
         yield from rule(run, machine)
     if run.task is not Task.plan:
