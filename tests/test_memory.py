@@ -1,5 +1,6 @@
 """Memory, traffic, cost and what fits: against papers, DeepSpeed's estimators and autograd."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from llama_pretrain.config.schema import Run
 from llama_pretrain.plan.choices import resolve_choices
 from llama_pretrain.plan.cost import estimate_cost
 from llama_pretrain.plan.fit import list_fits
+from llama_pretrain.plan.kernels import LAYERS
 from llama_pretrain.plan.memory import MemoryPlan, estimate_memory, list_phases, states_memory
 from llama_pretrain.plan.model_size import count_parameters
 from llama_pretrain.plan.plan import build_plan
@@ -17,6 +19,7 @@ from llama_pretrain.plan.traffic import count_traffic
 from tests.conftest import compose_run
 from tests.test_conf import CLUSTER
 
+FUSED = tuple(f"kernels.{name}=fused" for name in LAYERS)
 LLAMA2_7B = 6_738_415_616
 
 
@@ -127,11 +130,14 @@ def test_nvme_takes_from_device_and_host() -> None:
     assert memory.disk == pytest.approx(18 * LLAMA2_7B / 8, rel=1e-6)
 
 
-def saved_bytes_per_token(dtype: str, *, groups: int, recompute: bool) -> tuple[float, float]:
+def saved_bytes_per_token(
+    dtype: str, *, groups: int, recompute: bool, kernels: Sequence[str]
+) -> tuple[float, float]:
     """What autograd keeps of a LLaMA for the backward pass, by its own hooks, and our count."""
     import torch
     from transformers import LlamaForCausalLM
 
+    from llama_pretrain.train.kernels.install import install_kernels
     from llama_pretrain.train.model import build_llama_config
 
     precision = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
@@ -143,10 +149,13 @@ def saved_bytes_per_token(dtype: str, *, groups: int, recompute: bool) -> tuple[
         "batch.micro_batch_size=2",
         f"precision={precision}",
         f"train.gradient_checkpointing={str(recompute).lower()}",
+        "kernels=plain",
+        *kernels,
     )
     config = build_llama_config(run.model, vocab_size=run.model.vocab_size, special_ids={})
     model: Any = LlamaForCausalLM(config).to(getattr(torch, dtype))
     model.train()
+    install_kernels(model, run.kernels)
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -170,8 +179,13 @@ def saved_bytes_per_token(dtype: str, *, groups: int, recompute: bool) -> tuple[
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("groups", [4, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_activations_are_what_autograd_keeps(dtype: str, groups: int, recompute: bool) -> None:
-    measured, counted = saved_bytes_per_token(dtype, groups=groups, recompute=recompute)
+@pytest.mark.parametrize("kernels", [(), FUSED, (*FUSED, "kernels.attention=blocked")])
+def test_activations_are_what_autograd_keeps(
+    dtype: str, groups: int, recompute: bool, kernels: Sequence[str]
+) -> None:
+    measured, counted = saved_bytes_per_token(
+        dtype, groups=groups, recompute=recompute, kernels=kernels
+    )
     # Ours leaves out the softmax statistics of attention and the rotary tables.
     assert counted == pytest.approx(measured, rel=0.04)
 

@@ -13,7 +13,15 @@ from dataclasses import replace as changed
 from typing import Any
 
 from llama_pretrain.config.deepspeed import OffloadDevice
-from llama_pretrain.config.schema import Device, OptimName, Run
+from llama_pretrain.config.schema import (
+    AttentionKernel,
+    CompiledPart,
+    Device,
+    LayerKernel,
+    LossKernel,
+    OptimName,
+    Run,
+)
 from llama_pretrain.plan.batch import BatchPlan
 from llama_pretrain.plan.model_size import ModelSize, count_parameters, head_width
 
@@ -26,6 +34,9 @@ MOMENTS = {
     OptimName.cpu_adagrad: 1,
 }
 """fp32 numbers that an optimizer keeps for a parameter, where they are not Adam's two."""
+
+LOSS_CHUNK = 1024
+"""Tokens of a chunk (train/kernels/cross_entropy.py)."""
 
 FRAMEWORK_BYTES = {Device.cpu: 360 << 20, Device.cuda: 1 << 30}
 """What libraries take before there is a model: on a CPU the resident memory after imports (torch
@@ -59,7 +70,8 @@ class MemoryPlan:
     activations: int = 0
     """What the backward pass needs of the decoder layers."""
     logits: int = 0
-    """Logits, their log-softmax and its gradient."""
+    """Logits, their log-softmax and its gradient; with the loss by chunks those of a chunk, and the
+    gradients that are made with them."""
     gathered: int = 0
     """Parameters that stage 3 has gathered."""
     buffers: int = 0
@@ -176,7 +188,7 @@ def list_phases(
     """What is there in each phase of a step, wherever it lies."""
     size = count_parameters(run.model)
     activations, layer = _activation_bytes(run, batch)
-    logits = _logits_bytes(run, batch)
+    logits, gradient = _logits_bytes(run, batch)
     gathered = _gathered_bytes(run, size, world_size=world_size)
     largest = _largest(size) * _width(run)
     held = _held_gradients(run, batch, size, world_size=world_size)
@@ -185,18 +197,18 @@ def list_phases(
         states,
         phase="forward",
         activations=activations,
-        logits=logits * 2 // 3,
+        logits=logits,
         gathered=gathered,
         gradients=ready,
         # The head is gathered through a buffer of its size, before there are logits.
-        buffers=states.buffers + (max(0, largest - logits * 2 // 3) if gathered else 0),
+        buffers=states.buffers + (max(0, largest - logits) if gathered else 0),
     )
     yield forward
     ring = states.buffers
     if run.launch.device is Device.cuda:  # torch.empty is all there at once on a GPU
         ring += _bucket_bytes(run, size)
     # Its start: the gradient of the logits is there, that of the weights not yet.
-    yield changed(forward, phase="backward", logits=logits, buffers=ring)
+    yield changed(forward, phase="backward", logits=gradient, buffers=ring)
     # Behind the head: with recomputation one layer is whole again.
     yield changed(
         forward, phase="backward", activations=activations + layer, logits=0, buffers=ring
@@ -234,9 +246,10 @@ def _shard(size: int, ranks: int) -> int:
 def _activation_bytes(run: Run, batch: BatchPlan) -> tuple[int, int]:
     """What the forward pass keeps, and what recomputing one layer adds to it.
 
-    A norm keeps its fp32 input, the normalised input and its output; attention keeps q, k, v and
-    its output; SwiGLU keeps gate, its activation, up and the product. Counted with autograd's
-    saved-tensor hooks on transformers' LlamaForCausalLM (tests/test_memory.py).
+    A norm keeps its fp32 input, the normalised input and its output, a fused one its input and its
+    output; attention keeps q, k, v and its output; SwiGLU keeps gate, its activation, up and the
+    product, a fused one all but the activation. Counted with autograd's saved-tensor hooks
+    (tests/test_memory.py). Of what is compiled, torch decides; it comes to about as little.
     """
     model, width = run.model, _width(run)
     autocast = run.precision.torch_autocast.enabled
@@ -247,8 +260,12 @@ def _activation_bytes(run: Run, batch: BatchPlan) -> tuple[int, int]:
     heads = model.num_attention_heads
     groups = heads if model.num_key_value_heads is None else model.num_key_value_heads
     queries, keys = heads * head_width(model), groups * head_width(model)
-    norm = tokens * model.hidden_size * (4 + 2 * width)
-    products = 2 * queries + 2 * keys + 4 * model.intermediate_size
+    norm = tokens * model.hidden_size * (2 * width if _is_lean(run, "rms_norm") else 4 + 2 * width)
+    inner = 3 if _is_lean(run, "swiglu") else 4
+    outputs = 1
+    if run.kernels.rotary is LayerKernel.fused:  # heads first: the output is turned into a copy
+        outputs = 1 if run.kernels.attention is AttentionKernel.blocked else 2
+    products = (1 + outputs) * queries + 2 * keys + inner * model.intermediate_size
     layer = 2 * norm + tokens * width * products // run.deepspeed.tensor_parallel.autotp_size
     if not run.train.gradient_checkpointing:
         return model.num_hidden_layers * layer + norm, 0
@@ -258,10 +275,28 @@ def _activation_bytes(run: Run, batch: BatchPlan) -> tuple[int, int]:
     return kept + norm, layer + gradients - norm
 
 
-def _logits_bytes(run: Run, batch: BatchPlan) -> int:
-    """The log-softmax, its gradient and that of the logits, each (B * T, V) float32."""
-    rows = batch.micro_batch_size * run.data.sequence_length
-    return rows // run.deepspeed.sequence_parallel_size * run.model.vocab_size * 3 * 4
+def _is_lean(run: Run, name: str) -> bool:
+    """Whether a kernel of a layer keeps less than transformers' module."""
+    chosen: LayerKernel = getattr(run.kernels, name)
+    return chosen is not LayerKernel.plain or run.kernels.compile is not CompiledPart.none
+
+
+def _logits_bytes(run: Run, batch: BatchPlan) -> tuple[int, int]:
+    """What the loss takes at the end of the forward pass and at the start of the backward pass.
+
+    Plain: the log-softmax, its gradient and that of the logits, each (B * T, V) float32.
+    By chunks: 16-bit logits of one, and the gradients of the hidden states and of the head, of
+    which several chunks are added up in fp32; then both are scaled.
+    """
+    model, width = run.model, _width(run)
+    tokens = batch.micro_batch_size * run.data.sequence_length
+    tokens //= run.deepspeed.sequence_parallel_size
+    if run.kernels.loss is LossKernel.plain:
+        return tokens * model.vocab_size * 2 * 4, tokens * model.vocab_size * 3 * 4
+    hidden, head = tokens * model.hidden_size, model.vocab_size * model.hidden_size
+    chunk = min(tokens, LOSS_CHUNK) * model.vocab_size * width
+    sums = head * (width if tokens <= LOSS_CHUNK else 4 + width)
+    return chunk + hidden * width + sums, 2 * (hidden + head) * width
 
 
 def _gathered_bytes(run: Run, size: ModelSize, *, world_size: int) -> int:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from llama_pretrain.data.dataset import IGNORED
+from llama_pretrain.plan.memory import LOSS_CHUNK
 
-CHUNK = 1024
+CHUNK = LOSS_CHUNK
 """Tokens whose logits are there at once."""
 NUMBERS = 1 << 18
 """Logits that one thread works on at once: 1 MiB in fp32, about a core's cache."""
