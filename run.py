@@ -49,12 +49,15 @@ def run_hydra(argv: list[str]) -> int:
         trace_settings,
     )
     from llama_pretrain.config.rewrite import is_sweep, rewrite_argv
+    from llama_pretrain.runs.phases import Phases, process_start
 
+    began = process_start()
     failures: list[Exception] = []
     composed: list[DictConfig] = []
 
     @hydra.main(config_path="conf", config_name="config", version_base="1.3")
     def run(config: DictConfig) -> float | None:
+        phases = Phases(None if composed else began)  # a second job has begun now
         composed.append(config)
         requests.check()
         from llama_pretrain.runs.rundir import RunDir
@@ -68,7 +71,8 @@ def run_hydra(argv: list[str]) -> int:
             is_snapshot = own.job.config_name == SNAPSHOT_NAME
             requests.check()
             origins = trace_settings(words, {} if is_snapshot else own.runtime.choices)
-            return run_task(read, run_dir=RunDir(folder), argv=argv, origins=origins)
+            phases.end("compose")
+            return run_task(read, run_dir=RunDir(folder), argv=argv, origins=origins, phases=phases)
         except endings.EXPECTED as error:  # a sweep goes on with its next point
             endings.tell(error)
             failures.append(error)

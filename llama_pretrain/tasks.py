@@ -48,6 +48,7 @@ from llama_pretrain.reproduce import (
 from llama_pretrain.resume import Start, find_start, has_finished, note_start, rewind, start_again
 from llama_pretrain.runs.agreement import DivergedError
 from llama_pretrain.runs.checkpoints import newest_of
+from llama_pretrain.runs.phases import Phases
 from llama_pretrain.runs.provenance import (
     add_provenance,
     collect_provenance,
@@ -70,12 +71,18 @@ from llama_pretrain.verify import verify_resume
 
 
 def run_task(
-    run: Run, *, run_dir: RunDir, argv: Sequence[str], origins: Mapping[str, str]
+    run: Run,
+    *,
+    run_dir: RunDir,
+    argv: Sequence[str],
+    origins: Mapping[str, str],
+    phases: Phases | None = None,
 ) -> float | None:
     """Do what `task` says. Returns the last evaluation loss, which Hydra calls the objective.
 
     Args:
         origins: where each setting is from (config/compose.py).
+        phases: of this start, so far.
 
     Raises:
         UserError: for everything that can be known before a rank starts.
@@ -109,7 +116,13 @@ def run_task(
     if run.task is Task.probe:
         return probe(run, plan, run_dir=run_dir, argv=argv, machine=machine)
     return pretrain(
-        run, plan, run_dir=run_dir, argv=argv, machine=machine, reproduction=reproduction
+        run,
+        plan,
+        run_dir=run_dir,
+        argv=argv,
+        machine=machine,
+        reproduction=reproduction,
+        phases=phases,
     )
 
 
@@ -261,11 +274,13 @@ def pretrain(
     machine: Machine,
     launch: Callable[..., int] = launch,
     reproduction: Reproduction | None = None,
+    phases: Phases | None = None,
 ) -> float | None:
     """Write the run directory, train in it, and say how it ended.
 
     Args:
         launch: starts ranks and waits for them, as launch/local.py has it.
+        phases: of this start, so far; `None` = it begins here.
 
     Raises:
         DivergedError: with drift=error, if the run is not equal to the one that it does again.
@@ -280,6 +295,7 @@ def pretrain(
                 machine=machine,
                 launch=launch,
                 reproduction=reproduction,
+                phases=Phases() if phases is None else phases,
             )
     except BlockingIOError as error:
         message = f"another process is training in {run_dir.path}"
@@ -295,6 +311,7 @@ def _pretrain(
     machine: Machine,
     launch: Callable[..., int],
     reproduction: Reproduction | None,
+    phases: Phases,
 ) -> float | None:
     start, resumed = Start(), run.resume.run_dir is not None
     if not resumed:
@@ -321,7 +338,10 @@ def _pretrain(
         add_provenance(run_dir, operators=describe_operators(run))
         while True:
             try:
-                with console.follow_metrics(run_dir, plan, first_step=start.step):
+                phases.end("plan")
+                phases.write(run_dir)
+                timings = run.monitor.timings
+                with console.follow_metrics(run_dir, plan, first_step=start.step, timings=timings):
                     late = launch(
                         run, plan, run_dir, checkpoint=start.checkpoint, report=console.say
                     )
@@ -329,7 +349,7 @@ def _pretrain(
             except RankError as error:
                 if restarts == run.launch.max_restarts or not error.may_pass:
                     raise
-                restarts += 1
+                restarts, phases = restarts + 1, Phases()
                 console.say(f"{error}\nrestart {restarts} of {run.launch.max_restarts}")
                 start = start_again(run_dir)
                 rewind(run_dir, start)

@@ -400,6 +400,9 @@ class Monitor:
     """Weights & Biases (needs the extra `wandb`)."""
     wandb_project: str = "llama-pretrain"
     """Project of Weights & Biases; the key comes from its own login, never from here."""
+    timings: bool = False
+    """Show on the terminal where the seconds went from the command to the end of the first step,
+    by phase; metrics.jsonl and report.html have them always."""
 
 
 class Device(str, Enum):
