@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from llama_pretrain.config.schema import DriftPolicy, Run, Task
 from llama_pretrain.config.secrets import redact
 from llama_pretrain.config.snapshot import as_written, render_snapshot
 from llama_pretrain.finished import do_with_run, export_at_end
+from llama_pretrain.launch.forks import ForkServers
 from llama_pretrain.launch.local import launch
 from llama_pretrain.launch.operators import build_operators, describe_operators
 from llama_pretrain.launch.signals import Preempted, Stopped, how_to_go_on
@@ -99,6 +101,31 @@ def run_task(
     if run.task.reads_a_run:
         return do_with_run(run, run_dir, argv=argv)
     refuse(check_fits(run, build_plan(run, None)))
+    with ForkServers() as forks:
+        if run.task.trains:
+            forks.warm_up(run)
+        return _train(
+            run,
+            run_dir,
+            argv=argv,
+            origins=origins,
+            machine=machine,
+            launch=partial(launch, forks=forks),
+            phases=phases,
+        )
+
+
+def _train(
+    run: Run,
+    run_dir: RunDir,
+    *,
+    argv: Sequence[str],
+    origins: Mapping[str, str],
+    machine: Machine,
+    launch: Callable[..., int],
+    phases: Phases | None,
+) -> float | None:
+    """Prepare the data, and do with it what `task` says."""
     from llama_pretrain.data.cache import disk_problems  # numpy: not for a plan
 
     with disk_problems(run.data.cache_dir):
@@ -111,16 +138,17 @@ def run_task(
         reproduction = look_back(run, plan, run_dir, argv=argv, machine=machine, origins=origins)
     plan = plan_training(run, plan, run_dir=run_dir, origins=origins)
     if run.task is Task.verify_resume:
-        verify(run, plan, run_dir, argv=argv, machine=machine)
+        verify(run, plan, run_dir, argv=argv, machine=machine, launch=launch)
         return None
     if run.task is Task.probe:
-        return probe(run, plan, run_dir=run_dir, argv=argv, machine=machine)
+        return probe(run, plan, run_dir=run_dir, argv=argv, machine=machine, launch=launch)
     return pretrain(
         run,
         plan,
         run_dir=run_dir,
         argv=argv,
         machine=machine,
+        launch=launch,
         reproduction=reproduction,
         phases=phases,
     )
@@ -195,7 +223,13 @@ def show_plan(run: Run, machine: Machine, origins: Mapping[str, str]) -> None:
 
 
 def probe(
-    run: Run, plan: Plan, *, run_dir: RunDir, argv: Sequence[str], machine: Machine
+    run: Run,
+    plan: Plan,
+    *,
+    run_dir: RunDir,
+    argv: Sequence[str],
+    machine: Machine,
+    launch: Callable[..., int],
 ) -> float | None:
     """Train a few steps of the real thing, and say what the whole run would take."""
     steps = run.plan.probe_steps
@@ -210,6 +244,7 @@ def probe(
         run_dir=run_dir,
         argv=argv,
         machine=machine,
+        launch=launch,
     )
     rows = read_metrics(run_dir.metrics)
     seconds = [plan.steps.tokens_per_step / row["tokens_per_s"] for row in rows if "loss" in row]
@@ -223,7 +258,15 @@ def probe(
     return result
 
 
-def verify(run: Run, plan: Plan, run_dir: RunDir, *, argv: Sequence[str], machine: Machine) -> None:
+def verify(
+    run: Run,
+    plan: Plan,
+    run_dir: RunDir,
+    *,
+    argv: Sequence[str],
+    machine: Machine,
+    launch: Callable[..., int],
+) -> None:
     """Prove a resume on this config, in folders of the run directory."""
     check_unused(RunDir(run_dir.path / "whole"))
     console.show_config(run)

@@ -1,7 +1,8 @@
-"""Ranks that are forked from a process that has imported everything: a sweep starts many.
+"""Ranks that are forked from a process that has imported everything.
 
-A fresh interpreter imports for some seconds, in each rank of each point. Here that is done once, by
-a server that does nothing else; each rank begins as a copy of it.
+A fresh interpreter imports for some seconds, in each rank of each launch. Here that is done once,
+by a server that does nothing else, and that begins while the parent still prepares data and plans;
+each rank begins as a copy of it.
 """
 
 import json
@@ -15,12 +16,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llama_pretrain.config.schema import Run
+from llama_pretrain.launch.environment import worker_environment
 from llama_pretrain.launch.processes import kill_session
 from llama_pretrain.train.signals import PARENT
 
 SERVER = "llama_pretrain.train.forkserver"
 LAST_WORDS_S = 1.0
 """What the others have, when a rank has failed that never registered, to end by themselves."""
+
+
+def can_fork(run: Run) -> bool:
+    """Whether a run's ranks are forked: elsewhere than on Linux a fork with libraries is unsafe."""
+    return run.launch.fork and sys.platform == "linux"
 
 
 class ForkServers:
@@ -38,6 +46,11 @@ class ForkServers:
     def __exit__(self, *error: object) -> None:
         for server in self._servers.values():
             server.end()
+
+    def warm_up(self, run: Run) -> None:
+        """Have the imports of a run's ranks begin, where they are to be forked."""
+        if can_fork(run):
+            self.of_environment(worker_environment(run))
 
     def of_environment(self, values: Mapping[str, str]) -> "ForkServer":
         """The server whose environment is ours with these values; a new one where it has ended.
