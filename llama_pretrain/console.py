@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
@@ -276,6 +284,21 @@ class DataReport:
                 say(line)
 
         yield write
+
+
+@contextmanager
+def taking_time(what: str) -> Iterator[None]:
+    """What is under way while the block runs: its seconds count up on a terminal, else a line."""
+    if not out.is_terminal:
+        say(what)
+        yield
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    began = time.monotonic()
+    with Progress(*columns, console=out, transient=True) as progress:
+        progress.add_task(escape(what), total=None)
+        yield
+    say(f"{what} ({time.monotonic() - began:.0f} s)")
 
 
 def _megabytes_a_second(num_bytes: int, began: float) -> str:

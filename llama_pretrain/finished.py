@@ -213,7 +213,7 @@ def evaluate(run: Run, before: Run, source: RunDir, run_dir: RunDir) -> float:
     data, was = run.data, before.data
     if data.paths != was.paths and data.name in SPLIT and not data.heldout_paths:
         run = replace(run, data=replace(data, heldout_paths=data.paths))
-    with ForkServers() as forks:
+    with ForkServers(label=str(run_dir.path)) as forks:
         forks.warm_up(run)
         return _evaluate(run, checkpoint, run_dir, forks=forks)
 

@@ -101,7 +101,7 @@ def run_task(
     if run.task.reads_a_run:
         return do_with_run(run, run_dir, argv=argv)
     refuse(check_fits(run, build_plan(run, None)))
-    with ForkServers() as forks:
+    with ForkServers(label=str(run_dir.path)) as forks:
         if run.task.trains:
             forks.warm_up(run)
         return _train(
@@ -271,7 +271,7 @@ def verify(
     check_unused(RunDir(run_dir.path / "whole"))
     console.show_config(run)
     console.show_plan(run, plan, run_dir)
-    build_operators(run, log=run_dir.path / "build.log", report=console.say)
+    build_operators(run, log=run_dir.path / "build.log", taking_time=console.taking_time)
 
     def train(run: Run, plan: Plan, folder: RunDir, checkpoint: Path | None) -> None:
         write_run_dir(run, plan, folder, argv=argv, machine=machine)
@@ -377,7 +377,7 @@ def _pretrain(
     restarts, verdict = 0, (Status.completed, "")
     write_status(run_dir, Status.running)
     try:
-        build_operators(run, log=run_dir.ranks / "build.log", report=console.say)
+        build_operators(run, log=run_dir.ranks / "build.log", taking_time=console.taking_time)
         add_provenance(run_dir, operators=describe_operators(run))
         while True:
             try:

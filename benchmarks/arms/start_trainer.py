@@ -41,13 +41,13 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": ids, "labels": ids}
 
 
-class TellFirstStep(TrainerCallback):  # type: ignore[misc]  # untyped
+class TellFirstStep(TrainerCallback):
     """Writes down when the first step has ended."""
 
     def __init__(self, done: Path):
         self._done = done
 
-    def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 1 and state.is_world_process_zero:
             self._done.write_text(repr(time.time()))
 

@@ -37,7 +37,9 @@ class ForkServers:
     What an environment says is read while modules are imported, so it can't be changed later.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, label: str = "") -> None:
+        """`label`: shown where processes are listed, by the servers and their ranks."""
+        self._label = label
         self._servers: dict[tuple[tuple[str, str], ...], ForkServer] = {}
 
     def __enter__(self) -> "ForkServers":
@@ -60,19 +62,19 @@ class ForkServers:
         key = tuple(sorted(values.items()))
         server = self._servers.get(key)
         if server is None or server.has_ended:
-            server = self._servers[key] = ForkServer(values)
+            server = self._servers[key] = ForkServer(values, label=self._label)
         return server
 
 
 class ForkServer:
     """The process of train/forkserver.py."""
 
-    def __init__(self, values: Mapping[str, str]):
+    def __init__(self, values: Mapping[str, str], *, label: str):
         # The device is looked for through NVML: a process with a CUDA context can't be forked.
         self.values = {**values, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the server
         self._process = subprocess.Popen(
-            [sys.executable, "-u", "-m", SERVER],
+            [sys.executable, "-u", "-m", SERVER, label],
             env=os.environ | self.values | {PARENT: str(os.getpid())},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
