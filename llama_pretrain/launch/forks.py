@@ -31,6 +31,10 @@ def can_fork(run: Run) -> bool:
     return run.launch.fork and sys.platform == "linux"
 
 
+class ServerError(Exception):
+    """The process that forks ranks has ended."""
+
+
 class ForkServers:
     """A server for each environment that ranks were wanted with; use it in a `with` block.
 
@@ -105,7 +109,7 @@ class ForkServer:
         """The next answer.
 
         Raises:
-            ChildProcessError: if the server has ended.
+            ServerError: if the server has ended.
         """
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
@@ -113,7 +117,7 @@ class ForkServer:
             self._process.wait()
             self._log.seek(0)
             said = self._log.read().decode(errors="replace").strip()[-2000:]
-            raise ChildProcessError(f"the process that forks ranks has ended: {said}")
+            raise ServerError(f"the process that forks ranks has ended: {said}")
         values: dict[str, Any] = json.loads(line)
         return values
 

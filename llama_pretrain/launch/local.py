@@ -14,7 +14,7 @@ from typing import Any
 
 from llama_pretrain.config.schema import Run
 from llama_pretrain.launch.environment import worker_environment
-from llama_pretrain.launch.forks import ForkAgent, ForkServers, can_fork
+from llama_pretrain.launch.forks import ForkAgent, ForkServers, ServerError, can_fork
 from llama_pretrain.launch.processes import PROC, list_processes
 from llama_pretrain.launch.signals import Preempted, receive_signals
 from llama_pretrain.launch.watch import RankError, Watch
@@ -104,6 +104,10 @@ def launch(
                 stopping=watch.signal > 0,
                 early_logs=Path(early_logs),
             )
+        if isinstance(agent.error, ServerError):  # its ranks have ended with it
+            log = run_dir.rank_log(0)
+            stopping = watch.signal > 0
+            raise RankError(rank=0, error=str(agent.error), log=log, stopping=stopping)
         if agent.error is not None:
             raise agent.error
         ending = _last_row(run_dir.metrics, since=seen)
