@@ -86,13 +86,13 @@ def start_trainer(recipe: Path, done: Path, *, world_size: int) -> float:
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
     script = str(ROOT / "benchmarks" / "arms" / "start_trainer.py")
     with log.open("w") as output:
-        code = subprocess.run(
+        subprocess.run(
             [sys.executable, *torchrun, script, str(recipe), str(done)],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        ).returncode
-    if code != 0:
+        )
+    if not done.exists():  # gloo aborts some processes when they leave, after all is done
         sys.exit(f"the Trainer script has failed:\n{log.read_text()[-3000:]}")
     return float(done.read_text()) - began
 

@@ -152,14 +152,8 @@ class ForkAgent(threading.Thread):
 
     def run(self) -> None:
         """Have them forked, and wait until all have ended."""
-        import torch.distributed as dist  # 2 s, while the server imports as well
-
         try:
-            # As torch's agent does: where the ranks meet lies in this process, at a free port.
-            store = dist.TCPStore(  # type: ignore[attr-defined]  # torch does not list it
-                "localhost", 0, is_master=True, wait_for_workers=False
-            )
-            environments = [self._environment(rank, store.port) for rank in range(self._world_size)]
+            environments = [self._environment(rank) for rank in range(self._world_size)]
             cores = sorted(os.sched_getaffinity(0))  # as a process has that we start
             request = {"words": self._words, "ranks": environments, "cores": cores}
             self._pids = self._server.ask(request)["started"]
@@ -170,8 +164,8 @@ class ForkAgent(threading.Thread):
             for pid in self.workers():
                 kill_session(pid)
 
-    def _environment(self, rank: int, port: int) -> dict[str, str]:
-        """What torch's agent sets."""
+    def _environment(self, rank: int) -> dict[str, str]:
+        """What torch's agent sets, but for the port at which ranks meet: the server knows it."""
         return {
             **os.environ,
             **self._server.values,
@@ -183,19 +177,18 @@ class ForkAgent(threading.Thread):
             "GROUP_RANK": "0",
             "GROUP_WORLD_SIZE": "1",
             "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RESTART_COUNT": "0",
             "TORCHELASTIC_ERROR_FILE": str(self._error_files[rank]),
         }
 
     def _note_end(self, answer: Mapping[str, Any]) -> None:
-        from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-
         pid, code = answer["ended"], answer["code"]
         self._ended.add(pid)
         if code == 0:
             return
+        from torch.distributed.elastic.multiprocessing.errors import ProcessFailure  # 2 s
+
         rank = self._pids.index(pid)
         file = str(self._error_files[rank])
         self.failures[rank] = ProcessFailure(rank, pid, code, file)
