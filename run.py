@@ -37,6 +37,7 @@ def main() -> int:
 
 def run_hydra(argv: list[str]) -> int:
     """A run or a sweep, through Hydra; every ending becomes a few lines and an exit code."""
+    gc.disable()  # until the config is composed: many objects are made and few dropped
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig
@@ -49,12 +50,15 @@ def run_hydra(argv: list[str]) -> int:
         trace_settings,
     )
     from llama_pretrain.config.rewrite import is_sweep, rewrite_argv
+    from llama_pretrain.runs.phases import Phases, process_start
 
+    began = process_start()
     failures: list[Exception] = []
     composed: list[DictConfig] = []
 
     @hydra.main(config_path="conf", config_name="config", version_base="1.3")
     def run(config: DictConfig) -> float | None:
+        phases = Phases(None if composed else began)  # a second job has begun now
         composed.append(config)
         requests.check()
         from llama_pretrain.runs.rundir import RunDir
@@ -68,7 +72,9 @@ def run_hydra(argv: list[str]) -> int:
             is_snapshot = own.job.config_name == SNAPSHOT_NAME
             requests.check()
             origins = trace_settings(words, {} if is_snapshot else own.runtime.choices)
-            return run_task(read, run_dir=RunDir(folder), argv=argv, origins=origins)
+            gc.enable()
+            phases.end("compose")
+            return run_task(read, run_dir=RunDir(folder), argv=argv, origins=origins, phases=phases)
         except endings.EXPECTED as error:  # a sweep goes on with its next point
             endings.tell(error)
             failures.append(error)
@@ -85,6 +91,7 @@ def run_hydra(argv: list[str]) -> int:
             catch_signals(requests)  # here, where what it raises is caught
             words = rewrite_argv(argv, scratch=Path(scratch))
             if is_sweep(words):
+                gc.enable()
                 from llama_pretrain.sweep.command import SWEPT_TASKS, run_sweep
                 from llama_pretrain.sweep.points import read_command
 

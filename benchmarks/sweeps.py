@@ -3,7 +3,7 @@
     python benchmarks/sweeps.py --points 8 --rounds 3
 
 Three ways take turns: ranks forked from a process that has imported everything; a fresh interpreter
-for each rank (`sweep.fork=false`); and `@hydra.main` with its basic launcher around the same task,
+for each rank (`launch.fork=false`); and `@hydra.main` with its basic launcher around the same task,
 which is what one would write. Of each the wall time less the seconds of all steps, by points: what
 is paid once (imports of the command, planning, the report of the sweep) is in it, evaluation too.
 """
@@ -62,7 +62,7 @@ def run_way(way: str, folder: Path, *, points: int) -> tuple[float, float]:
     seeds = ",".join(str(number) for number in range(points))
     words = ["-m", *WORDS, f"seed={seeds}", f"hydra.sweep.dir={folder / 'sweep'}"]
     if way == "fresh":
-        words.append("sweep.fork=false")
+        words.append("launch.fork=false")
     cache = f"data.cache_dir={folder.parent / 'cache'}"
     began = time.perf_counter()
     subprocess.run(

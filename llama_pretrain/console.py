@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
@@ -26,6 +34,7 @@ from llama_pretrain.config.snapshot import to_plain
 from llama_pretrain.plan.cost import CostPlan
 from llama_pretrain.plan.fit import Fit
 from llama_pretrain.plan.plan import Plan, Point, Steps
+from llama_pretrain.runs.phases import NAMES
 from llama_pretrain.runs.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -277,6 +286,21 @@ class DataReport:
         yield write
 
 
+@contextmanager
+def taking_time(what: str) -> Iterator[None]:
+    """What is under way while the block runs: its seconds count up on a terminal, else a line."""
+    if not out.is_terminal:
+        say(what)
+        yield
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    began = time.monotonic()
+    with Progress(*columns, console=out, transient=True) as progress:
+        progress.add_task(escape(what), total=None)
+        yield
+    say(f"{what} ({time.monotonic() - began:.0f} s)")
+
+
 def _megabytes_a_second(num_bytes: int, began: float) -> str:
     seconds = max(1e-3, time.monotonic() - began)
     return f"{num_bytes / 1e6:.1f} MB at {num_bytes / 1e6 / seconds:.1f} MB/s"
@@ -465,13 +489,19 @@ def _number(value: float | None) -> str:
 
 
 @contextmanager
-def follow_metrics(run_dir: RunDir, plan: Plan, *, first_step: int) -> Iterator[None]:
-    """Show metrics.jsonl as it grows: one bar on a terminal, else a line every few seconds."""
+def follow_metrics(
+    run_dir: RunDir, plan: Plan, *, first_step: int, timings: bool = False
+) -> Iterator[None]:
+    """Show metrics.jsonl as it grows: one bar on a terminal, else a line every few seconds.
+
+    Args:
+        timings: whether the seconds of the start are shown too.
+    """
     done = threading.Event()
     start = run_dir.metrics.stat().st_size if run_dir.metrics.exists() else 0
     show = _follow_with_bar if out.is_terminal else _follow_with_lines
     thread = threading.Thread(
-        target=show, args=(run_dir.metrics, start, plan, first_step, done), daemon=True
+        target=show, args=(run_dir.metrics, start, plan, first_step, done, timings), daemon=True
     )
     thread.start()
     try:
@@ -508,7 +538,7 @@ def _step_text(row: dict[str, Any]) -> str:
 
 
 def _follow_with_bar(
-    path: Path, start: int, plan: Plan, first_step: int, done: threading.Event
+    path: Path, start: int, plan: Plan, first_step: int, done: threading.Event, timings: bool
 ) -> None:
     columns = (
         TextColumn("[bold]{task.description}"),
@@ -530,12 +560,14 @@ def _follow_with_bar(
                     progress.update(task, description="finishing")
             elif "eval_loss" in row:
                 progress.console.print(_eval_text(row))
+            elif timings and "start_seconds" in row:
+                progress.console.print(_start_table(row))
             if text := _event_text(row):
                 progress.console.print(text)
 
 
 def _follow_with_lines(
-    path: Path, start: int, plan: Plan, _first_step: int, done: threading.Event
+    path: Path, start: int, plan: Plan, _first_step: int, done: threading.Event, timings: bool
 ) -> None:
     said = 0.0
     began: tuple[float, int] | None = None  # when the first step was seen, and which it was
@@ -544,7 +576,9 @@ def _follow_with_lines(
         now = time.monotonic()
         if text := _event_text(row):
             say(text)
-        if "eval_loss" in row:
+        if timings and "start_seconds" in row:
+            out.print(_start_table(row))
+        elif "eval_loss" in row:
             say(_eval_text(row))
         elif "loss" in row and (now - said >= LINE_EVERY_S or row["step"] == plan.steps.last):
             said = now
@@ -556,6 +590,22 @@ def _follow_with_lines(
                 left = timedelta(seconds=round(pace * (plan.steps.last - row["step"])))
                 text += f" eta {left}"
             say(text)
+
+
+def _start_table(row: dict[str, Any]) -> Table:
+    """Seconds from the command to the end of its first step, a line a phase."""
+    seconds = row["start_seconds"]
+    table = Table(title="start", title_justify="left", box=None, pad_edge=False)
+    table.title_style = "bold"
+    table.add_column("phase", style="cyan", no_wrap=True)
+    for name in ("seconds", "so far"):
+        table.add_column(name, justify="right")
+    so_far = 0.0
+    for name, text in NAMES.items():
+        if name in seconds:
+            so_far += seconds[name]
+            table.add_row(text, f"{seconds[name]:.2f}", f"{so_far:.2f}")
+    return table
 
 
 def _event_text(row: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from llama_pretrain.config.problems import Problem, UserError, refuse
 from llama_pretrain.config.rules import flatten
 from llama_pretrain.config.schema import Device, Generate, Monitor, Optim, OptimName, Run, Task
 from llama_pretrain.config.snapshot import load_snapshot, render_snapshot, to_plain
+from llama_pretrain.launch.forks import ForkServers
 from llama_pretrain.launch.local import launch
 from llama_pretrain.launch.signals import Preempted
 from llama_pretrain.plan.ds_config import get_eval_ds_config
@@ -212,6 +213,12 @@ def evaluate(run: Run, before: Run, source: RunDir, run_dir: RunDir) -> float:
     data, was = run.data, before.data
     if data.paths != was.paths and data.name in SPLIT and not data.heldout_paths:
         run = replace(run, data=replace(data, heldout_paths=data.paths))
+    with ForkServers(label=str(run_dir.path)) as forks:
+        forks.warm_up(run)
+        return _evaluate(run, checkpoint, run_dir, forks=forks)
+
+
+def _evaluate(run: Run, checkpoint: Path, run_dir: RunDir, *, forks: ForkServers) -> float:
     corpus = _prepare(run)
     if run.data.hash not in (None, corpus.content_hash):
         message = f"the data and its tokenizer are {corpus.content_hash[:16]} now"
@@ -223,7 +230,7 @@ def evaluate(run: Run, before: Run, source: RunDir, run_dir: RunDir) -> float:
     rows = plan.steps.eval_rows
     ranks = f"{plan.world_size} rank{'s' if plan.world_size > 1 else ''}"
     console.say(f"evaluating {checkpoint.name} on {rows:,} rows with {ranks}")
-    late = launch(run, plan, run_dir, checkpoint=checkpoint, report=console.say)
+    late = launch(run, plan, run_dir, checkpoint=checkpoint, report=console.say, forks=forks)
     row = read_metrics(run_dir.metrics)[-1]
     console.show_evaluation(row, run_dir)
     if late:  # a sweep must not go on

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from llama_pretrain.config.schema import DriftPolicy, Run, Task
 from llama_pretrain.config.secrets import redact
 from llama_pretrain.config.snapshot import as_written, render_snapshot
 from llama_pretrain.finished import do_with_run, export_at_end
+from llama_pretrain.launch.forks import ForkServers
 from llama_pretrain.launch.local import launch
 from llama_pretrain.launch.operators import build_operators, describe_operators
 from llama_pretrain.launch.signals import Preempted, Stopped, how_to_go_on
@@ -48,6 +50,7 @@ from llama_pretrain.reproduce import (
 from llama_pretrain.resume import Start, find_start, has_finished, note_start, rewind, start_again
 from llama_pretrain.runs.agreement import DivergedError
 from llama_pretrain.runs.checkpoints import newest_of
+from llama_pretrain.runs.phases import Phases
 from llama_pretrain.runs.provenance import (
     add_provenance,
     collect_provenance,
@@ -70,12 +73,18 @@ from llama_pretrain.verify import verify_resume
 
 
 def run_task(
-    run: Run, *, run_dir: RunDir, argv: Sequence[str], origins: Mapping[str, str]
+    run: Run,
+    *,
+    run_dir: RunDir,
+    argv: Sequence[str],
+    origins: Mapping[str, str],
+    phases: Phases | None = None,
 ) -> float | None:
     """Do what `task` says. Returns the last evaluation loss, which Hydra calls the objective.
 
     Args:
         origins: where each setting is from (config/compose.py).
+        phases: of this start, so far.
 
     Raises:
         UserError: for everything that can be known before a rank starts.
@@ -92,6 +101,31 @@ def run_task(
     if run.task.reads_a_run:
         return do_with_run(run, run_dir, argv=argv)
     refuse(check_fits(run, build_plan(run, None)))
+    with ForkServers(label=str(run_dir.path)) as forks:
+        if run.task.trains:
+            forks.warm_up(run)
+        return _train(
+            run,
+            run_dir,
+            argv=argv,
+            origins=origins,
+            machine=machine,
+            launch=partial(launch, forks=forks),
+            phases=phases,
+        )
+
+
+def _train(
+    run: Run,
+    run_dir: RunDir,
+    *,
+    argv: Sequence[str],
+    origins: Mapping[str, str],
+    machine: Machine,
+    launch: Callable[..., int],
+    phases: Phases | None,
+) -> float | None:
+    """Prepare the data, and do with it what `task` says."""
     from llama_pretrain.data.cache import disk_problems  # numpy: not for a plan
 
     with disk_problems(run.data.cache_dir):
@@ -104,12 +138,19 @@ def run_task(
         reproduction = look_back(run, plan, run_dir, argv=argv, machine=machine, origins=origins)
     plan = plan_training(run, plan, run_dir=run_dir, origins=origins)
     if run.task is Task.verify_resume:
-        verify(run, plan, run_dir, argv=argv, machine=machine)
+        verify(run, plan, run_dir, argv=argv, machine=machine, launch=launch)
         return None
     if run.task is Task.probe:
-        return probe(run, plan, run_dir=run_dir, argv=argv, machine=machine)
+        return probe(run, plan, run_dir=run_dir, argv=argv, machine=machine, launch=launch)
     return pretrain(
-        run, plan, run_dir=run_dir, argv=argv, machine=machine, reproduction=reproduction
+        run,
+        plan,
+        run_dir=run_dir,
+        argv=argv,
+        machine=machine,
+        launch=launch,
+        reproduction=reproduction,
+        phases=phases,
     )
 
 
@@ -182,7 +223,13 @@ def show_plan(run: Run, machine: Machine, origins: Mapping[str, str]) -> None:
 
 
 def probe(
-    run: Run, plan: Plan, *, run_dir: RunDir, argv: Sequence[str], machine: Machine
+    run: Run,
+    plan: Plan,
+    *,
+    run_dir: RunDir,
+    argv: Sequence[str],
+    machine: Machine,
+    launch: Callable[..., int],
 ) -> float | None:
     """Train a few steps of the real thing, and say what the whole run would take."""
     steps = run.plan.probe_steps
@@ -197,6 +244,7 @@ def probe(
         run_dir=run_dir,
         argv=argv,
         machine=machine,
+        launch=launch,
     )
     rows = read_metrics(run_dir.metrics)
     seconds = [plan.steps.tokens_per_step / row["tokens_per_s"] for row in rows if "loss" in row]
@@ -210,12 +258,20 @@ def probe(
     return result
 
 
-def verify(run: Run, plan: Plan, run_dir: RunDir, *, argv: Sequence[str], machine: Machine) -> None:
+def verify(
+    run: Run,
+    plan: Plan,
+    run_dir: RunDir,
+    *,
+    argv: Sequence[str],
+    machine: Machine,
+    launch: Callable[..., int],
+) -> None:
     """Prove a resume on this config, in folders of the run directory."""
     check_unused(RunDir(run_dir.path / "whole"))
     console.show_config(run)
     console.show_plan(run, plan, run_dir)
-    build_operators(run, log=run_dir.path / "build.log", report=console.say)
+    build_operators(run, log=run_dir.path / "build.log", taking_time=console.taking_time)
 
     def train(run: Run, plan: Plan, folder: RunDir, checkpoint: Path | None) -> None:
         write_run_dir(run, plan, folder, argv=argv, machine=machine)
@@ -261,11 +317,13 @@ def pretrain(
     machine: Machine,
     launch: Callable[..., int] = launch,
     reproduction: Reproduction | None = None,
+    phases: Phases | None = None,
 ) -> float | None:
     """Write the run directory, train in it, and say how it ended.
 
     Args:
         launch: starts ranks and waits for them, as launch/local.py has it.
+        phases: of this start, so far; `None` = it begins here.
 
     Raises:
         DivergedError: with drift=error, if the run is not equal to the one that it does again.
@@ -280,6 +338,7 @@ def pretrain(
                 machine=machine,
                 launch=launch,
                 reproduction=reproduction,
+                phases=Phases() if phases is None else phases,
             )
     except BlockingIOError as error:
         message = f"another process is training in {run_dir.path}"
@@ -295,6 +354,7 @@ def _pretrain(
     machine: Machine,
     launch: Callable[..., int],
     reproduction: Reproduction | None,
+    phases: Phases,
 ) -> float | None:
     start, resumed = Start(), run.resume.run_dir is not None
     if not resumed:
@@ -317,11 +377,14 @@ def _pretrain(
     restarts, verdict = 0, (Status.completed, "")
     write_status(run_dir, Status.running)
     try:
-        build_operators(run, log=run_dir.ranks / "build.log", report=console.say)
+        build_operators(run, log=run_dir.ranks / "build.log", taking_time=console.taking_time)
         add_provenance(run_dir, operators=describe_operators(run))
         while True:
             try:
-                with console.follow_metrics(run_dir, plan, first_step=start.step):
+                phases.end("plan")
+                phases.write(run_dir)
+                timings = run.monitor.timings
+                with console.follow_metrics(run_dir, plan, first_step=start.step, timings=timings):
                     late = launch(
                         run, plan, run_dir, checkpoint=start.checkpoint, report=console.say
                     )
@@ -329,7 +392,7 @@ def _pretrain(
             except RankError as error:
                 if restarts == run.launch.max_restarts or not error.may_pass:
                     raise
-                restarts += 1
+                restarts, phases = restarts + 1, Phases()
                 console.say(f"{error}\nrestart {restarts} of {run.launch.max_restarts}")
                 start = start_again(run_dir)
                 rewind(run_dir, start)

@@ -238,7 +238,7 @@ DAMAGES = [
         id="metrics-hash",
     ),
     pytest.param(
-        lambda d: cut(d.metrics), {"metrics.jsonl": "line 11 was cut short"}, id="metrics-cut"
+        lambda d: cut(d.metrics), {"metrics.jsonl": "line 12 was cut short"}, id="metrics-cut"
     ),
     pytest.param(
         lambda d: change_batch(d.metrics, step=4),

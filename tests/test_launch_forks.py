@@ -6,19 +6,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llama_pretrain.config.snapshot import load_snapshot, render_snapshot
 from llama_pretrain.launch.environment import worker_environment
-from llama_pretrain.launch.forks import ForkServers
+from llama_pretrain.launch.forks import ForkServers, ServerError
 from llama_pretrain.launch.local import launch
 from llama_pretrain.launch.processes import is_alive, list_processes
 from llama_pretrain.launch.watch import RankError
 from llama_pretrain.plan.machine import detect_machine
 from llama_pretrain.plan.plan import build_plan
+from llama_pretrain.runs.phases import NAMES
 from llama_pretrain.runs.rundir import RunDir, read_metrics
 from llama_pretrain.tasks import check_everything, pretrain
 from tests.conftest import OPERATORS, ROOT, SMALL, Quiet, compose_run
@@ -121,6 +124,82 @@ def test_a_rank_that_dies_takes_the_others_and_the_server_stays(
     assert len([row for row in train("next", "launch.num_processes=2") if "loss" in row]) == 3
 
 
+def test_a_server_that_dies_ends_its_ranks_and_another_takes_its_place(
+    train: Trainer, tmp_path: Path
+) -> None:
+    ranks: list[int] = []
+
+    def kill_server(run_dir: RunDir) -> None:
+        from llama_pretrain.runs.heartbeat import read_beats
+
+        beats = read_beats(run_dir.heartbeats, world_size=2)
+        if not ranks and all(beat.count > 8 for beat in beats):
+            ranks.extend(beat.pid for beat in beats)
+            found = [each.parent for each in list_processes() if each.pid == ranks[0]]
+            os.kill(found[0], signal.SIGKILL)
+
+    words = ("launch.num_processes=2", "train.max_steps=2000", "train.eval_every_steps=null")
+    with pytest.raises(RankError, match="the process that forks ranks has ended") as caught:
+        train("no-server", *words, look=partial(kill_server, RunDir(tmp_path / "no-server")))
+    assert caught.value.may_pass
+    assert ranks
+    assert not any(is_alive(pid) for pid in ranks)
+    assert len([row for row in train("next", "launch.num_processes=2") if "loss" in row]) == 3
+
+
+def test_the_seconds_of_a_start_are_kept_at_each_start(train: Trainer, tmp_path: Path) -> None:
+    began = time.time()
+    words = ("launch.num_processes=2", "checkpoint.every_steps=2", "train.max_steps=3")
+    rows = train("timed", *words)
+    (first,) = [row for row in rows if "start_seconds" in row]
+    seconds = first["start_seconds"]
+    assert list(seconds) == [name for name in NAMES if name in seconds]  # in their order
+    assert {"plan", "spawn", "imports", "process_group", "model", "engine", "data"} <= set(seconds)
+    assert {"evaluation", "first_step"} <= set(seconds)
+    assert 0 < sum(seconds.values()) < time.time() - began
+    assert first["step"] == 1
+    assert "to step 1" in (tmp_path / "timed" / "report.html").read_text()
+    again = train("timed", *words, f"resume.run_dir={tmp_path / 'timed'}", "train.max_steps=5")
+    starts = [row for row in again if "start_seconds" in row]
+    assert [row["step"] for row in starts] == [1, 3]  # it went on from step 2
+    assert "checkpoint" in starts[1]["start_seconds"]
+    assert "evaluation" not in starts[1]["start_seconds"]
+
+
+def test_a_run_is_forked_where_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    servers = ForkServers()
+    monkeypatch.setattr(servers, "of_environment", asked.append)
+    run, _ = check_everything(compose_run(SMALL), detect_machine())
+    servers.warm_up(replace(run, launch=replace(run.launch, fork=False)))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", "darwin")
+        servers.warm_up(run)
+    assert asked == []
+    servers.warm_up(run)
+    assert asked == [worker_environment(run)]
+
+
+def test_processes_show_what_they_work_for() -> None:
+    with ForkServers(label="/runs/first") as servers:
+        place = Path(f"/proc/{servers.of_environment({}).pid}/cmdline")
+        while not (words := place.read_bytes().rstrip(b"\0").split(b"\0"))[0]:
+            time.sleep(0.01)  # it is between fork and exec
+    assert b"/runs/first" in words
+
+
+def test_a_snapshot_of_before_that_forks_sweeps_is_read(tmp_path: Path) -> None:
+    run, _ = check_everything(compose_run(SMALL), detect_machine())
+    text = render_snapshot(run)
+    assert "  fork: true\n  timeout_s:" in text
+    old = text.replace("  fork: true\n  timeout_s:", "  timeout_s:")
+    old = old.replace("  prune_after: 4\n", "  prune_after: 4\n  fork: true\n")
+    assert old != text
+    path = tmp_path / "snapshot.yaml"
+    path.write_text(old)
+    assert load_snapshot(path) == run
+
+
 DYING_PARENT = """
 import sys, time
 from llama_pretrain.launch.forks import ForkServers
@@ -153,7 +232,7 @@ def test_a_server_that_cannot_import_says_why(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('no torch today')")
     with ForkServers() as servers:
         server = servers.of_environment({"PYTHONPATH": f"{tmp_path}:{ROOT}"})
-        with pytest.raises(ChildProcessError, match="no torch today"):
+        with pytest.raises(ServerError, match="no torch today"):
             server.ask({"state": True})
         assert servers.of_environment({"PYTHONPATH": f"{tmp_path}:{ROOT}"}) is not server
     assert not [p for p in list_processes() if p.parent == os.getpid() and p.pid == server.pid]

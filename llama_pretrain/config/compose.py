@@ -5,6 +5,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -119,10 +120,8 @@ def trace_settings(overrides: Sequence[str], choices: Mapping[str, Any]) -> dict
         name = f"{group}/{choices[group]}" if group else "config"
         for root in (PROJECT_ROOT / "conf", PROJECT_ROOT / "sweeps"):
             file = root / f"{name}.yaml"
-            if file.is_file():
-                values = yaml.load(file.read_text(encoding="utf-8"), Loader=YAML_LOADER) or {}
-                prefix = f"{group}." if group in groups else ""
-                origins |= {path: f"{name}.yaml" for path, _ in flatten(values, prefix)}
+            prefix = f"{group}." if group in groups else ""
+            origins |= dict.fromkeys(_settings_in(file, prefix), f"{name}.yaml")
     for word in overrides:
         key, _, value = word.lstrip("+~").partition("=")
         if not choices and key in list_groups():
@@ -136,10 +135,16 @@ def trace_settings(overrides: Sequence[str], choices: Mapping[str, Any]) -> dict
 def settings_of_option(group: str, option: str) -> dict[str, str]:
     """The settings that an option of a group names, each with the file's name."""
     file = PROJECT_ROOT / "conf" / group / f"{option}.yaml"
+    return dict.fromkeys(_settings_in(file, f"{group}."), f"{group}/{option}.yaml")
+
+
+@cache  # the points of a sweep share most files
+def _settings_in(file: Path, prefix: str) -> tuple[str, ...]:
+    """The settings that a YAML names; none where it isn't there."""
     if not file.is_file():
-        return {}
+        return ()
     values = yaml.load(file.read_text(encoding="utf-8"), Loader=YAML_LOADER) or {}
-    return {path: f"{group}/{option}.yaml" for path, _ in flatten(values, f"{group}.")}
+    return tuple(path for path, _ in flatten(values, prefix))
 
 
 def explain(argv: Sequence[str], error: BaseException) -> tuple[list[Problem], Run | None]:

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import Any
 
 from llama_pretrain.config.data_rules import check_data, check_tokenizer
@@ -63,15 +64,23 @@ def parse_values(values: Mapping[str, Any]) -> Run:
         for path, value in flatten(values)
         if value == "???"
     ]
-    from pydantic import TypeAdapter, ValidationError  # 0.1 s that --help need not pay
+    from pydantic import ValidationError  # 0.1 s that --help need not pay
 
     try:
-        run = TypeAdapter(Run).validate_python(dict(values))
+        run: Run = _run_adapter().validate_python(dict(values))
     except ValidationError as error:
         found = [_explain_field(dict(item)) for item in error.errors() if item["input"] != "???"]
         raise UserError(missing + found) from error
     refuse(missing)  # a field of text would take "???" as its value
     return run
+
+
+@cache
+def _run_adapter() -> Any:
+    """pydantic's reader of the schema: 20 ms to make, for each point of a sweep."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Run)
 
 
 def _explain_field(found: dict[str, Any]) -> Problem:

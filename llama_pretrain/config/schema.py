@@ -459,6 +459,9 @@ class Monitor:
     """Weights & Biases (needs the extra `wandb`)."""
     wandb_project: str = "llama-pretrain"
     """Project of Weights & Biases; the key comes from its own login, never from here."""
+    timings: bool = False
+    """Show on the terminal where the seconds went from the command to the end of the first step,
+    by phase; metrics.jsonl and report.html have them always."""
 
 
 class Device(str, Enum):
@@ -486,6 +489,9 @@ class Launch:
     """On a CPU: blocks of this many bytes or more go back to the system when they are freed
     (glibc's MALLOC_MMAP_THRESHOLD_). With 262144 a rank's memory is what the plan says to a few
     percent, and a step takes up to a quarter longer; `null` = glibc's own choice."""
+    fork: bool = True
+    """Fork ranks from a process that imports everything once, while the data is prepared (on Linux
+    alone); `false` = a fresh interpreter for each rank, through torch's elastic agent."""
     timeout_s: PositiveInt = 1800
     """A rank that makes no progress for so many seconds ends the run, with the stacks of all ranks
     in their logs."""
@@ -548,9 +554,6 @@ class SweepSettings:
     tokens."""
     prune_after: PositiveInt = 4
     """`prune`: points that must have finished before one is ended."""
-    fork: bool = True
-    """Fork the ranks of each point from a process that has imported everything, once; `false` = a
-    fresh interpreter for each, some seconds a point."""
 
 
 class DriftPolicy(str, Enum):

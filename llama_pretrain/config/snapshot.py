@@ -95,6 +95,8 @@ def load_snapshot(path: Path) -> Run:
     if not isinstance(values, dict) or values.pop("defaults", None) != DEFAULTS:
         raise UserError([Problem(path=str(path), message="is not a snapshot of a run")])
     refuse(Problem(path=str(path), message=fault) for fault in _find_foreign(values))
+    if isinstance(values.get("sweep"), dict):
+        values["sweep"].pop("fork", None)  # what launch.fork is now; of a run it said nothing
     return parse_values(values)
 
 

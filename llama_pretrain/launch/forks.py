@@ -1,7 +1,8 @@
-"""Ranks that are forked from a process that has imported everything: a sweep starts many.
+"""Ranks that are forked from a process that has imported everything.
 
-A fresh interpreter imports for some seconds, in each rank of each point. Here that is done once, by
-a server that does nothing else; each rank begins as a copy of it.
+A fresh interpreter imports for some seconds, in each rank of each launch. Here that is done once,
+by a server that does nothing else, and that begins while the parent still prepares data and plans;
+each rank begins as a copy of it.
 """
 
 import json
@@ -15,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llama_pretrain.config.schema import Run
+from llama_pretrain.launch.environment import worker_environment
 from llama_pretrain.launch.processes import kill_session
 from llama_pretrain.train.signals import PARENT
 
@@ -23,13 +26,24 @@ LAST_WORDS_S = 1.0
 """What the others have, when a rank has failed that never registered, to end by themselves."""
 
 
+def can_fork(run: Run) -> bool:
+    """Whether a run's ranks are forked: elsewhere than on Linux a fork with libraries is unsafe."""
+    return run.launch.fork and sys.platform == "linux"
+
+
+class ServerError(Exception):
+    """The process that forks ranks has ended."""
+
+
 class ForkServers:
     """A server for each environment that ranks were wanted with; use it in a `with` block.
 
     What an environment says is read while modules are imported, so it can't be changed later.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, label: str = "") -> None:
+        """`label`: shown where processes are listed, by the servers and their ranks."""
+        self._label = label
         self._servers: dict[tuple[tuple[str, str], ...], ForkServer] = {}
 
     def __enter__(self) -> "ForkServers":
@@ -39,6 +53,11 @@ class ForkServers:
         for server in self._servers.values():
             server.end()
 
+    def warm_up(self, run: Run) -> None:
+        """Have the imports of a run's ranks begin, where they are to be forked."""
+        if can_fork(run):
+            self.of_environment(worker_environment(run))
+
     def of_environment(self, values: Mapping[str, str]) -> "ForkServer":
         """The server whose environment is ours with these values; a new one where it has ended.
 
@@ -47,19 +66,19 @@ class ForkServers:
         key = tuple(sorted(values.items()))
         server = self._servers.get(key)
         if server is None or server.has_ended:
-            server = self._servers[key] = ForkServer(values)
+            server = self._servers[key] = ForkServer(values, label=self._label)
         return server
 
 
 class ForkServer:
     """The process of train/forkserver.py."""
 
-    def __init__(self, values: Mapping[str, str]):
+    def __init__(self, values: Mapping[str, str], *, label: str):
         # The device is looked for through NVML: a process with a CUDA context can't be forked.
         self.values = {**values, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the server
         self._process = subprocess.Popen(
-            [sys.executable, "-u", "-m", SERVER],
+            [sys.executable, "-u", "-m", SERVER, label],
             env=os.environ | self.values | {PARENT: str(os.getpid())},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -90,7 +109,7 @@ class ForkServer:
         """The next answer.
 
         Raises:
-            ChildProcessError: if the server has ended.
+            ServerError: if the server has ended.
         """
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
@@ -98,7 +117,7 @@ class ForkServer:
             self._process.wait()
             self._log.seek(0)
             said = self._log.read().decode(errors="replace").strip()[-2000:]
-            raise ChildProcessError(f"the process that forks ranks has ended: {said}")
+            raise ServerError(f"the process that forks ranks has ended: {said}")
         values: dict[str, Any] = json.loads(line)
         return values
 
@@ -133,14 +152,8 @@ class ForkAgent(threading.Thread):
 
     def run(self) -> None:
         """Have them forked, and wait until all have ended."""
-        import torch.distributed as dist  # 2 s, while the server imports as well
-
         try:
-            # As torch's agent does: where the ranks meet lies in this process, at a free port.
-            store = dist.TCPStore(  # type: ignore[attr-defined]  # torch does not list it
-                "localhost", 0, is_master=True, wait_for_workers=False
-            )
-            environments = [self._environment(rank, store.port) for rank in range(self._world_size)]
+            environments = [self._environment(rank) for rank in range(self._world_size)]
             cores = sorted(os.sched_getaffinity(0))  # as a process has that we start
             request = {"words": self._words, "ranks": environments, "cores": cores}
             self._pids = self._server.ask(request)["started"]
@@ -151,8 +164,8 @@ class ForkAgent(threading.Thread):
             for pid in self.workers():
                 kill_session(pid)
 
-    def _environment(self, rank: int, port: int) -> dict[str, str]:
-        """What torch's agent sets."""
+    def _environment(self, rank: int) -> dict[str, str]:
+        """What torch's agent sets, but for the port at which ranks meet: the server knows it."""
         return {
             **os.environ,
             **self._server.values,
@@ -164,19 +177,18 @@ class ForkAgent(threading.Thread):
             "GROUP_RANK": "0",
             "GROUP_WORLD_SIZE": "1",
             "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RESTART_COUNT": "0",
             "TORCHELASTIC_ERROR_FILE": str(self._error_files[rank]),
         }
 
     def _note_end(self, answer: Mapping[str, Any]) -> None:
-        from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-
         pid, code = answer["ended"], answer["code"]
         self._ended.add(pid)
         if code == 0:
             return
+        from torch.distributed.elastic.multiprocessing.errors import ProcessFailure  # 2 s
+
         rank = self._pids.index(pid)
         file = str(self._error_files[rank])
         self.failures[rank] = ProcessFailure(rank, pid, code, file)

@@ -14,7 +14,7 @@ from typing import Any
 
 from llama_pretrain.config.schema import Run
 from llama_pretrain.launch.environment import worker_environment
-from llama_pretrain.launch.forks import ForkAgent, ForkServers
+from llama_pretrain.launch.forks import ForkAgent, ForkServers, ServerError, can_fork
 from llama_pretrain.launch.processes import PROC, list_processes
 from llama_pretrain.launch.signals import Preempted, receive_signals
 from llama_pretrain.launch.watch import RankError, Watch
@@ -54,7 +54,7 @@ def launch(
 
     Args:
         report: for a line to the user.
-        forks: ranks are forked from these where they may be; `None` = fresh interpreters.
+        forks: ranks are forked from these where they are to be; `None` = fresh interpreters.
         look: called a few times a second; what it raises ends the ranks.
 
     Returns:
@@ -70,7 +70,7 @@ def launch(
     with tempfile.TemporaryDirectory() as early_logs, receive_signals() as requests:
         words = [str(run_dir.path), *([] if checkpoint is None else [str(checkpoint)])]
         agent: Agent | ForkAgent
-        if forks is None:
+        if forks is None or not can_fork(run):
             agent = Agent(run, run_dir, words=words, early_logs=early_logs)
         else:
             server = forks.of_environment(worker_environment(run))
@@ -104,6 +104,10 @@ def launch(
                 stopping=watch.signal > 0,
                 early_logs=Path(early_logs),
             )
+        if isinstance(agent.error, ServerError):  # its ranks have ended with it
+            log = run_dir.rank_log(0)
+            stopping = watch.signal > 0
+            raise RankError(rank=0, error=str(agent.error), log=log, stopping=stopping)
         if agent.error is not None:
             raise agent.error
         ending = _last_row(run_dir.metrics, since=seen)

@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import IO
 
 from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.config.schema import Device, OptimName, Run
@@ -33,12 +35,17 @@ get_accelerator().create_op_builder(sys.argv[1]).load(verbose=False)
 """
 
 
-def build_operators(run: Run, *, log: Path, report: Callable[[str], None]) -> None:
+def build_operators(
+    run: Run, *, log: Path, taking_time: Callable[[str], AbstractContextManager[None]]
+) -> None:
     """Compile what the optimizer needs, unless it was compiled for this machine before.
 
     A lock of ours lets one process of a machine build at a time. A build that was killed leaves
     torch's own lock file behind, for which every later start would wait for ever; while we hold
     ours, no build of ours is running, and the file is removed.
+
+    Args:
+        taking_time: shows that something is under way while its block runs.
 
     Raises:
         UserError: if the build fails.
@@ -49,14 +56,14 @@ def build_operators(run: Run, *, log: Path, report: Callable[[str], None]) -> No
     folder.mkdir(parents=True, exist_ok=True)
     built = folder / f".{name}-{_machine_key()}"
     with (folder / ".build.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _wait_for(lock, taking_time)
         if built.exists():
             return
         for stale in folder.glob("*/lock"):
             stale.unlink()
-        report(f"compiling DeepSpeed's {name}, once on this machine: a minute or two")
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w") as output:
+        what = f"compiling DeepSpeed's {name}, once on this machine: a minute or two"
+        with taking_time(what), log.open("w") as output:
             process = subprocess.Popen(
                 [sys.executable, "-c", BUILD, BUILDERS[run.optim.name]],
                 env=os.environ | worker_environment(run) | {PARENT: str(os.getpid())},
@@ -75,6 +82,15 @@ def build_operators(run: Run, *, log: Path, report: Callable[[str], None]) -> No
     hint = "add optim=torch_adamw" if run.launch.device is Device.cpu else "see the log"
     message = f"DeepSpeed's {name} could not be compiled (log: {log})"
     raise UserError([Problem(path="optim.name", message=message, hint=hint)])
+
+
+def _wait_for(lock: IO[str], taking_time: Callable[[str], AbstractContextManager[None]]) -> None:
+    """Take the lock of builds."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with taking_time("waiting for another process, which compiles operators on this machine"):
+            fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def describe_operators(run: Run) -> dict[str, dict[str, str]]:

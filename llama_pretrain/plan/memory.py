@@ -43,8 +43,9 @@ FRAMEWORK_BYTES = {Device.cpu: 360 << 20, Device.cuda: 1 << 30}
 2.13, transformers 5, DeepSpeed 0.19, Python 3.11); on a GPU the CUDA context and the workspaces of
 cuBLAS and NCCL, an assumption until someone measures it."""
 
-RUNTIME_BYTES = {Device.cpu: 32 << 20, Device.cuda: 0}
-"""What a run adds on a CPU beside tensors: threads, generated kernels, gloo, the tokenizer."""
+RUNTIME_BYTES = {Device.cpu: 48 << 20, Device.cuda: 0}
+"""What a run adds on a CPU beside tensors: threads, generated kernels, gloo, the tokenizer; and of
+a forked rank pages of libraries, which count as its own once it reads them."""
 
 ALLOCATOR_SHARE = {Device.cpu: 0.4, Device.cuda: 0.05}
 """What the allocator holds beside live tensors, as a share of them. On a CPU glibc keeps freed

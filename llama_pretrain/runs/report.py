@@ -17,6 +17,7 @@ import yaml
 from llama_pretrain.runs.chart import READOUT, chart, charts, curve, is_number
 from llama_pretrain.runs.figures import format_seconds, format_size, seconds_of_steps
 from llama_pretrain.runs.page import Point, folded, render_page, section, table
+from llama_pretrain.runs.phases import NAMES
 from llama_pretrain.runs.rundir import RunDir, read_metrics
 
 Row = dict[str, Any]
@@ -198,14 +199,30 @@ def _happened(run_dir: RunDir, rows: Sequence[Row], *, plan: Row) -> str:
     error = status.get("error")
     failed = f"<p>It ended with: {escape(str(error))}</p>" if error else ""
     events = _skipped(rows) + _restarts(status) + _events(rows)
-    saves = _checkpoints(run_dir, rows)
+    saves, starts = _checkpoints(run_dir, rows), _starts(rows)
     return (
         failed
         + _figures(rows, summary=summary, plan=plan)
         + _charts(rows, plan=plan)
+        + (starts and f"<h3>From the command to its first step, seconds</h3>{starts}")
         + (events and f"<h3>Skipped steps, restarts, signals</h3>{events}")
         + (saves and f"<h3>Checkpoints</h3>{saves}")
     )
+
+
+def _starts(rows: Sequence[Row]) -> str:
+    """A column for each start of the run: a resumed one has had several."""
+    starts = [row for row in rows if isinstance(row.get("start_seconds"), dict)]
+    seconds = [row["start_seconds"] for row in starts]
+    lines = [
+        (text, *(_show(column.get(name), ".2f") for column in seconds))
+        for name, text in NAMES.items()
+        if any(is_number(column.get(name)) for column in seconds)
+    ]
+    if lines:
+        totals = [sum(filter(is_number, column.values())) for column in seconds]
+        lines.append(("together", *(f"{total:.2f}" for total in totals)))
+    return table(lines, head=("phase", *(f"to step {row['step']}" for row in starts)))
 
 
 def _restarts(status: Row) -> str:

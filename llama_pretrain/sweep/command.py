@@ -20,7 +20,6 @@ from llama_pretrain import console
 from llama_pretrain.config.compose import PROJECT_ROOT, read_config
 from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.config.schema import Task
-from llama_pretrain.launch.environment import worker_environment
 from llama_pretrain.launch.processes import list_processes
 from llama_pretrain.launch.signals import Preempted, Stopped, receive_signals
 from llama_pretrain.plan.machine import Machine, detect_machine
@@ -171,9 +170,9 @@ class Sweep:
     def _warm_up(self, points: Sequence[SweepPoint]) -> None:
         """Have the first ranks' imports begin while the data is prepared."""
         runs = [point.run for point in points if point.verdict is Verdict.runs]
-        if self.job.settings.fork and self.command.launcher == BASIC and runs:
+        if self.command.launcher == BASIC and runs:
             assert runs[0] is not None
-            fork_servers().of_environment(worker_environment(runs[0]))
+            fork_servers().warm_up(runs[0])
 
     def _launch_elsewhere(
         self, points: Sequence[SweepPoint], records: Sequence[PointRecord]

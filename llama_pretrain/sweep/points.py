@@ -64,7 +64,7 @@ class Command:
     @property
     def run_config(self) -> DictConfig:
         """The config without Hydra's own."""
-        return without_hydra(self.base)
+        return drop_hydra(self.base.copy())
 
     @property
     def launcher(self) -> str:
@@ -174,12 +174,11 @@ def compose(folder: str, name: str, words: Sequence[str]) -> DictConfig:
         restore_gh_from_backup(before)
 
 
-def without_hydra(config: DictConfig) -> DictConfig:
-    """The part of a config that is a run's."""
-    own = config.copy()
-    with open_dict(own):
-        own.pop("hydra", None)
-    return own
+def drop_hydra(config: DictConfig) -> DictConfig:
+    """Leave of a config the part that is a run's: a copy would take as long as all our checks."""
+    with open_dict(config):
+        config.pop("hydra", None)
+    return config
 
 
 def list_points(command: Command) -> list[SweepPoint]:
@@ -245,7 +244,7 @@ def check_point(point: SweepPoint, command: Command, machine: Machine) -> SweepP
 def check_config(
     point: SweepPoint, config: DictConfig, *, command: Command, machine: Machine
 ) -> SweepPoint:
-    """The same of a point whose config is composed.
+    """The same of a point whose config is composed; its part that is Hydra's is taken out.
 
     Raises:
         UserError: with all its mistakes.
@@ -253,7 +252,7 @@ def check_config(
     is_snapshot = command.name == SNAPSHOT_NAME
     choices: Mapping[str, Any] = {} if is_snapshot else config.hydra.runtime.choices
     origins = trace_settings(point.words, choices)
-    before = read_config(without_hydra(config))
+    before = read_config(drop_hydra(config))
     run, problems = check_everything(before, machine)
     refuse(problems)
     if run.task.value != command.base.task:

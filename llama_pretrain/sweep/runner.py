@@ -71,7 +71,7 @@ class Job:
         assert point.plan is not None
         start = partial(
             launch,
-            forks=fork_servers() if self.settings.fork else None,
+            forks=fork_servers(),
             look=self._watch_others(run_dir) if self.settings.prune else lambda: None,
         )
         run, plan = replace(point.run, resume=Resume(run_dir=AUTO)), point.plan

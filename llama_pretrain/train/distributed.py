@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from llama_pretrain.runs.heartbeat import Heartbeat
+from llama_pretrain.runs.phases import Phases
 from llama_pretrain.train.signals import StopRequest
 
 
@@ -23,6 +24,8 @@ class Rank:
     device: torch.device
     stop: StopRequest = field(default_factory=StopRequest)
     heartbeat: Heartbeat | None = None
+    phases: Phases = field(default_factory=Phases)
+    """Of this start, until its first step is done."""
 
     def beat(self) -> None:
         """Show the parent that this rank goes on."""
@@ -41,6 +44,7 @@ def init_distributed(
     threads: int,
     stop: StopRequest,
     heartbeat: Heartbeat | None,
+    phases: Phases,
 ) -> Rank:
     """Join the process group that the launcher's environment describes."""
     local_index = int(os.environ["LOCAL_RANK"])
@@ -65,6 +69,7 @@ def init_distributed(
         device=here,
         stop=stop,
         heartbeat=heartbeat,
+        phases=phases,
     )
 
 

@@ -54,6 +54,7 @@ def build_engine(
     weights = None if run.model.path is None else Path(run.model.path)
     model = build_model(config, seed=run.seed, weights=weights, ds_config=ds_config, digest=digest)
     install_kernels(model, run.kernels)
+    rank.phases.end("model")
     if run.train.gradient_checkpointing:
         recompute_activations(model, ds_config)
     groups = get_optimizer_grouped_parameters(model, run.optim.weight_decay)

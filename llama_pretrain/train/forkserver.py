@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from llama_pretrain.train.signals import die_with_parent
+from llama_pretrain.train.signals import PARENT, die_with_parent
 from llama_pretrain.train.worker import begin
 
 WORKER = "llama_pretrain.train.worker"
@@ -24,6 +24,7 @@ WORKER = "llama_pretrain.train.worker"
 
 def import_everything() -> None:
     """What a rank would import, bit by bit."""
+    gc.disable()  # imports make many objects and drop few: a tenth of their time
     import deepspeed  # noqa: F401
     from torch.distributed.elastic.multiprocessing.errors import record  # noqa: F401
     from transformers import LlamaForCausalLM  # noqa: F401
@@ -32,9 +33,10 @@ def import_everything() -> None:
     import llama_pretrain.train.loop
     import llama_pretrain.train.mask  # noqa: F401
 
-    # What is here will stay: a collection in a rank would write to its pages, and copy them.
-    gc.collect()
+    # What is here will stay: a collection in a rank would write to its pages, and copy them. To
+    # collect before would take a quarter of a second for 2 MB.
     gc.freeze()
+    gc.enable()
 
 
 def cannot_use_gpus() -> bool:
@@ -78,6 +80,8 @@ class Server:
         signal.set_wakeup_fd(wake)
         self._own = [self._requests, self._answers, self._woken, wake]
         self._ranks: set[int] = set()
+        self._stores: dict[int, set[int]] = {}
+        """Processes in which ranks meet, each with its ranks."""
 
     def serve(self) -> None:
         """Answer requests. When whoever makes them is gone, nothing is left."""
@@ -96,15 +100,54 @@ class Server:
                 *lines, rest = (rest + content).split(b"\n")
                 for line in lines:
                     self._do(json.loads(line))
-        for pid in self._ranks:
+        for pid in {*self._ranks, *self._stores}:
             os.kill(pid, signal.SIGKILL)
 
     def _do(self, request: Mapping[str, Any]) -> None:
         if "ranks" not in request:
             self._answer(describe_state())
             return
-        pids = [self._fork(values, request) for values in request["ranks"]]
+        store, port = self._fork_store()
+        meet = {"MASTER_PORT": str(port)}
+        pids = [self._fork({**values, **meet}, request) for values in request["ranks"]]
+        self._stores[store] = set(pids)
         self._answer({"started": pids})
+
+    def _fork_store(self) -> tuple[int, int]:
+        """Where ranks meet, as torch's agent has it in itself: here that would be threads, which
+        no process may have that forks. Returns the id of its process, and its port."""
+        told, tell = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            self._become_store(tell)
+        os.close(tell)
+        port = int(os.read(told, 16))
+        os.close(told)
+        return pid, port
+
+    def _become_store(self, tell: int) -> NoReturn:
+        try:
+            self._leave_server()
+            os.environ[PARENT] = str(os.getppid())
+            die_with_parent()
+            import torch.distributed as dist
+
+            store = dist.TCPStore(  # type: ignore[attr-defined]  # torch does not list it
+                "localhost", 0, is_master=True, wait_for_workers=False
+            )
+            os.write(tell, str(store.port).encode())
+            while True:
+                signal.pause()
+        finally:
+            os._exit(1)
+
+    def _leave_server(self) -> None:
+        """Keep nothing of the server's in a process that was forked from it."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for descriptor in self._own:
+            os.close(descriptor)
+        os.setsid()
 
     def _fork(self, environment: Mapping[str, str], request: Mapping[str, Any]) -> int:
         pid = os.fork()
@@ -118,11 +161,7 @@ class Server:
     ) -> NoReturn:
         """Go on as a process that was just started with this environment and these words."""
         try:
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for descriptor in self._own:
-                os.close(descriptor)
-            os.setsid()
+            self._leave_server()
             os.sched_setaffinity(0, cores)
             os.environ.clear()
             os.environ.update(environment)
@@ -140,6 +179,11 @@ class Server:
             if ended:
                 self._ranks.discard(pid)
                 self._answer({"ended": pid, "code": os.waitstatus_to_exitcode(status)})
+        for store, ranks in list(self._stores.items()):
+            if not ranks & self._ranks:
+                del self._stores[store]
+                os.kill(store, signal.SIGKILL)
+                os.waitpid(store, 0)
 
     def _answer(self, values: Mapping[str, Any]) -> None:
         os.write(self._answers, json.dumps(values).encode() + b"\n")

@@ -22,7 +22,12 @@ from llama_pretrain.runs.rundir import RunDir
 from llama_pretrain.train.checkpoint import Saver, load_checkpoint
 from llama_pretrain.train.distributed import Rank, largest_over_ranks, signal_of_any
 from llama_pretrain.train.evaluate import evaluate, probe_logits
-from llama_pretrain.train.metrics import MetricsWriter, peak_flops, peak_memory_bytes
+from llama_pretrain.train.metrics import (
+    MetricsWriter,
+    compile_seconds,
+    peak_flops,
+    peak_memory_bytes,
+)
 from llama_pretrain.train.progress import MAX_ROLLBACKS, Progress
 from llama_pretrain.train.sample import continue_with_engine, open_prompt
 from llama_pretrain.train.step import StepResult, Training, train_step
@@ -77,6 +82,8 @@ def train(training: Training, writer: MetricsWriter, progress: Progress) -> bool
     stopping = signal_of_any(rank)
     if progress.evaluated < progress.step and not stopping and _evaluates(training, progress.step):
         stopping = _evaluate(training, writer, progress)
+        rank.phases.end("evaluation", compiling=compile_seconds())
+    compiled = compile_seconds()
     with _profiler(training) as profiler:
         while progress.step < plan.steps.last and not stopping:
             started = time.perf_counter()
@@ -102,6 +109,10 @@ def train(training: Training, writer: MetricsWriter, progress: Progress) -> bool
                 writer.write(line)
                 continue
             writer.write({key: value for key, value in row.items() if key != "loss" or done.finite})
+            if not rates:
+                rank.phases.end("first_step", compiling=compile_seconds() - compiled)
+                start = rank.phases.describe()
+                writer.write({**_place(training, progress), "start_seconds": start})
             rates.append(tokens_per_s)
             if profiler is not None:
                 profiler.step()

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import resource
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -167,6 +168,13 @@ def resident_memory_bytes(device: torch.device) -> int:
     except OSError:
         return 0
     return pages * resource.getpagesize()
+
+
+def compile_seconds() -> float:
+    """What torch.compile has taken in this process so far."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # it is slow to import, where nobody needs it
+    spent: dict[str, int] = getattr(dynamo, "cumulative_time_spent_ns", {})
+    return spent.get("entire_frame_compile", 0) / 1e9
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

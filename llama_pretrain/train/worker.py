@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llama_pretrain.runs.heartbeat import Heartbeat
+from llama_pretrain.runs.phases import Phases, read_phases
 from llama_pretrain.runs.rundir import RunDir
 from llama_pretrain.train.signals import StopRequest, die_with_parent
 
@@ -28,20 +29,26 @@ def begin(words: Sequence[str]) -> NoReturn:
     request = StopRequest()
     request.install()
     run_dir, number = RunDir(Path(words[0])), int(os.environ["RANK"])
+    phases = read_phases(run_dir)
+    phases.end("spawn")
     checkpoint = Path(words[1]) if len(words) > 1 else None
     redirect_output(run_dir.rank_log(number))
-    main(run_dir, checkpoint, request, Heartbeat(run_dir.heartbeats, number))
+    main(run_dir, checkpoint, request, Heartbeat(run_dir.heartbeats, number), phases)
 
 
 def main(
-    run_dir: RunDir, checkpoint: Path | None, stop: StopRequest, heartbeat: Heartbeat
+    run_dir: RunDir,
+    checkpoint: Path | None,
+    stop: StopRequest,
+    heartbeat: Heartbeat,
+    phases: Phases,
 ) -> NoReturn:
     """Work, and leave the error where the launcher looks for it."""
     from torch.distributed.elastic.multiprocessing.errors import record  # imports torch
 
     code = 1
     try:
-        record(work)(run_dir, checkpoint, stop, heartbeat)
+        record(work)(run_dir, checkpoint, stop, heartbeat, phases)
         code = 0
         heartbeat.finish()
     except BaseException:
@@ -63,7 +70,13 @@ def redirect_output(log: Path) -> None:
     os.close(descriptor)
 
 
-def work(run_dir: RunDir, checkpoint: Path | None, stop: StopRequest, heartbeat: Heartbeat) -> None:
+def work(
+    run_dir: RunDir,
+    checkpoint: Path | None,
+    stop: StopRequest,
+    heartbeat: Heartbeat,
+    phases: Phases,
+) -> None:
     """Do what the run directory says: train, from the start or from a checkpoint, or evaluate."""
     import torch.distributed as dist
 
@@ -74,6 +87,7 @@ def work(run_dir: RunDir, checkpoint: Path | None, stop: StopRequest, heartbeat:
 
     run, plan = load_snapshot(run_dir.snapshot), load_plan(run_dir.plan)
     assert run.launch.threads_per_process is not None
+    phases.end("imports")
     rank = init_distributed(
         device=plan.device,
         # The parent watches too, and sees more: it comes first.
@@ -81,8 +95,10 @@ def work(run_dir: RunDir, checkpoint: Path | None, stop: StopRequest, heartbeat:
         threads=run.launch.threads_per_process,
         stop=stop,
         heartbeat=heartbeat,
+        phases=phases,
     )
     dist.barrier()  # a rank that can't be reached shows here, not in the middle of building
+    phases.end("process_group")
     rank.beat()
     if run.task is Task.evaluate:
         assert checkpoint is not None
@@ -107,14 +123,17 @@ def train_rank(run: Any, plan: Any, run_dir: RunDir, rank: Any, checkpoint: Path
 
     ds_config = json.loads(run_dir.ds_config.read_text(encoding="utf-8"))
     imports_bytes = resident_memory_bytes(rank.device)
+    rank.phases.end("imports")
     digest = hashlib.sha256() if rank.is_first and checkpoint is None else None
     engine = build_engine(
         run, plan, ds_config, rank, tokenizer_dir=run_dir.tokenizer, digest=digest
     )
+    rank.phases.end("engine")
     rank.beat()
     progress = Progress()
     if checkpoint is not None:
         progress = Progress(**load_checkpoint(engine, checkpoint, rank))
+        rank.phases.end("checkpoint")
     if run.data.document_mask:
         print_rank_0(prove_document_mask(engine, eos_id=plan.corpus.eos_id, rank=rank), rank)
     if checkpoint is None:
@@ -124,6 +143,7 @@ def train_rank(run: Any, plan: Any, run_dir: RunDir, rank: Any, checkpoint: Path
     if digest is not None:
         writer.write({"step": 0, "tokens": 0, "initial_weights": digest.hexdigest()})
     training = prepare_training(run, plan, run_dir, rank, engine, imports_bytes=imports_bytes)
+    rank.phases.end("data")
     finished = train(training, writer, progress)
     if finished and run.deepspeed.comms_logger.enabled:
         deepspeed.comm.log_summary()  # every rank calls it; rank 0 prints
