@@ -40,10 +40,11 @@ class Masters:
     """fp32 copies of bf16 weights, their gradients, and AdamW over them."""
 
     def __init__(self, model: nn.Module, masters: list[torch.Tensor], optim: Any):
-        self._weights = list(model.parameters())
-        self._masters = [nn.Parameter(value) for value in masters]
-        for master in self._masters:
-            master.grad = torch.zeros_like(master)
+        self._weights: list[torch.Tensor] = list(model.parameters())
+        self._masters: list[torch.Tensor] = [nn.Parameter(value) for value in masters]
+        self._gradients = [torch.zeros_like(value) for value in masters]
+        for master, gradient in zip(self._masters, self._gradients, strict=True):
+            master.grad = gradient
         groups = [
             {"params": [p for p in self._masters if p.dim() > 1], "weight_decay": 0.1},
             {"params": [p for p in self._masters if p.dim() <= 1], "weight_decay": 0.0},
@@ -55,8 +56,8 @@ class Masters:
     @torch.no_grad()
     def step(self) -> None:
         """Clip the gradient, update the masters, round them into the weights."""
-        gradients = [master.grad for master in self._masters]
-        torch._foreach_copy_(gradients, [weight.grad for weight in self._weights])
+        halves = [weight.grad for weight in self._weights if weight.grad is not None]
+        torch._foreach_copy_(self._gradients, halves)
         nn.utils.clip_grad_norm_(self._masters, 1.0)
         self.optimizer.step()
         torch._foreach_copy_(self._weights, self._masters)
@@ -72,9 +73,11 @@ def train(run_dir: RunDir, model_dir: Path, steps_file: Path, *, compiled: bool)
     model = LlamaForCausalLM.from_pretrained(
         model_dir, dtype=torch.float32, attn_implementation="sdpa"
     )
-    masters = [parameter.detach().clone() for parameter in model.parameters()]
     for parameter in model.parameters():  # not .bfloat16(): rotary frequencies stay fp32
         parameter.data = parameter.data.bfloat16()
+    # DeepSpeed's masters begin as rounded weights too. From unrounded ones the first small updates
+    # already change weights, and the second step's loss differs by 0.01.
+    masters = [parameter.detach().float() for parameter in model.parameters()]
     state = Masters(model, masters, run.optim)
     schedule = torch.optim.lr_scheduler.LambdaLR(state.optimizer, learning_rates(run, plan))
     whole = WithLoss(model.train())
@@ -87,7 +90,7 @@ def train(run_dir: RunDir, model_dir: Path, steps_file: Path, *, compiled: bool)
         loss = parallel(batch["input_ids"], batch["shift_labels"])
         loss.backward()
         state.step()
-        rate = schedule.get_last_lr()[0]
+        rate = float(schedule.get_last_lr()[0])
         schedule.step()
         steps.write(loss, rate)
 

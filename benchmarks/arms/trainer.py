@@ -36,7 +36,7 @@ class Batches(IterableDataset[dict[str, torch.Tensor]]):
             yield {"input_ids": batch["input_ids"], "labels": labels, "shift_labels": labels}
 
 
-class TimedTrainer(Trainer):  # type: ignore[misc]  # transformers' is untyped in part
+class TimedTrainer(Trainer):
     """Trainer on given batches and learning rates, that writes a line a step."""
 
     def __init__(self, run: Run, plan: Plan, steps_file: Path, **words: Any):
@@ -51,14 +51,14 @@ class TimedTrainer(Trainer):  # type: ignore[misc]  # transformers' is untyped i
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Our own run's learning rates."""
         if self.lr_scheduler is None:
-            self.lr_scheduler = LambdaLR(
-                optimizer or self.optimizer, learning_rates(self._run, self._plan)
-            )
+            chosen: Any = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = LambdaLR(chosen, learning_rates(self._run, self._plan))
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def training_step(self, *words: Any, **named: Any) -> torch.Tensor:
         """A step; what it returns is this rank's loss."""
+        self.last_rate = self._get_learning_rate()
         self.last_loss = super().training_step(*words, **named)
         return self.last_loss
 
@@ -66,7 +66,7 @@ class TimedTrainer(Trainer):  # type: ignore[misc]  # transformers' is untyped i
         """Write the line of the step that has ended."""
         if self._steps is None:
             self._steps = StepFile(self._steps_file)
-        self._steps.write(self.last_loss, self._get_learning_rate())
+        self._steps.write(self.last_loss, self.last_rate)
 
 
 def train(run_dir: RunDir, model_dir: Path, steps_file: Path, *, compiled: bool) -> None:
@@ -94,7 +94,7 @@ def train(run_dir: RunDir, model_dir: Path, steps_file: Path, *, compiled: bool)
     model = LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     trainer = TimedTrainer(run, plan, steps_file, model=model, args=arguments)
 
-    class Writes(TrainerCallback):  # type: ignore[misc]  # untyped
+    class Writes(TrainerCallback):
         """Writes a line when a step has ended."""
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
