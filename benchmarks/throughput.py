@@ -32,6 +32,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import shlex
@@ -278,9 +279,8 @@ class Arm:
         peaks = [0]
         for pid in self.processes():
             with suppress(OSError):
-                for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-                    if line.startswith("VmHWM:"):
-                        peaks.append(int(line.split()[1]) * 1024)
+                lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+                peaks += [int(line.split()[1]) * 1024 for line in lines if line[:6] == "VmHWM:"]
         return max(peaks)
 
     def take_turn(self) -> None:
@@ -415,7 +415,7 @@ def ended(arm: Arm) -> Iterator[Arm]:
 
 
 class Ceiling:
-    """Processes that multiply large matrices when they are asked to, as many as an arm has ranks."""
+    """Processes that multiply large matrices when asked to, as many as an arm has ranks."""
 
     def __init__(self, cell: Cell):
         command = [sys.executable, str(ARM_FILES / "ceiling.py"), str(cell.num_threads)]
@@ -522,12 +522,13 @@ def check_losses(losses: Mapping[str, Sequence[float]]) -> float:
     largest, where = 0.0, ""
     for step in range(count):
         at = {name: values[step] for name, values in losses.items()}
-        low, high = min(at, key=at.__getitem__), max(at, key=at.__getitem__)
-        if not at[high] - at[low] <= largest:  # NaN differs
-            largest, where = at[high] - at[low], f"{low} and {high} at step {step + 1}: {at}"
-    if not largest <= TOLERANCE:
+        finite = all(map(math.isfinite, at.values()))  # min and max may pass over a NaN
+        difference = max(at.values()) - min(at.values()) if finite else math.inf
+        if difference > largest:
+            largest, where = difference, f"step {step + 1}: {at}"
+    if largest > TOLERANCE:
         raise ArmError(
-            f"losses differ by {largest:.4f} (tolerance {TOLERANCE}): {where}; some arm trains"
+            f"losses differ by {largest:.4f} (tolerance {TOLERANCE}) at {where}; some arm trains"
             " something else, so no speed is compared"
         )
     return largest
@@ -591,7 +592,7 @@ def lines_of(result: Mapping[str, Any]) -> list[Line]:
             if other not in arms:
                 return None
             pairs = zip(arms[name]["tokens_per_s"], arms[other]["tokens_per_s"], strict=True)
-            return statistics.median(mine / theirs for mine, theirs in pairs)
+            return float(statistics.median(mine / theirs for mine, theirs in pairs))
 
         _, trainer, bare = BLOCKS[block]
         for name, arm in arms.items():
@@ -617,17 +618,23 @@ def render_table(result: Mapping[str, Any]) -> str:
     def shown(ratio: float | None) -> str:
         return "-" if ratio is None else f"{ratio:.2f}"
 
-    rows = [
-        f"{result['size']}, rows of {result['row']}",
-        f"{'arm':<16}{'tokens/s':>10}{'MFU':>7}{'/trainer':>10}{'/bare':>8}"
-        f"{'peak MiB':>10}{'1st step s':>12}",
-    ]
-    for line in lines_of(result):
-        rows.append(
-            f"{line.arm:<16}{line.tokens_per_s:>10,.0f}{line.mfu:>7.2f}"
-            f"{shown(line.ratio_to_trainer):>10}{shown(line.ratio_to_bare):>8}"
-            f"{line.peak_bytes / 2**20:>10,.0f}{line.first_step_s:>12.1f}"
+    heads = ("arm", "tokens/s", "MFU", "/trainer", "/bare", "peak MiB", "1st step s")
+    cells = [
+        (
+            line.arm,
+            f"{line.tokens_per_s:,.0f}",
+            f"{line.mfu:.2f}",
+            shown(line.ratio_to_trainer),
+            shown(line.ratio_to_bare),
+            f"{line.peak_bytes / 2**20:,.0f}",
+            f"{line.first_step_s:.1f}",
         )
+        for line in lines_of(result)
+    ]
+    rows = [f"{result['size']}, rows of {result['row']}"]
+    rows += [
+        name.ljust(16) + "".join(f"{cell:>12}" for cell in own) for name, *own in (heads, *cells)
+    ]
     for block, found in result["blocks"].items():
         rows.append(
             f"{block}: ceiling {statistics.median(found['ceiling_gflops']):,.0f} GFLOP/s (median);"
