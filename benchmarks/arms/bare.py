@@ -1,0 +1,109 @@
+"""A training loop of plain PyTorch, one rank of it, as somebody would write it who knows how.
+
+    torchrun ... benchmarks/arms/bare.py RUN_DIR MODEL_DIR STEPS_FILE [--compile]
+
+Weights are bf16 with fp32 masters in one fused AdamW; DistributedDataParallel overlaps its
+all-reduce of bf16 buckets with the backward pass.
+"""
+
+import argparse
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as functional
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaForCausalLM
+
+from benchmarks.arms.given import StepFile, batches_of, learning_rates, read_run
+from llama_pretrain.runs.rundir import RunDir
+
+
+class WithLoss(nn.Module):
+    """The model with its loss, so that a compiler sees both."""
+
+    def __init__(self, model: LlamaForCausalLM):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """(B, T) int64, twice -> the mean cross entropy in fp32."""
+        logits = self.model(input_ids=input_ids, use_cache=False).logits
+        return functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+
+
+class Masters:
+    """fp32 copies of bf16 weights, their gradients, and AdamW over them."""
+
+    def __init__(self, model: nn.Module, masters: list[torch.Tensor], optim: Any):
+        self._weights: list[torch.Tensor] = list(model.parameters())
+        self._masters: list[torch.Tensor] = [nn.Parameter(value) for value in masters]
+        self._gradients = [torch.zeros_like(value) for value in masters]
+        for master, gradient in zip(self._masters, self._gradients, strict=True):
+            master.grad = gradient
+        groups = [
+            {"params": [p for p in self._masters if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in self._masters if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=optim.learning_rate, betas=(0.9, 0.95), eps=optim.eps, fused=True
+        )
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Clip the gradient, update the masters, round them into the weights."""
+        halves = [weight.grad for weight in self._weights if weight.grad is not None]
+        torch._foreach_copy_(self._gradients, halves)
+        nn.utils.clip_grad_norm_(self._masters, 1.0)
+        self.optimizer.step()
+        torch._foreach_copy_(self._weights, self._masters)
+        for weight in self._weights:
+            weight.grad = None
+
+
+def train(run_dir: RunDir, model_dir: Path, steps_file: Path, *, compiled: bool) -> None:
+    """Train until the process is ended."""
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    dist.init_process_group("gloo", timeout=timedelta(days=1))
+    run, plan = read_run(run_dir)
+    model = LlamaForCausalLM.from_pretrained(
+        model_dir, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    for parameter in model.parameters():  # not .bfloat16(): rotary frequencies stay fp32
+        parameter.data = parameter.data.bfloat16()
+    # DeepSpeed's masters begin as rounded weights too. From unrounded ones the first small updates
+    # already change weights, and the second step's loss differs by 0.01.
+    masters = [parameter.detach().float() for parameter in model.parameters()]
+    state = Masters(model, masters, run.optim)
+    schedule = torch.optim.lr_scheduler.LambdaLR(state.optimizer, learning_rates(run, plan))
+    whole = WithLoss(model.train())
+    if compiled:
+        whole.compile(dynamic=False)
+    parallel = DistributedDataParallel(whole, gradient_as_bucket_view=True, static_graph=True)
+    steps = StepFile(steps_file)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    for batch in batches_of(run, plan, rank=rank, world_size=world_size):
+        loss = parallel(batch["input_ids"], batch["shift_labels"])
+        loss.backward()
+        state.step()
+        rate = float(schedule.get_last_lr()[0])
+        schedule.step()
+        steps.write(loss, rate)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("model_dir", type=Path)
+    parser.add_argument("steps_file", type=Path)
+    parser.add_argument("--compile", action="store_true")
+    given = parser.parse_args()
+    train(RunDir(given.run_dir), given.model_dir, given.steps_file, compiled=given.compile)
+
+
+if __name__ == "__main__":
+    main()
