@@ -148,8 +148,8 @@ def test_a_checkpoint_holds_all_that_is_needed(with_checkpoints: Command) -> Non
     assert state["schedule_step"] == 7
     assert state["progress"]["next_batch"] == 7
     assert (
-        len(read_metrics(folder / "metrics.jsonl")) == 15
-    )  # weights, 7 steps, 1 evaluation, 6 checkpoints
+        len(read_metrics(folder / "metrics.jsonl")) == 16
+    )  # weights, 7 steps, 1 start, 1 evaluation, 6 checkpoints
     manifest = read_manifest(folder)
     assert (manifest.step, manifest.world_size, manifest.zero_stage) == (7, 2, 1)
     assert manifest.consumed_samples == 7 * manifest.global_batch_size == 28
