@@ -229,15 +229,20 @@ class Arm:
         return found
 
     def pause(self) -> None:
-        """Stop every process; again, until none is new."""
+        """Stop every process, and wait until all have."""
+        stopped = self._stop()
+        while any(_state(pid) not in "TtZX" for pid in stopped):
+            time.sleep(0.001)
+        self.steps.look()
+
+    def _stop(self) -> set[int]:
+        """Tell every process to stop; again, until none is new."""
         stopped: set[int] = set()
         while new := [pid for pid in self.processes() if pid not in stopped]:
             for pid in new:
                 _send(pid, signal.SIGSTOP)
                 stopped.add(pid)
-        while any(_state(pid) not in "TtZX" for pid in stopped):
-            time.sleep(0.001)
-        self.steps.look()
+        return stopped
 
     def resume(self) -> None:
         """Let every process go on."""
@@ -246,8 +251,7 @@ class Arm:
 
     def end(self) -> None:
         """End every process, whatever state it is in."""
-        self.pause()  # nobody starts another meanwhile
-        for pid in self.processes():
+        for pid in self._stop():  # so that nobody starts another meanwhile
             _send(pid, signal.SIGKILL)
         self.process.wait()
 
@@ -488,7 +492,7 @@ def run_block(
             print(f"  round {number + 1}: ceiling {ceilings[-1]:,.0f} GFLOP/s; {rates}", flush=True)
         losses = {arm.name: [step.loss for step in arm.steps.steps] for arm in arms}
         return {
-            "provenance": provenance(),
+            "provenance": provenance(cell.site),
             "ranks": cell.num_ranks,
             "threads": cell.num_threads,
             "ceiling_gflops": ceilings,
@@ -534,7 +538,7 @@ def check_losses(losses: Mapping[str, Sequence[float]]) -> float:
     return largest
 
 
-def provenance() -> dict[str, Any]:
+def provenance(site: Path | None) -> dict[str, Any]:
     """What a block was measured with."""
 
     def git(*words: str) -> str:
@@ -545,11 +549,11 @@ def provenance() -> dict[str, Any]:
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    packages = ("torch", "transformers", "deepspeed", "accelerate")
     versions = {"python": platform.python_version()}
-    for name in packages:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
+    folders = [*([] if site is None else [str(site)]), *sys.path]
+    for name in ("torch", "transformers", "deepspeed", "accelerate"):
+        for found in importlib.metadata.distributions(name=name, path=folders):
+            versions.setdefault(name, found.version)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "benchmarks/throughput.py", *_public(sys.argv[1:])]),
@@ -557,7 +561,7 @@ def provenance() -> dict[str, Any]:
         "versions": versions,
         "cpu": cpu,
         "cores": os.cpu_count(),
-        "load_before": os.getloadavg()[2],
+        "load_15_minutes": os.getloadavg()[2],
     }
 
 

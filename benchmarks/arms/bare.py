@@ -3,7 +3,8 @@
     torchrun ... benchmarks/arms/bare.py RUN_DIR MODEL_DIR STEPS_FILE [--compile]
 
 Weights are bf16 with fp32 masters in one fused AdamW; DistributedDataParallel overlaps its
-all-reduce of bf16 buckets with the backward pass.
+all-reduce of bf16 buckets with the backward pass. fp32 weights under autocast, the other way to
+write it, have not been measured beside this on an idle machine.
 """
 
 import argparse
