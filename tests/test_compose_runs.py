@@ -161,7 +161,7 @@ def test_every_group_can_be_chosen(started: Started, tmp_path: Path) -> None:
     options = {
         group: sorted((ROOT / "conf" / group).glob("*.yaml"))[0].stem for group in list_groups()
     }
-    assert len(options) == 12
+    assert len(options) == 13
     words = [f"{group}={option}" for group, option in options.items()]
     compose_words(tmp_path, f"reproduce={folder}", *words)
 
