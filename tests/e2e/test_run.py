@@ -51,7 +51,7 @@ def test_run_directory_is_complete(full: Command) -> None:
         "sample.txt",
     }
     ranks = {path.name for path in full.run_dir.ranks.iterdir()}
-    assert ranks == {"rank0.log", "rank1.log", "heartbeats"}
+    assert ranks == {"rank0.log", "rank1.log", "heartbeats", "start.json"}
     status = json.loads(full.run_dir.status.read_text())
     assert status["status"] == "completed"
     assert status["objective"] == full.rows("eval_loss")[-1]["eval_loss"]
