@@ -79,7 +79,7 @@ def check_kernels(run: Run, machine: Machine) -> Iterator[Problem]:
             needs = (
                 "Liger's kernels need CUDA" if installed else "the package liger-kernel isn't here"
             )
-            hint = f"set kernels.{name}=auto, or leave kernels=liger out"
+            hint = f"set kernels.{name}=auto"
             yield Problem(path=f"kernels.{name}", message=f"{needs} (got liger)", hint=hint)
     autocast = run.precision.torch_autocast.enabled
     for name in ("loss", *LAYERS):

@@ -305,7 +305,7 @@ def test_a_rank_that_hangs_is_found(runner: Runner) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("prlimit") is None, reason="needs util-linux")
 def test_a_rank_without_memory_says_what_to_lower(runner: Runner) -> None:
-    with started(runner, *LONG, "train.max_steps=100000", "batch.global_batch_size=64") as run:
+    with started(runner, *LONG, "train.max_steps=100000", "batch.global_batch_size=256") as run:
         run.wait_for(lambda: run.steps >= 3)
         pid = run.beats[1].pid
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -314,7 +314,7 @@ def test_a_rank_without_memory_says_what_to_lower(runner: Runner) -> None:
         output = run.end()
     assert run.process.returncode == 1
     assert re.search(r"rank 1 failed: .*(allocate memory|MemoryError|bad_alloc)", output)
-    assert "  to need less, best first:\n    batch.micro_batch_size=16" in output
+    assert "  to need less, best first:\n    batch.micro_batch_size=64 " in output
     assert (run.status["status"], run.status["rank"]) == ("failed", 1)
 
 

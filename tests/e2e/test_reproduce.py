@@ -275,7 +275,7 @@ def test_a_changed_line_of_code_is_named(
     call(project, tmp_path, *words, f"hydra.run.dir={first}")
     file = project / "llama_pretrain" / "train" / "loss.py"
     text = file.read_text()
-    changed = text.replace('reduction="none",\n    )', 'reduction="none",\n    ) * 1.001')
+    changed = text.replace("return losses[0] if", "return losses[0] * 1.001 if")
     assert changed != text
     file.write_text(changed)
     try:

@@ -20,7 +20,14 @@ SAMPLED = (
     "train.sample_tokens=6",
     "checkpoint.every_steps=2",
 )
-TIMES = {"tokens_per_s", "mfu", "memory_bytes", "checkpoint_seconds", "checkpoint_stall_seconds"}
+TIMES = {
+    "start_seconds",
+    "tokens_per_s",
+    "mfu",
+    "memory_bytes",
+    "checkpoint_seconds",
+    "checkpoint_stall_seconds",
+}
 
 
 def numbers(done: Command) -> list[dict[str, Any]]:
