@@ -327,7 +327,8 @@ class Kernels:
     autocast."""
     rms_norm: LayerKernel = LayerKernel.auto
     """`plain` = transformers' module; `fused` = fewer passes over memory, less of it kept. `auto` =
-    `fused` on a CPU, `liger` on CUDA where it is installed, `plain` in what is compiled."""
+    `fused` on a CPU, `liger` on CUDA where it is installed, `plain` in what is compiled
+    and under autocast."""
     rotary: LayerKernel = LayerKernel.auto
     """Rotary embedding, as rms_norm."""
     swiglu: LayerKernel = LayerKernel.auto
@@ -337,7 +338,7 @@ class Kernels:
     but its head. Needs a C++ compiler on a CPU; not at ZeRO stage 3."""
     huge_pages: bool | None = None
     """On a CPU: ask the system for 2 MiB pages (glibc's hugetlb tunable), which are quicker to get
-    than 4 KiB ones; `null` = true."""
+    than 4 KiB ones; `null` = on a CPU."""
 
 
 class Spike(str, Enum):

@@ -33,7 +33,7 @@ def worker_environment(run: Run) -> dict[str, str]:
         values["DS_ACCELERATOR"] = "cpu"
         values["CUDA_VISIBLE_DEVICES"] = ""
     if run.kernels.compile is not CompiledPart.none:  # kept, as operators are
-        values["TORCHINDUCTOR_CACHE_DIR"] = str(extensions_dir(run).with_name("torch_inductor"))
+        values["TORCHINDUCTOR_CACHE_DIR"] = str(extensions_dir(run) / "inductor")
     elif run.launch.device is Device.cpu:
         # DeepSpeed compiles Muon's update: half a minute at each start, and a C++ compiler
         values["TORCHDYNAMO_DISABLE"] = "1"
