@@ -75,8 +75,8 @@ rank's share of the host's |
 else `torch_adamw` |
 | `optim.name` | `lion` | `cpu_lion` where optimizer state is offloaded or there is no GPU, else \
 `fused_lion` |
-| `kernels.attention` | `auto` | `blocked` in bf16 on a CPU that isn't Intel's, `flash_attention_2` \
-on CUDA where it is installed, else `sdpa` |
+| `kernels.attention` | `auto` | `blocked` in bf16 on a CPU that isn't Intel's, \
+`flash_attention_2` on CUDA where it is installed, else `sdpa` |
 | `kernels.loss` | `auto` | `chunked`, but `plain` for fp16 and autocast |
 | `kernels.rms_norm`, `rotary`, `swiglu` | `auto` | `fused` on a CPU, `liger` on CUDA where it is \
 installed; `plain` with `kernels.compile` and autocast |
