@@ -11,6 +11,7 @@ from llama_pretrain.data.dataset import IGNORED, EvalSampler, PretrainDataset, b
 from llama_pretrain.pieces import LOGITS, tensor_parts
 from llama_pretrain.plan.plan import SourceTokens
 from llama_pretrain.train.distributed import Rank, signal_of_any, sum_over_ranks
+from llama_pretrain.train.kernels.install import without_compilation
 from llama_pretrain.train.loss import token_losses
 
 PROBED_TOKENS = 32
@@ -91,7 +92,8 @@ def sum_losses(
             engine.train()
             return None
         batch = {key: value.to(rank.device) for key, value in cpu_batch.items()}
-        losses = token_losses(engine, batch).double().view(len(cpu_batch["input_ids"]), -1)
+        with without_compilation():
+            losses = token_losses(engine, batch).double().view(len(cpu_batch["input_ids"]), -1)
         labelled = (cpu_batch["shift_labels"] != IGNORED).sum(dim=1)
         owners = torch.bucketize(cpu_batch["sample_id"].clamp(min=0), bounds, right=True)
         for owner, loss, count in zip(owners, losses.sum(dim=1), labelled, strict=True):
@@ -111,6 +113,7 @@ def probe_logits(engine: Any, rows: PretrainDataset, rank: Rank) -> dict[str, by
     """
     tokens = torch.as_tensor(rows[0]["input_ids"])[None, :PROBED_TOKENS]
     engine.eval()
-    logits = engine(input_ids=tokens.to(rank.device), use_cache=False).logits.float()
+    with without_compilation():
+        logits = engine(input_ids=tokens.to(rank.device), use_cache=False).logits.float()
     engine.train()
     return {LOGITS: b"".join(tensor_parts({"input_ids": tokens, "logits": logits.cpu()}))}

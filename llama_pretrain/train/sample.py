@@ -19,6 +19,7 @@ from llama_pretrain.data.dataset import document_positions
 from llama_pretrain.plan.plan import Plan
 from llama_pretrain.runs.rundir import RunDir
 from llama_pretrain.train.distributed import Rank
+from llama_pretrain.train.kernels.install import without_compilation
 
 LENGTHS = 16
 """Rows have a multiple of so many tokens."""
@@ -128,7 +129,8 @@ def _next_logits(
         key: torch.from_numpy(value)[None].to(rank.device) for key, value in inputs.items()
     }
     last = torch.tensor([len(ids) - 1], device=rank.device)
-    logits: torch.Tensor = model(**on_device, use_cache=False, logits_to_keep=last).logits[0, 0]
+    with without_compilation():
+        logits: torch.Tensor = model(**on_device, use_cache=False, logits_to_keep=last).logits[0, 0]
     return logits
 
 

@@ -5,8 +5,9 @@ class that computes the same in another way.
 """
 
 import importlib
+import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -68,9 +69,11 @@ def compile_layers(model: LlamaForCausalLM, part: CompiledPart) -> None:
         module.compile(dynamic=False)
 
 
-def without_compilation() -> AbstractContextManager[None]:
+def without_compilation() -> AbstractContextManager[Any]:
     """Where compiled modules run as they are written: for what isn't of the shape of a step."""
-    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and it takes a second to import
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 class Norm(LlamaRMSNorm):
