@@ -71,9 +71,9 @@ def read_trace(path: Path) -> dict[str, float]:
     events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     threads: dict[Any, list[Any]] = defaultdict(list)
     for event in events:
-        if event.get("ph") == "X" and event.get("cat") in ("cpu_op", "user_annotation"):
-            if not event["name"].startswith("ProfilerStep"):
-                threads[event["tid"]].append(event)
+        timed = event.get("ph") == "X" and event.get("cat") in ("cpu_op", "user_annotation")
+        if timed and not event["name"].startswith("ProfilerStep"):
+            threads[event["tid"]].append(event)
     spent: dict[str, float] = defaultdict(float)
     for own in threads.values():
         for part, microseconds in own_times(own):

@@ -1,10 +1,10 @@
-"""Throughput and memory as a run grows: ranks, accumulation, length of rows, micro batch.
+"""Throughput and memory as a run grows (ranks, accumulation, rows), and with each kernel.
 
     python benchmarks/scale.py [--rounds 5] [--match ranks]
     python benchmarks/scale.py --plot
 
-Each point is `python run.py` of the 6M model for a few steps, its data cached; points take turns,
-round after round. Throughput is the median of the steps after the first two, then of the rounds;
+Each point is `python run.py` of the 6M model for a few steps, its data cached (kernels: of the 35M
+model with rows of 1,024 as well); points take turns, round after round. Throughput is the median of the steps after the first two, then of the rounds;
 memory is the largest rank's peak. With more ranks than cores the curve shows what ranks cost, not
 what they bring.
 """
@@ -16,12 +16,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RESULTS, ROOT, write_record
+from benchmarks.throughput import SIZES, TOKENS_PER_STEP
 from llama_pretrain.runs.rundir import RunDir, read_metrics
 
 PLOT = ROOT / "docs" / "img" / "scale.svg"
@@ -87,7 +89,41 @@ def list_points() -> list[Point]:
             "batch.gradient_accumulation_steps=1",
         )
         points.append(Point(curve="rows of a micro batch", at=str(micro), words=words))
-    return points
+    return points + list(_list_kernels())
+
+
+def _list_kernels() -> Iterator[Point]:
+    """`kernels=plain` with one of the others at a time, and all that go together."""
+    one_more = {
+        "plain": (),
+        **{name: (name,) for name in ONE_MORE},
+        "auto": ("kernels=auto",),
+        "compiled": ("kernels=compiled",),
+    }
+    for size, row in (("6m", 512), ("35m", 1024)):
+        for name, words in one_more.items():
+            yield Point(
+                curve=f"kernels, {size} x {row}",
+                at=name.removeprefix("kernels."),
+                words=(
+                    *SIZES[size].words,
+                    *(words if name in ("auto", "compiled") else ("kernels=plain", *words)),
+                    f"data.sequence_length={row}",
+                    f"batch.global_batch_size={TOKENS_PER_STEP // row}",
+                ),
+            )
+
+
+ONE_MORE = (
+    "kernels.attention=blocked",
+    "kernels.loss=chunked",
+    "kernels.rms_norm=fused",
+    "kernels.rotary=fused",
+    "kernels.swiglu=fused",
+    "kernels.huge_pages=true",
+    "kernels.compile=layers",
+    "kernels.compile=model",
+)
 
 
 def measure(point: Point, folder: Path) -> dict[str, float]:
@@ -141,7 +177,7 @@ def show(found: list[dict[str, Any]]) -> None:
         print(f"{line['at']:24}{line['tokens_per_s']:>12,.0f}{line['peak_bytes'] / 2**20:>12,.0f}")
 
 
-PANEL_W, PANEL_H, BAR_H = 400, 220, 22
+PANEL_W, PANEL_H, BAR_H = 420, 350, 22
 
 
 def draw(found: list[dict[str, Any]]) -> str:
@@ -149,28 +185,28 @@ def draw(found: list[dict[str, Any]]) -> str:
     curves = list(dict.fromkeys(line["curve"] for line in found))
     width, height = 2 * PANEL_W, PANEL_H * -(-len(curves) // 2)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"'
-        f' viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12" fill="#222">'
-        '<rect width="100%" height="100%" fill="#fff"/>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"',
+        f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12" fill="#222">',
+        '<rect width="100%" height="100%" fill="#fff"/>',
     ]
     for place, curve in enumerate(curves):
         lines = [line for line in found if line["curve"] == curve]
         left, top = PANEL_W * (place % 2), PANEL_H * (place // 2)
         parts.append(f'<g transform="translate({left} {top})">{_panel(curve, lines)}</g>')
-    return "".join(parts) + "</svg>\n"
+    return "\n".join(parts) + "</svg>\n"
 
 
 def _panel(curve: str, lines: list[dict[str, Any]]) -> str:
-    scale = 150 / max(line["tokens_per_s"] for line in lines)
+    scale = 130 / max(line["tokens_per_s"] for line in lines)
     title = f"tokens/s and peak MiB by {curve}"
     parts = [f'<text x="12" y="24" font-weight="bold">{escape(title)}</text>']
     for place, line in enumerate(lines):
         y, length = 38 + place * (BAR_H + 5), line["tokens_per_s"] * scale
         said = f"{line['tokens_per_s']:,.0f} ({line['peak_bytes'] / 2**20:,.0f} MiB)"
         parts.append(
-            f'<text x="84" y="{y + 15}" text-anchor="end">{escape(line["at"])}</text>'
-            f'<rect x="90" y="{y}" width="{length:.1f}" height="{BAR_H}" fill="#1f6f8b"/>'
-            f'<text x="{95 + length:.1f}" y="{y + 15}">{said}</text>'
+            f'<text x="144" y="{y + 15}" text-anchor="end">{escape(line["at"])}</text>'
+            f'<rect x="150" y="{y}" width="{length:.1f}" height="{BAR_H}" fill="#1f6f8b"/>'
+            f'<text x="{155 + length:.1f}" y="{y + 15}">{said}</text>'
         )
     return "".join(parts)
 
