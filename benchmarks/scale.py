@@ -3,10 +3,10 @@
     python benchmarks/scale.py [--rounds 5] [--match ranks]
     python benchmarks/scale.py --plot
 
-Each point is `python run.py` of the 6M model for a few steps, its data cached (kernels: of the 35M
-model with rows of 1,024 as well); points take turns, round after round. Throughput is the median of the steps after the first two, then of the rounds;
-memory is the largest rank's peak. With more ranks than cores the curve shows what ranks cost, not
-what they bring.
+Each point is `python run.py` of the 6M model for a few steps, its data cached; kernels are shown on
+the 35M model with rows of 1,024 too. Points take turns, round after round. Throughput is the median
+of the steps after the first two, then of the rounds; memory is the largest rank's peak. With more
+ranks than cores the curve shows what ranks cost, not what they bring.
 """
 
 import argparse
