@@ -18,21 +18,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.record import ROOT, write_record
 from llama_pretrain.data.order import SampleOrder
-from llama_pretrain.plan.machine import detect_machine
 from llama_pretrain.plan.sampling import SamplingPlan, StagePlan
-from llama_pretrain.runs.provenance import collect_provenance
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "planning.json"
-FACTS = ("time", "argv", "git_commit", "git_changed_files", "python", "platform", "cpu", "machine")
-"""What of a run's provenance says how a measurement was made."""
 PACKAGES = ("hydra-core", "omegaconf", "pydantic", "numpy")
 COMPOSE = """
 import json, sys
@@ -134,15 +127,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--points", type=int, nargs="+", default=[1, 10, 100, 1000])
     options = parser.parse_args()
-    facts = collect_provenance(argv=sys.argv, root=ROOT, machine=asdict(detect_machine()))
-    versions = {name: facts["packages"][name] for name in PACKAGES}
     results = {
-        "provenance": {**{key: facts[key] for key in FACTS}, "packages": versions},
         "planning": measure_planning(options.points, rounds=options.rounds),
         "order": measure_order(rounds=options.rounds),
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    write_record("planning", results, packages=PACKAGES)
 
 
 if __name__ == "__main__":

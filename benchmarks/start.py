@@ -8,7 +8,6 @@ model write; Trainer doesn't: ours is told with and without that phase. Trainer 
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import statistics
@@ -17,20 +16,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.record import ROOT, write_record
 from llama_pretrain.config.snapshot import load_snapshot
-from llama_pretrain.plan.machine import detect_machine
 from llama_pretrain.plan.plan import load_plan
-from llama_pretrain.runs.provenance import collect_provenance
 from llama_pretrain.runs.rundir import RunDir, read_metrics
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "start.json"
-FACTS = ("time", "argv", "git_commit", "git_changed_files", "python", "platform", "cpu", "machine")
-"""What of a run's provenance says how a measurement was made."""
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "hydra-core", "pydantic")
 SHORT = ("train.max_steps=1", "checkpoint.at_end=false", "checkpoint.export=false")
 """The default run, but for what comes after its first step."""
@@ -136,19 +129,13 @@ def main() -> None:
     print()
     for name, median in medians.items():
         print(f"{name}: median {median:.2f} s, {median / medians[TRAINER]:.2f} of Trainer's")
-    facts = collect_provenance(argv=sys.argv, root=ROOT, machine=asdict(detect_machine()))
     results = {
-        "provenance": {
-            **{key: facts[key] for key in FACTS},
-            "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        },
         "seconds": seconds,
         "phases": phases,
         "medians": medians,
         "of_trainer": {name: median / medians[TRAINER] for name, median in medians.items()},
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    write_record("start", results, packages=PACKAGES)
 
 
 if __name__ == "__main__":

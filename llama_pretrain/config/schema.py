@@ -408,8 +408,9 @@ class Checkpoint:
     """Checkpoints of multiples of so many steps are kept for good."""
     at_end: bool = True
     """Whether the last step is followed by a checkpoint."""
-    asynchronous: bool = False
-    """Copy the state to host memory, and write it while training goes on."""
+    asynchronous: bool | None = None
+    """Copy the state to host memory, and write it while training goes on; `null` = where there are
+    saves before the last step, and the plan finds room for the copy."""
     on_error: OnError = OnError["continue"]
     """What a run does whose checkpoint can't be written: `continue` without it, or `stop`."""
     export: bool = True

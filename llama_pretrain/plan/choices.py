@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_pretrain.config.deepspeed import OffloadDevice, Zero
+from llama_pretrain.config.fields import parse_size
 from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.config.rules import flatten
 from llama_pretrain.config.schema import (
@@ -30,9 +31,10 @@ from llama_pretrain.config.schema import (
     Train,
 )
 from llama_pretrain.config.snapshot import to_plain
-from llama_pretrain.plan.batch import count_replicas, solve_batch
+from llama_pretrain.plan.batch import count_ranks, count_replicas, solve_batch
 from llama_pretrain.plan.kernels import choose_kernels
 from llama_pretrain.plan.machine import Machine
+from llama_pretrain.plan.memory import estimate_memory
 from llama_pretrain.plan.model_size import count_parameters
 
 SHAPE = (
@@ -69,6 +71,7 @@ CHOSEN = {
     "launch.device_memory": "chosen: the GPU's, or a rank's share of the host's",
     "batch.global_batch_size": "chosen: 16 rows, or the next number that the ranks divide",
     "precision.name": "chosen: bf16 where the device computes in it natively",
+    "checkpoint.asynchronous": "chosen: where there are saves in between, and room for the copy",
     "optim.name": "chosen: for the device and the offload",
     "kernels.attention": "chosen: for the device, the precision and the row",
     "kernels.loss": "chosen: chunked, but for fp16 and autocast",
@@ -126,7 +129,36 @@ def resolve_choices(run: Run, machine: Machine) -> Run:
         replicas = count_replicas(run)  # as many rows each: nobody asked for a size
         batch = replace(batch, global_batch_size=-(-DEFAULT_ROWS // replicas) * replicas)
     run = replace(run, train=train, batch=batch, zero=resolve_zero(run))
-    return replace(run, optim=_scale_rates(run), train=_count_tokens(run))
+    run = replace(run, optim=_scale_rates(run), train=_count_tokens(run))
+    if run.checkpoint.asynchronous is not None:
+        return run
+    return _set_saving(run, asynchronous=_can_save_beside(run, machine))
+
+
+def _set_saving(run: Run, *, asynchronous: bool) -> Run:
+    return replace(run, checkpoint=replace(run.checkpoint, asynchronous=asynchronous))
+
+
+def _can_save_beside(run: Run, machine: Machine) -> bool:
+    """Whether a checkpoint has training to go on beside, and memory for its copy."""
+    settings = run.checkpoint
+    trains = run.task.trains or run.task is Task.plan
+    if settings.every_steps is settings.every_minutes is None or not trains:
+        return False
+    try:
+        batch = solve_batch(
+            run.batch, sequence_length=run.data.sequence_length, replicas=count_replicas(run)
+        )
+        room = parse_size(str(run.launch.device_memory))
+    except (UserError, ValueError):  # told by the checks
+        return False
+    copied = _set_saving(run, asynchronous=True)
+    memory = estimate_memory(copied, batch, world_size=count_ranks(run))
+    assert run.launch.num_processes is not None
+    if run.launch.device is Device.cuda:  # of a cluster's hosts nothing is known
+        elsewhere = machine.num_gpus == 0
+        return elsewhere or memory.host <= machine.memory_bytes // run.launch.num_processes
+    return memory.total <= room
 
 
 def _scale_rates(run: Run) -> Optim:

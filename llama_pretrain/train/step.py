@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from llama_pretrain.config.schema import AutocastDtype, OptimName, PrecisionName, Run, Spike
 from llama_pretrain.data.dataset import IGNORED, PretrainDataset
@@ -15,7 +16,7 @@ from llama_pretrain.data.order import SampleOrder, hash_samples
 from llama_pretrain.plan.plan import Plan
 from llama_pretrain.runs.rundir import RunDir
 from llama_pretrain.train.checkpoint import Saver
-from llama_pretrain.train.distributed import Rank, sum_over_ranks
+from llama_pretrain.train.distributed import Rank
 from llama_pretrain.train.engine import apply_update
 from llama_pretrain.train.loss import sum_of_losses
 from llama_pretrain.train.progress import Progress, spike_score
@@ -95,6 +96,7 @@ def train_step(
     loss_sum = torch.zeros((), dtype=torch.float64, device=rank.device)
     sample_hash = 0
     num_micro = batch_plan.gradient_accumulation_steps
+    early = _is_judged_before(engine, run)
     micro_batches = [next(batches) for _ in range(num_micro)]
     targets = _targets_of_a_micro_batch(training, micro_batches)
     number = progress.take_batch()
@@ -113,11 +115,14 @@ def train_step(
         rank.beat()
         if micro == num_micro - 1:
             # Before the last gradient: all ranks must agree on whether the step is to be skipped.
-            # Reading the loss waits for the device, once a step.
-            mean, hashed, flags = _agree(
-                training, loss_sum.item(), sample_hash, written=saver.written, saved_at=saved_at
+            sums = _sum_up(
+                training, loss_sum, sample_hash, written=saver.written, saved_at=saved_at
             )
-            skipped = _judge(run, progress, mean)
+            if early:  # reading waits for the device
+                mean, hashed, flags = _read(training, sums)
+                skipped = _judge(run, progress, mean)
+            # Of a loss that isn't finite the gradient never is, so that DeepSpeed skips the step.
+            loss = loss * torch.where(torch.isfinite(sums[0]), 1.0, torch.nan).to(loss.dtype)
             if skipped:
                 loss = loss * math.nan
         engine.backward(loss)
@@ -125,6 +130,9 @@ def train_step(
             engine.step()  # counts the micro batch
         rank.beat()
     norm = apply_update(engine, skip=bool(skipped))
+    if not early:
+        mean, hashed, flags = _read(training, sums)
+        skipped = _judge(run, progress, mean)
     if norm is None and not skipped:
         skipped = {"skipped": "gradient"}
     progress.step += 1
@@ -141,18 +149,35 @@ def train_step(
     return result
 
 
-def _agree(
-    training: Training, loss_sum: float, sample_hash: int, *, written: bool, saved_at: float
-) -> tuple[float, int, Flags]:
-    """The mean loss, the hash of the global batch, and what the ranks' flags come to."""
+def _is_judged_before(engine: Any, run: Run) -> bool:
+    """Whether the loss decides on the step beyond being finite, or DeepSpeed wouldn't skip it."""
+    return run.train.spike is not Spike.none or not getattr(
+        engine.optimizer, "check_grad_overflow", True
+    )
+
+
+def _sum_up(
+    training: Training, loss_sum: torch.Tensor, sample_hash: int, *, written: bool, saved_at: float
+) -> torch.Tensor:
+    """What ranks tell each other, summed and left on the device: float64, so that hashes below
+    2^53 stay exact."""
     rank = training.rank
     minutes = (time.monotonic() - saved_at) / 60 if rank.is_first else 0.0
     signals = [0.0] * rank.world_size
     signals[rank.index] = rank.stop.number
-    sums = sum_over_ranks([loss_sum, sample_hash, float(written), minutes, *signals], rank)
-    mean = sums[0] / (training.plan.batch.gradient_accumulation_steps * rank.world_size)
-    every = sums[2] == rank.world_size
-    return mean, int(sums[1]), Flags(stop=int(max(sums[4:])), written=every, minutes=sums[3])
+    told = torch.tensor([sample_hash, float(written), minutes, *signals], dtype=torch.float64)
+    sums = torch.cat([loss_sum[None], told.to(rank.device, non_blocking=True)])
+    dist.all_reduce(sums)
+    return sums
+
+
+def _read(training: Training, sums: torch.Tensor) -> tuple[float, int, Flags]:
+    """The mean loss, the hash of the global batch, and what the ranks' flags come to."""
+    size = training.rank.world_size
+    loss, sample_hash, written, minutes, *signals = sums.tolist()
+    mean = loss / (training.plan.batch.gradient_accumulation_steps * size)
+    flags = Flags(stop=int(max(signals)), written=written == size, minutes=minutes)
+    return mean, int(sample_hash), flags
 
 
 def _judge(run: Run, progress: Progress, loss: float) -> dict[str, str | float]:
@@ -206,14 +231,15 @@ def name_samples(training: Training, batch: int, *, limit: int = 16) -> str:
 
 def _targets_of_a_micro_batch(
     training: Training, micro_batches: list[dict[str, torch.Tensor]]
-) -> float:
-    """Targets of the global batch over its micro batches, on all ranks."""
+) -> float | torch.Tensor:
+    """Targets of the global batch over its micro batches, on all ranks; counted, on the device."""
     if not training.train_set.masked:
         return micro_batches[0]["shift_labels"].numel()
     rank = training.rank
     count = sum(int((batch["shift_labels"] != IGNORED).sum()) for batch in micro_batches)
-    (total,) = sum_over_ranks([count], rank)
-    return total / (len(micro_batches) * rank.world_size)
+    total = torch.tensor(count, dtype=torch.float64).to(rank.device, non_blocking=True)
+    dist.all_reduce(total)
+    return (total / (len(micro_batches) * rank.world_size)).float()
 
 
 def cut_rows(batch: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:

@@ -1,0 +1,38 @@
+"""Results of benchmarks as JSON, with what they were measured on."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from llama_pretrain.plan.machine import detect_machine
+from llama_pretrain.runs.provenance import collect_provenance
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+FACTS = ("time", "argv", "git_commit", "git_changed_files", "python", "platform", "cpu", "machine")
+"""What of a run's provenance says how a measurement was made."""
+
+
+def write_record(name: str, values: Mapping[str, Any], *, packages: Sequence[str]) -> Path:
+    """Write benchmarks/results/NAME.json. Returns its path."""
+    facts = collect_provenance(argv=sys.argv, root=ROOT, machine=asdict(detect_machine()))
+    provenance = {key: facts[key] for key in FACTS} | {"packages": find_versions(packages)}
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"provenance": provenance, **values}, indent=1) + "\n")
+    return path
+
+
+def find_versions(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of the packages that are installed."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
