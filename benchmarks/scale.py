@@ -120,7 +120,7 @@ ONE_MORE = (
     "kernels.rms_norm=fused",
     "kernels.rotary=fused",
     "kernels.swiglu=fused",
-    "kernels.huge_pages=true",
+    "kernels.allocator=keep",
     "kernels.compile=layers",
     "kernels.compile=model",
 )

@@ -80,7 +80,7 @@ else `torch_adamw` |
 | `kernels.loss` | `auto` | `chunked`, but `plain` for fp16 and autocast |
 | `kernels.rms_norm`, `rotary`, `swiglu` | `auto` | `fused` on a CPU, `liger` on CUDA where it is \
 installed; `plain` with `kernels.compile` and autocast |
-| `kernels.huge_pages` | `null` | `true` on a CPU |
+| `kernels.allocator` | `auto` | `keep` on a CPU |
 | `train.gradient_clipping` | `null` | 1.0, but 0 with `optim=muon` |
 | `zero.reduce_scatter` | `null` | `true`, but for `optim=muon` at stage 3 |
 | `zero.reduce_bucket_size` | `null` | hidden_size^2 at stage 3, else 500,000,000 |

@@ -310,6 +310,12 @@ class CompiledPart(str, Enum):
     model = "model"
 
 
+class Allocator(str, Enum):
+    auto = "auto"
+    plain = "plain"
+    keep = "keep"
+
+
 @schema
 class Kernels:
     """How the model is computed, not what: losses differ by rounding alone (docs/performance.md).
@@ -336,9 +342,10 @@ class Kernels:
     compile: CompiledPart = CompiledPart.none
     """What torch.compile makes kernels of, at the first step: each of the `layers`, or the `model`
     but its head. Needs a C++ compiler on a CPU; not at ZeRO stage 3."""
-    huge_pages: bool | None = None
-    """On a CPU: ask the system for 2 MiB pages (glibc's hugetlb tunable), which are quicker to get
-    than 4 KiB ones; `null` = on a CPU."""
+    allocator: Allocator = Allocator.auto
+    """On a CPU: `keep` = memory that was freed stays with the process (glibc's tunables), for to
+    get it back takes up to a fifth of a step; `plain` = glibc's own ways. `auto` = `keep` on a CPU,
+    unless launch.malloc_mmap_threshold says otherwise."""
 
 
 class Spike(str, Enum):

@@ -97,6 +97,8 @@ def load_snapshot(path: Path) -> Run:
     refuse(Problem(path=str(path), message=fault) for fault in _find_foreign(values))
     if isinstance(values.get("sweep"), dict):
         values["sweep"].pop("fork", None)  # what launch.fork is now; of a run it said nothing
+    if isinstance(values.get("kernels"), dict):
+        values["kernels"].pop("huge_pages", None)  # what kernels.allocator is now
     return parse_values(values)
 
 

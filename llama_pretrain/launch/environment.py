@@ -5,7 +5,18 @@ import sys
 from pathlib import Path
 
 from llama_pretrain.config.compose import PROJECT_ROOT
-from llama_pretrain.config.schema import CompiledPart, Device, Run
+from llama_pretrain.config.schema import Allocator, CompiledPart, Device, Run
+
+KEEP = ":".join(
+    (
+        f"glibc.malloc.mmap_threshold={1 << 32}",
+        f"glibc.malloc.trim_threshold={1 << 42}",
+        # Without it glibc before 2.38 never gives an aligned block out again: its ends, which are
+        # cached, don't grow together with it.
+        "glibc.malloc.tcache_count=0",
+    )
+)
+"""glibc's tunables by which what was freed stays with the process."""
 
 
 def extensions_dir(run: Run) -> Path:
@@ -37,9 +48,8 @@ def worker_environment(run: Run) -> dict[str, str]:
     elif run.launch.device is Device.cpu:
         # DeepSpeed compiles Muon's update: half a minute at each start, and a C++ compiler
         values["TORCHDYNAMO_DISABLE"] = "1"
-    if run.kernels.huge_pages:
-        given = os.environ.get("GLIBC_TUNABLES")
-        values["GLIBC_TUNABLES"] = ":".join(filter(None, (given, "glibc.malloc.hugetlb=1")))
     if run.launch.malloc_mmap_threshold is not None:
         values["MALLOC_MMAP_THRESHOLD_"] = str(run.launch.malloc_mmap_threshold)
+    elif run.kernels.allocator is Allocator.keep:
+        values["GLIBC_TUNABLES"] = ":".join(filter(None, (KEEP, os.environ.get("GLIBC_TUNABLES"))))
     return values

@@ -78,7 +78,7 @@ CHOSEN = {
     "kernels.rms_norm": "chosen: for the device",
     "kernels.rotary": "chosen: for the device",
     "kernels.swiglu": "chosen: for the device",
-    "kernels.huge_pages": "chosen: true on a CPU",
+    "kernels.allocator": "chosen: keep on a CPU",
     "train.gradient_clipping": "chosen: 1.0, but 0 with Muon",
     "zero.reduce_scatter": "chosen: true, but for Muon at stage 3",
     "zero.reduce_bucket_size": "derived: hidden_size^2 at stage 3, else 5e8",

@@ -7,6 +7,7 @@ from typing import Any
 
 from llama_pretrain.config.problems import Problem
 from llama_pretrain.config.schema import (
+    Allocator,
     AttentionKernel,
     CompiledPart,
     Device,
@@ -33,7 +34,7 @@ def choose_kernels(run: Run, machine: Machine) -> Kernels:
         if kernels.attention is AttentionKernel.auto
         else kernels.attention,
         loss=_loss(run) if kernels.loss is LossKernel.auto else kernels.loss,
-        huge_pages=not _on_gpu(run) if kernels.huge_pages is None else kernels.huge_pages,
+        allocator=_allocator(run) if kernels.allocator is Allocator.auto else kernels.allocator,
         **changes,
     )
 
@@ -57,6 +58,11 @@ def _loss(run: Run) -> LossKernel:
     fp16 = run.precision.name is PrecisionName.fp16
     plain = fp16 or run.precision.torch_autocast.enabled
     return LossKernel.plain if plain else LossKernel.chunked
+
+
+def _allocator(run: Run) -> Allocator:
+    returns = run.launch.malloc_mmap_threshold is not None
+    return Allocator.plain if _on_gpu(run) or returns else Allocator.keep
 
 
 def _layer(run: Run) -> LayerKernel:
