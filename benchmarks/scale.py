@@ -58,6 +58,7 @@ def list_points() -> list[Point]:
     """All points, by curve."""
     cores = os.cpu_count() or 1
     points = []
+    words: tuple[str, ...]
     for ranks, threads in ((1, 1), (1, cores), (cores, 1), (2 * cores, 1)):
         words = (
             f"launch.num_processes={ranks}",

@@ -13,7 +13,8 @@ from llama_pretrain.train import step as step_module
 from llama_pretrain.train.progress import Progress
 from llama_pretrain.train.step import train_step
 from tests.conftest import compose_run
-from tests.test_train_state import RANK, engine_at, random_batches
+from tests.test_train import random_batches
+from tests.test_train_state import RANK, engine_at
 
 READS = ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__")
 """Methods of a tensor that wait until the device has computed it."""
