@@ -1,5 +1,8 @@
 """Each kernel beside the plain path and a reference in fp32."""
 
+import os
+import platform
+import subprocess
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -15,11 +18,15 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from llama_pretrain.config.schema import AttentionKernel, CompiledPart, Kernels, LayerKernel
 from llama_pretrain.config.schema import LossKernel as Loss
 from llama_pretrain.data.dataset import IGNORED
+from llama_pretrain.launch.environment import worker_environment
+from llama_pretrain.plan.choices import resolve_choices
+from llama_pretrain.plan.machine import detect_machine
 from llama_pretrain.train.kernels import attention, cross_entropy, install
 from llama_pretrain.train.kernels.attention import blocked_attention, blocked_attention_backward
 from llama_pretrain.train.kernels.cross_entropy import linear_cross_entropy
 from llama_pretrain.train.kernels.elementwise import RmsNorm, Rotate, SwiGlu
 from llama_pretrain.train.loss import sum_of_losses, token_losses
+from tests.conftest import compose_run
 
 PLAIN = Kernels(
     attention=AttentionKernel.sdpa,
@@ -344,3 +351,35 @@ def test_liger_is_asked_for_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> 
     assert sorted(asked) == ["loss"] + ["rms_norm"] * 5 + ["rope"] * 2 + ["swiglu"] * 2
     with torch.no_grad():
         assert torch.allclose(token_losses(theirs, batch), token_losses(plain, batch), atol=1e-5)
+
+
+FAULTS_OF_SECOND_USE = """
+import resource, torch
+torch.set_num_threads(1)
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+"""Pages that the system has to find for 64 MiB that were just freed: 32 of 2 MiB at the least."""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its tunables do it")
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        ((), True),
+        (("kernels=plain",), False),
+        (("launch.malloc_mmap_threshold=262144",), False),
+    ],
+)
+def test_freed_memory_stays(words: tuple[str, ...], kept: bool) -> None:
+    run = resolve_choices(compose_run(["launch.device=cpu", *words]), detect_machine())
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS_OF_SECOND_USE],
+        env={**os.environ, **worker_environment(run)},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert (int(done.stdout) < 16) is kept, done.stdout

@@ -123,7 +123,12 @@ def test_offload_of_deepspeeds_estimator() -> None:
 
 
 def test_nvme_takes_from_device_and_host() -> None:
-    run = resolved("zero=stage3_nvme", "model=llama2_7b", "zero.offload_param.nvme_path=/swap")
+    run = resolved(
+        "zero=stage3_nvme",
+        "model=llama2_7b",
+        "zero.offload_param.nvme_path=/swap",
+        "checkpoint.asynchronous=false",
+    )
     memory = build_plan(run, None).memory
     assert memory.weights == memory.optimizer == memory.host == 0
     # 2 bytes of weights, 12 of master weights and moments, 4 of gradients, over 8 ranks
@@ -287,6 +292,27 @@ def test_sizes(text: str, size: int) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match=text):
         parse_size(text)
+
+
+def test_saves_go_on_beside_training_where_there_is_room() -> None:
+    """Chosen: with saves before the last step, and if the plan with the copy fits."""
+    words = ("zero=stage2", "launch.device=cpu", "launch.num_processes=2", "train.max_steps=40")
+    every = "checkpoint.every_steps=10"
+    fitting = build_plan(resolved(*words, every), None).memory
+    assert fitting.checkpoint > 0
+    least = f"launch.device_memory={-(-fitting.total // 1024)}KiB"
+    short = f"launch.device_memory={fitting.total // 1024 - 1}KiB"
+    chosen = {
+        (): True,
+        (least,): True,
+        (short,): False,
+        (short, "checkpoint.asynchronous=true"): True,
+        ("checkpoint.every_steps=null",): False,
+        ("checkpoint.every_steps=null", "checkpoint.every_minutes=5"): True,
+    }
+    for more, expected in chosen.items():
+        given = () if "checkpoint.every_steps=null" in more else (every,)
+        assert resolved(*words, *given, *more).checkpoint.asynchronous is expected, more
 
 
 def test_an_asynchronous_checkpoint_takes_a_copy() -> None:

@@ -47,6 +47,9 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
+AT_ONCE = "checkpoint.asynchronous=false"
+
+
 def run_and_plan(*words: str) -> tuple[Run, Plan]:
     small = ("launch.device=cpu", "launch.num_processes=1", "batch.global_batch_size=2")
     run = resolve_choices(compose_run([*small, *words]), detect_machine())
@@ -54,7 +57,8 @@ def run_and_plan(*words: str) -> tuple[Run, Plan]:
 
 
 def saver_of(engine: Any, folder: Path, *words: str) -> Saver:
-    return Saver(engine, *run_and_plan(*words), RANK, folder)
+    at_once = () if any("asynchronous" in word for word in words) else (AT_ONCE,)
+    return Saver(engine, *run_and_plan(*at_once, *words), RANK, folder)
 
 
 def save(saver: Saver, number: int) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ from llama_pretrain.train.metrics import (
 )
 from llama_pretrain.train.progress import MAX_ROLLBACKS, Progress
 from llama_pretrain.train.sample import continue_with_engine, open_prompt
-from llama_pretrain.train.step import StepResult, Training, train_step
+from llama_pretrain.train.step import NonFiniteError, StepResult, Training, train_step
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -88,7 +88,11 @@ def train(training: Training, writer: MetricsWriter, progress: Progress) -> bool
         while progress.step < plan.steps.last and not stopping:
             started = time.perf_counter()
             learning_rate = engine.get_lr()[0]
-            done = train_step(training, batches, progress, saver, saved_at=saved_at)
+            try:
+                done = train_step(training, batches, progress, saver, saved_at=saved_at)
+            except NonFiniteError:  # on all ranks, at the same step
+                writer.write_all(saver.finish())
+                raise
             seconds = time.perf_counter() - started
             tokens_per_s = plan.steps.tokens_per_step / seconds
             row = {
