@@ -21,7 +21,7 @@ from benchmarks.record import ROOT, write_record
 STEPS, EVERY = 13, 4
 ARMS = {
     "none": ["checkpoint.every_steps=null"],
-    "synchronous": [f"checkpoint.every_steps={EVERY}"],
+    "synchronous": [f"checkpoint.every_steps={EVERY}", "checkpoint.asynchronous=false"],
     "asynchronous": [f"checkpoint.every_steps={EVERY}", "checkpoint.asynchronous=true"],
 }
 
