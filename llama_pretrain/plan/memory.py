@@ -47,7 +47,7 @@ RUNTIME_BYTES = {Device.cpu: 48 << 20, Device.cuda: 0}
 """What a run adds on a CPU beside tensors: threads, generated kernels, gloo, the tokenizer; and of
 a forked rank pages of libraries, which count as its own once it reads them."""
 
-ALLOCATOR_SHARE = {Device.cpu: 0.5, Device.cuda: 0.05}
+ALLOCATOR_SHARE = {Device.cpu: 0.6, Device.cuda: 0.05}
 """What the allocator holds beside live tensors, as a share of them. On a CPU what was freed is kept
 (kernels.allocator), and of blocks that come and go in turns not all fits where one was; next to
 nothing with launch.malloc_mmap_threshold (docs/plan.md). On a GPU it is torch's caching allocator:
