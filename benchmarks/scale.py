@@ -178,22 +178,25 @@ def show(found: list[dict[str, Any]]) -> None:
         print(f"{line['at']:24}{line['tokens_per_s']:>12,.0f}{line['peak_bytes'] / 2**20:>12,.0f}")
 
 
-PANEL_W, PANEL_H, BAR_H = 420, 350, 22
+PANEL_W, BAR_H = 420, 22
 
 
 def draw(found: list[dict[str, Any]]) -> str:
     """A panel a curve, as SVG: bars of tokens/s, and memory beside them."""
     curves = list(dict.fromkeys(line["curve"] for line in found))
-    width, height = 2 * PANEL_W, PANEL_H * -(-len(curves) // 2)
+    panels = [[line for line in found if line["curve"] == curve] for curve in curves]
+    pairs = [panels[place : place + 2] for place in range(0, len(panels), 2)]
+    heights = [60 + (BAR_H + 5) * max(map(len, pair)) for pair in pairs]
+    width, height = 2 * PANEL_W, sum(heights)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"',
         f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12" fill="#222">',
         '<rect width="100%" height="100%" fill="#fff"/>',
     ]
-    for place, curve in enumerate(curves):
-        lines = [line for line in found if line["curve"] == curve]
-        left, top = PANEL_W * (place % 2), PANEL_H * (place // 2)
-        parts.append(f'<g transform="translate({left} {top})">{_panel(curve, lines)}</g>')
+    for number, pair in enumerate(pairs):
+        for place, lines in enumerate(pair):
+            where = f"translate({PANEL_W * place} {sum(heights[:number])})"
+            parts.append(f'<g transform="{where}">{_panel(lines[0]["curve"], lines)}</g>')
     return "\n".join(parts) + "</svg>\n"
 
 

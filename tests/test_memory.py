@@ -308,6 +308,9 @@ def test_saves_go_on_beside_training_where_there_is_room() -> None:
         (short,): False,
         (short, "checkpoint.asynchronous=true"): True,
         ("checkpoint.every_steps=null",): False,
+        ("train.max_steps=10",): False,
+        ("train.max_steps=11",): True,
+        (f"train.max_tokens={10 * 16 * 256}",): False,
         ("checkpoint.every_steps=null", "checkpoint.every_minutes=5"): True,
     }
     for more, expected in chosen.items():

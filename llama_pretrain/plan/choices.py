@@ -31,7 +31,7 @@ from llama_pretrain.config.schema import (
     Train,
 )
 from llama_pretrain.config.snapshot import to_plain
-from llama_pretrain.plan.batch import count_ranks, count_replicas, solve_batch
+from llama_pretrain.plan.batch import BatchPlan, count_ranks, count_replicas, solve_batch
 from llama_pretrain.plan.kernels import choose_kernels
 from llama_pretrain.plan.machine import Machine
 from llama_pretrain.plan.memory import estimate_memory
@@ -141,9 +141,7 @@ def _set_saving(run: Run, *, asynchronous: bool) -> Run:
 
 def _can_save_beside(run: Run, machine: Machine) -> bool:
     """Whether a checkpoint has training to go on beside, and memory for its copy."""
-    settings = run.checkpoint
-    trains = run.task.trains or run.task is Task.plan
-    if settings.every_steps is settings.every_minutes is None or not trains:
+    if not (run.task.trains or run.task is Task.plan):
         return False
     try:
         batch = solve_batch(
@@ -152,6 +150,8 @@ def _can_save_beside(run: Run, machine: Machine) -> bool:
         room = parse_size(str(run.launch.device_memory))
     except (UserError, ValueError):  # told by the checks
         return False
+    if not _saves_before_the_end(run, batch):
+        return False
     copied = _set_saving(run, asynchronous=True)
     memory = estimate_memory(copied, batch, world_size=count_ranks(run))
     assert run.launch.num_processes is not None
@@ -159,6 +159,15 @@ def _can_save_beside(run: Run, machine: Machine) -> bool:
         elsewhere = machine.num_gpus == 0
         return elsewhere or memory.host <= machine.memory_bytes // run.launch.num_processes
     return memory.total <= room
+
+
+def _saves_before_the_end(run: Run, batch: BatchPlan) -> bool:
+    every = run.checkpoint.every_steps
+    if every is None or run.checkpoint.every_minutes is not None:
+        return run.checkpoint.every_minutes is not None
+    tokens = every * batch.global_batch_size * run.data.sequence_length
+    limits = ((run.train.max_steps, every), (run.train.max_tokens, tokens))
+    return all(limit is None or saved < limit for limit, saved in limits)
 
 
 def _scale_rates(run: Run) -> Optim:
