@@ -81,8 +81,8 @@ else `torch_adamw` |
 | `kernels.rms_norm`, `rotary`, `swiglu` | `auto` | `fused` on a CPU, `liger` on CUDA where it is \
 installed; `plain` with `kernels.compile` and autocast |
 | `kernels.allocator` | `auto` | `keep` on a CPU |
-| `checkpoint.asynchronous` | `null` | where there are saves before the last step, and room for the \
-copy |
+| `checkpoint.asynchronous` | `null` | where there are saves before the last step, and room for \
+the copy |
 | `train.gradient_clipping` | `null` | 1.0, but 0 with `optim=muon` |
 | `zero.reduce_scatter` | `null` | `true`, but for `optim=muon` at stage 3 |
 | `zero.reduce_bucket_size` | `null` | hidden_size^2 at stage 3, else 500,000,000 |
