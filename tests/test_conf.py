@@ -33,6 +33,7 @@ CLUSTER = Machine(
     gpu_capability=(9, 0),
     cpu_bf16=True,
     cpu_intel=False,
+    cpu_fast_bf16=True,
     has_compiler=True,
     has_libaio=True,
 )
@@ -515,6 +516,7 @@ def test_choices_follow_the_machine() -> None:
         gpu_capability=None,
         cpu_bf16=False,
         cpu_intel=False,
+        cpu_fast_bf16=True,
         has_compiler=False,
         has_libaio=False,
     )
@@ -522,6 +524,17 @@ def test_choices_follow_the_machine() -> None:
     assert (run.launch.device.value, run.launch.num_processes) == ("cpu", 2)
     assert run.launch.threads_per_process == 4
     assert (run.precision.name.value, run.optim.name.value) == ("fp32", "torch_adamw")
+    for precision, intel, fast, chosen in (
+        ("fp32", True, False, ("sdpa", "plain")),
+        ("bf16", True, False, ("sdpa", "fp32")),
+        ("bf16", True, True, ("sdpa", "plain")),
+        ("bf16", False, True, ("blocked", "plain")),
+        ("bf16", False, False, ("blocked", "fp32")),
+        ("bf16_autocast", True, False, ("sdpa", "plain")),
+    ):
+        machine = replace(laptop, cpu_intel=intel, cpu_fast_bf16=fast)
+        kernels = resolve_choices(compose_run([f"precision={precision}"]), machine).kernels
+        assert (kernels.attention.value, kernels.matmul.value) == chosen
     offloaded = resolve_choices(compose_run(["zero=stage2_offload"]), CLUSTER)
     assert offloaded.optim.name.value == "cpu_adam"
     assert resolve_choices(compose_run(["zero=zeropp"]), CLUSTER).zero.zero_hpz_partition_size == 8

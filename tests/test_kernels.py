@@ -17,14 +17,17 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 from llama_pretrain.config.schema import AttentionKernel, CompiledPart, Kernels, LayerKernel
 from llama_pretrain.config.schema import LossKernel as Loss
+from llama_pretrain.config.schema import Matmul
 from llama_pretrain.data.dataset import IGNORED
 from llama_pretrain.launch.environment import worker_environment
+from llama_pretrain.plan import memory
 from llama_pretrain.plan.choices import resolve_choices
 from llama_pretrain.plan.machine import detect_machine
 from llama_pretrain.train.kernels import attention, cross_entropy, install
 from llama_pretrain.train.kernels.attention import blocked_attention, blocked_attention_backward
 from llama_pretrain.train.kernels.cross_entropy import linear_cross_entropy
 from llama_pretrain.train.kernels.elementwise import RmsNorm, Rotate, SwiGlu
+from llama_pretrain.train.kernels.matmul import WideLinear
 from llama_pretrain.train.loss import sum_of_losses, token_losses
 from tests.conftest import compose_run
 
@@ -34,6 +37,7 @@ PLAIN = Kernels(
     rms_norm=LayerKernel.plain,
     rotary=LayerKernel.plain,
     swiglu=LayerKernel.plain,
+    matmul=Matmul.plain,
 )
 FAST = Kernels(
     attention=AttentionKernel.blocked,
@@ -41,11 +45,14 @@ FAST = Kernels(
     rms_norm=LayerKernel.fused,
     rotary=LayerKernel.fused,
     swiglu=LayerKernel.fused,
+    matmul=Matmul.plain,
 )
+WIDE = replace(FAST, attention=AttentionKernel.sdpa, matmul=Matmul.fp32)
 Tensors = Sequence[torch.Tensor]
 fused_norm: Any = RmsNorm.apply
 rotate: Any = Rotate.apply
 swiglu: Any = SwiGlu.apply
+wide_linear: Any = WideLinear.apply
 
 
 def of_layers(kernel: LayerKernel) -> dict[str, Any]:
@@ -138,10 +145,11 @@ def test_blocked_attention_is_an_operator() -> None:
     torch.library.opcheck(blocked_attention_backward, (*plain, None, 0.3))
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("tokens", [1, 7, 50, 130])
-def test_linear_cross_entropy(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_cross_entropy(tokens: int, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over several chunks, and parts of them."""
-    monkeypatch.setattr(cross_entropy, "CHUNK", 50)
+    monkeypatch.setattr(memory, "LOSS_CHUNK", 50)
     monkeypatch.setattr(cross_entropy, "NUMBERS", 700)
     hidden, weight = torch.randn(tokens, 16), torch.randn(97, 16)
     targets = torch.randint(0, 97, (tokens,))
@@ -152,15 +160,16 @@ def test_linear_cross_entropy(tokens: int, monkeypatch: pytest.MonkeyPatch) -> N
         return functional.cross_entropy(logits, targets, reduction="sum")[None] * 0.3
 
     def ours(hidden: torch.Tensor, weight: torch.Tensor) -> Any:
-        return linear_cross_entropy(hidden, weight, targets)[0][None] * 0.3
+        return linear_cross_entropy(hidden, weight, targets, wide=wide)[0][None] * 0.3
 
     check(ours, plain, [hidden, weight])
-    total, each = linear_cross_entropy(hidden, weight, targets)
+    total, each = linear_cross_entropy(hidden, weight, targets, wide=wide)
     wanted = functional.cross_entropy(hidden @ weight.t(), targets, reduction="none")
     assert torch.allclose(each, wanted, atol=1e-5)
     assert torch.equal(total, each.sum())
     with torch.no_grad():
-        assert torch.equal(linear_cross_entropy(hidden, weight, targets)[1], each)
+        again = linear_cross_entropy(hidden, weight, targets, wide=wide)[1]
+        assert torch.equal(again, each)
 
 
 def test_linear_cross_entropy_of_unlikely_and_of_broken_tokens() -> None:
@@ -207,6 +216,22 @@ def test_swiglu() -> None:
     check(swiglu, plain, [torch.randn(2, 700, 100), torch.randn(2, 700, 100)])
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_wide_linear(biased: bool) -> None:
+    """Its result is that of fp32, rounded once."""
+    inputs = [torch.randn(3, 40, 96), torch.randn(64, 96), torch.randn(64)][: 2 + biased]
+
+    def plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+        return functional.linear(x, weight, bias)
+
+    def ours(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+        return wide_linear(x, weight, bias)
+
+    check(ours, plain, inputs)
+    halves = [x.bfloat16() for x in inputs]
+    assert torch.equal(ours(*halves), plain(*[x.float() for x in halves]).bfloat16())
+
+
 def build(kernels: Kernels, dtype: torch.dtype, **changes: int | bool) -> Any:
     torch.manual_seed(1)
     shape: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4}
@@ -239,12 +264,13 @@ def gradients(model: Any, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("documents", [False, True])
-def test_a_model_with_all_kernels(tied: bool, documents: bool) -> None:
+@pytest.mark.parametrize("kernels", [FAST, WIDE])
+def test_a_model_with_all_kernels(kernels: Kernels, tied: bool, documents: bool) -> None:
     batch = a_batch()
     if documents:
         batch["position_ids"] = torch.cat([torch.arange(70), torch.arange(130)]).expand(2, -1)
     plain, fast = (
-        build(kernels, torch.float32, tie_word_embeddings=tied) for kernels in (PLAIN, FAST)
+        build(chosen, torch.float32, tie_word_embeddings=tied) for chosen in (PLAIN, kernels)
     )
     exact = gradients(plain, batch)
     assert error(gradients(fast, batch), exact) < 1e-5
@@ -292,11 +318,35 @@ def test_a_model_with_one_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert used == {name}
 
 
+@pytest.mark.parametrize("attention", [AttentionKernel.sdpa, AttentionKernel.blocked])
+def test_wide_products_alone(attention: AttentionKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the same kernels without: nearer to fp32, and every product is one."""
+    batch = a_batch()
+    kernels = replace(PLAIN, attention=attention)
+    plain, wide = (
+        build(chosen, torch.bfloat16, attention_bias=True)
+        for chosen in (kernels, replace(kernels, matmul=Matmul.fp32))
+    )
+    products = []
+
+    def noted(*inputs: torch.Tensor) -> Any:
+        products.append(inputs[1].shape)
+        return wide_linear(*inputs)
+
+    monkeypatch.setattr(install.WideLinear, "apply", noted)
+    found = gradients(wide, batch)
+    assert len(products) == 2 * 7 + 1
+    halves = gradients(plain, batch)
+    exact = gradients(build(PLAIN, torch.bfloat16, attention_bias=True).float(), batch)
+    assert error(found, exact) < error(halves, exact) < 0.05
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", [CompiledPart.layers, CompiledPart.model])
-def test_a_compiled_model(part: CompiledPart) -> None:
+@pytest.mark.parametrize("kernels", [FAST, WIDE])
+def test_a_compiled_model(kernels: Kernels, part: CompiledPart) -> None:
     batch = a_batch()
-    layers = replace(FAST, **of_layers(LayerKernel.plain))
+    layers = replace(kernels, **of_layers(LayerKernel.plain))
     plain, compiled = (build(kernels, torch.float32) for kernels in (PLAIN, layers))
     install.compile_layers(compiled, part)
     exact = gradients(plain, batch)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from tests.conftest import compose_run
 from tests.test_conf import CLUSTER
 
 FUSED = tuple(f"kernels.{name}=fused" for name in LAYERS)
+BLOCKED, WIDE = "kernels.attention=blocked", "kernels.matmul=fp32"
 LLAMA2_7B = 6_738_415_616
 
 
@@ -183,8 +185,13 @@ def saved_bytes_per_token(
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("groups", [4, 2])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kernels", [(), FUSED, (*FUSED, "kernels.attention=blocked")])
+@pytest.mark.parametrize(
+    ("dtype", "kernels"),
+    [
+        *product(("float32", "bfloat16"), ((), FUSED, (*FUSED, BLOCKED))),
+        *product(("bfloat16",), ((WIDE,), (*FUSED, WIDE), (*FUSED, BLOCKED, WIDE))),
+    ],
+)
 def test_activations_are_what_autograd_keeps(
     dtype: str, groups: int, recompute: bool, kernels: Sequence[str]
 ) -> None:

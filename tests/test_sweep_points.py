@@ -35,6 +35,7 @@ MACHINE = Machine(
     gpu_capability=None,
     cpu_bf16=False,
     cpu_intel=False,
+    cpu_fast_bf16=True,
     has_compiler=True,
     has_libaio=False,
 )

@@ -33,6 +33,7 @@ LAPTOP = Machine(
     gpu_capability=None,
     cpu_bf16=False,
     cpu_intel=False,
+    cpu_fast_bf16=True,
     has_compiler=False,
     has_libaio=False,
 )

@@ -99,6 +99,7 @@ def load_snapshot(path: Path) -> Run:
         values["sweep"].pop("fork", None)  # what launch.fork is now; of a run it said nothing
     if isinstance(values.get("kernels"), dict):
         values["kernels"].pop("huge_pages", None)  # what kernels.allocator is now
+        values["kernels"].setdefault("matmul", "plain")  # there was no other
     return parse_values(values)
 
 

@@ -78,6 +78,7 @@ CHOSEN = {
     "kernels.rms_norm": "chosen: for the device",
     "kernels.rotary": "chosen: for the device",
     "kernels.swiglu": "chosen: for the device",
+    "kernels.matmul": "chosen: for the device and the precision",
     "kernels.allocator": "chosen: keep on a CPU",
     "train.gradient_clipping": "chosen: 1.0, but 0 with Muon",
     "zero.reduce_scatter": "chosen: true, but for Muon at stage 3",

@@ -14,6 +14,7 @@ from llama_pretrain.config.schema import (
     Kernels,
     LayerKernel,
     LossKernel,
+    Matmul,
     PrecisionName,
     Run,
 )
@@ -34,6 +35,7 @@ def choose_kernels(run: Run, machine: Machine) -> Kernels:
         if kernels.attention is AttentionKernel.auto
         else kernels.attention,
         loss=_loss(run) if kernels.loss is LossKernel.auto else kernels.loss,
+        matmul=_matmul(run, machine) if kernels.matmul is Matmul.auto else kernels.matmul,
         allocator=_allocator(run) if kernels.allocator is Allocator.auto else kernels.allocator,
         **changes,
     )
@@ -58,6 +60,13 @@ def _loss(run: Run) -> LossKernel:
     fp16 = run.precision.name is PrecisionName.fp16
     plain = fp16 or run.precision.torch_autocast.enabled
     return LossKernel.plain if plain else LossKernel.chunked
+
+
+def _matmul(run: Run, machine: Machine) -> Matmul:
+    sixteen = run.precision.name is not PrecisionName.fp32
+    autocast = run.precision.torch_autocast.enabled
+    slow = not _on_gpu(run) and not machine.cpu_fast_bf16
+    return Matmul.fp32 if sixteen and slow and not autocast else Matmul.plain
 
 
 def _allocator(run: Run) -> Allocator:
@@ -88,12 +97,15 @@ def check_kernels(run: Run, machine: Machine) -> Iterator[Problem]:
             hint = f"set kernels.{name}=auto"
             yield Problem(path=f"kernels.{name}", message=f"{needs} (got liger)", hint=hint)
     autocast = run.precision.torch_autocast.enabled
-    for name in ("loss", *LAYERS):
+    for name in ("loss", "matmul", *LAYERS):
         chosen = getattr(kernels, name).value
-        if autocast and chosen in ("chunked", "fused"):
+        if autocast and chosen in ("chunked", "fp32", "fused"):
             message = f"torch.autocast doesn't see into this kernel (got {chosen})"
             hint = f"set kernels.{name}=plain"
             yield Problem(path=f"kernels.{name}", message=message, hint=hint)
+    if kernels.matmul is Matmul.fp32 and run.precision.name is PrecisionName.fp32 and not autocast:
+        message = "is for 16 bits, and precision is fp32 (got fp32)"
+        yield Problem(path="kernels.matmul", message=message, hint="set kernels.matmul=auto")
     if kernels.loss is LossKernel.chunked and run.precision.name is PrecisionName.fp16:
         message = "makes the gradient before the loss is scaled, which fp16 needs (got chunked)"
         yield Problem(path="kernels.loss", message=message, hint="set kernels.loss=plain")

@@ -29,6 +29,8 @@ class Machine:
     """Whether the CPU multiplies bf16 natively."""
     cpu_intel: bool
     """Whether it is Intel's, for which MKL is made."""
+    cpu_fast_bf16: bool
+    """Whether products in bf16 are faster on it than in fp32."""
     has_compiler: bool
     """Whether DeepSpeed's operators can be compiled: a C++ compiler and ninja."""
     has_libaio: bool
@@ -38,6 +40,8 @@ def detect_machine() -> Machine:
     """Look at this machine."""
     gpus = _query_gpus() if _torch_has_cuda() else []
     processor = _describe_processor()
+    intel = "GenuineIntel" in processor
+    fast = r"\bamx_bf16\b" if intel else r"\b(avx512_bf16|amx_bf16|bf16)\b"
     return Machine(
         cores=_count_cores(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -46,7 +50,9 @@ def detect_machine() -> Machine:
         gpu_memory_bytes=gpus[0][1] if gpus else None,
         gpu_capability=gpus[0][2] if gpus else None,
         cpu_bf16=re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", processor) is not None,
-        cpu_intel="GenuineIntel" in processor,
+        cpu_intel=intel,
+        # Intel's AVX512-BF16 alone has half the speed of its fp32 (docs/performance.md).
+        cpu_fast_bf16=re.search(fast, processor) is not None,
         has_compiler=_has_compiler(),
         has_libaio=ctypes.util.find_library("aio") is not None,
     )

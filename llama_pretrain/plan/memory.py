@@ -19,6 +19,7 @@ from llama_pretrain.config.schema import (
     Device,
     LayerKernel,
     LossKernel,
+    Matmul,
     OptimName,
     Run,
 )
@@ -36,7 +37,7 @@ MOMENTS = {
 """fp32 numbers that an optimizer keeps for a parameter, where they are not Adam's two."""
 
 LOSS_CHUNK = 1024
-"""Tokens of a chunk (train/kernels/cross_entropy.py)."""
+"""Tokens of which the chunked loss holds the logits (train/kernels/cross_entropy.py)."""
 
 FRAMEWORK_BYTES = {Device.cpu: 360 << 20, Device.cuda: 1 << 30}
 """What libraries take before there is a model: on a CPU the resident memory after imports (torch
@@ -114,6 +115,11 @@ def estimate_memory(run: Run, batch: BatchPlan, *, world_size: int) -> MemoryPla
     returned = device is Device.cpu and run.launch.malloc_mmap_threshold is not None
     share = 0.0 if returned else ALLOCATOR_SHARE[device]
     return changed(peak, allocator=int((peak.total - peak.framework) * share))
+
+
+def loss_chunk(*, wide: bool) -> int:
+    """Tokens whose logits are there at once; `wide` = in fp32 where all else has 16 bits."""
+    return LOSS_CHUNK // 2 if wide else LOSS_CHUNK
 
 
 def states_memory(run: Run, *, world_size: int) -> MemoryPlan:
@@ -266,7 +272,11 @@ def _activation_bytes(run: Run, batch: BatchPlan) -> tuple[int, int]:
     outputs = 1
     if run.kernels.rotary is LayerKernel.fused:  # heads first: the output is turned into a copy
         outputs = 1 if run.kernels.attention is AttentionKernel.blocked else 2
-    products = (1 + outputs) * queries + 2 * keys + inner * model.intermediate_size
+    attention = (1 + outputs) * queries + 2 * keys
+    if run.kernels.matmul is Matmul.fp32:  # all that attention keeps is of twice the width
+        kept_outputs = 0 if run.kernels.attention is AttentionKernel.blocked else 1
+        attention = 2 * ((1 + kept_outputs) * queries + 2 * keys) + queries
+    products = attention + inner * model.intermediate_size
     layer = 2 * norm + tokens * width * products // run.deepspeed.tensor_parallel.autotp_size
     if not run.train.gradient_checkpointing:
         return model.num_hidden_layers * layer + norm, 0
@@ -286,8 +296,9 @@ def _logits_bytes(run: Run, batch: BatchPlan) -> tuple[int, int]:
     """What the loss takes at the end of the forward pass and at the start of the backward pass.
 
     Plain: the log-softmax, its gradient and that of the logits, each (B * T, V) float32.
-    By chunks: 16-bit logits of one, and the gradients of the hidden states and of the head, of
-    which several chunks are added up in fp32; then both are scaled.
+    By chunks: 16-bit logits of one (or fp32 ones of half as many tokens, and the head in fp32), and
+    the gradients of the hidden states and of the head, of which several chunks are added up in
+    fp32; then both are scaled.
     """
     model, width = run.model, _width(run)
     tokens = batch.micro_batch_size * run.data.sequence_length
@@ -295,9 +306,12 @@ def _logits_bytes(run: Run, batch: BatchPlan) -> tuple[int, int]:
     if run.kernels.loss is LossKernel.plain:
         return tokens * model.vocab_size * 2 * 4, tokens * model.vocab_size * 3 * 4
     hidden, head = tokens * model.hidden_size, model.vocab_size * model.hidden_size
-    chunk = min(tokens, LOSS_CHUNK) * model.vocab_size * width
-    sums = head * (width if tokens <= LOSS_CHUNK else 4 + width)
-    return chunk + hidden * width + sums, 2 * (hidden + head) * width
+    wide = run.kernels.matmul is Matmul.fp32
+    length = loss_chunk(wide=wide)
+    chunk = min(tokens, length) * model.vocab_size * (4 if wide else width)
+    sums = head * (4 + width if wide or tokens > length else width)
+    copy = head * 4 if wide else 0
+    return chunk + hidden * width + sums + copy, 2 * (hidden + head) * width
 
 
 def _gathered_bytes(run: Run, size: ModelSize, *, world_size: int) -> int:

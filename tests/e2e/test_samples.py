@@ -31,11 +31,14 @@ TIMES = {
 
 
 def numbers(done: Command) -> list[dict[str, Any]]:
-    """All that is measured but times and memory, the run's last line left out."""
+    """All that is measured but times and memory, the run's last line left out.
+
+    Lines of saves come last: when a save beside training is done is a matter of time.
+    """
     rows = read_metrics(done.run_dir.metrics)
     return [
         {key: value for key, value in row.items() if key not in TIMES}
-        for row in rows
+        for row in sorted(rows, key=lambda row: "checkpoint" in row)
         if "finished" not in row
     ]
 

@@ -10,16 +10,14 @@ from typing import Any
 import torch
 
 from llama_pretrain.data.dataset import IGNORED
-from llama_pretrain.plan.memory import LOSS_CHUNK
+from llama_pretrain.plan.memory import loss_chunk
 
-CHUNK = LOSS_CHUNK
-"""Tokens whose logits are there at once."""
 NUMBERS = 1 << 18
 """Logits that one thread works on at once: 1 MiB in fp32, about a core's cache."""
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, wide: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross entropy of softmax(hidden weight^T), in nats; its softmax is in fp32.
 
@@ -27,37 +25,42 @@ def linear_cross_entropy(
         hidden: (N, D).
         weight: (V, D), of the same type.
         targets: (N,) int64; IGNORED ones have no loss.
+        wide: multiply in fp32, and keep logits in it.
 
     Returns:
         The sum, a float32 scalar that has a gradient, and each token's loss, (N,) float32, which
         has none.
     """
     apply: Any = _LinearCrossEntropy.apply
-    losses: tuple[torch.Tensor, torch.Tensor] = apply(hidden, weight, targets)
+    losses: tuple[torch.Tensor, torch.Tensor] = apply(hidden, weight, targets, wide)
     return losses
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, wide: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         needed = any(ctx.needs_input_grad[:2])
-        count, chunked = len(hidden), len(hidden) > CHUNK
+        count, length = len(hidden), loss_chunk(wide=wide)
         losses = torch.empty(count, dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needed else None
         grad_weight: torch.Tensor | None = None
-        if needed and chunked:  # added up over chunks, in more digits than they are made with
+        if needed and count > length:  # added up over chunks, in more digits than they are made with
             grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        buffer = hidden.new_empty(min(count, CHUNK), len(weight))
-        for start in range(0, count, CHUNK):
-            rows = slice(start, min(start + CHUNK, count))
-            tokens = hidden[rows]
-            logits = torch.mm(tokens, weight.t(), out=buffer[: len(tokens)])
+        matrix = weight.float() if wide else weight
+        buffer = matrix.new_empty(min(count, length), len(weight))
+        for start in range(0, count, length):
+            rows = slice(start, min(start + length, count))
+            tokens = hidden[rows].to(matrix.dtype)
+            logits = torch.mm(tokens, matrix.t(), out=buffer[: len(tokens)])
             losses[rows] = _losses(logits, targets[rows], gradient=needed)
             if grad_hidden is None:
                 continue
-            torch.mm(logits, weight, out=grad_hidden[rows])
+            if wide:
+                grad_hidden[rows] = torch.mm(logits, matrix)
+            else:
+                torch.mm(logits, matrix, out=grad_hidden[rows])
             if grad_weight is None:
                 grad_weight = torch.mm(logits.t(), tokens)
             else:
@@ -71,7 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = gradients[0]
-        return grad_hidden * scale, grad_weight * scale, None
+        return grad_hidden * scale, grad_weight * scale, None, None
 
 
 def _losses(logits: torch.Tensor, targets: torch.Tensor, *, gradient: bool) -> torch.Tensor:

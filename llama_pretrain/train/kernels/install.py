@@ -8,6 +8,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,10 +29,12 @@ from llama_pretrain.config.schema import (
     Kernels,
     LayerKernel,
     LossKernel,
+    Matmul,
 )
 from llama_pretrain.train.kernels.attention import blocked_attention
 from llama_pretrain.train.kernels.cross_entropy import linear_cross_entropy
 from llama_pretrain.train.kernels.elementwise import RmsNorm, Rotate, SwiGlu
+from llama_pretrain.train.kernels.matmul import WideLinear
 
 INTERFACES: Any = AttentionInterface()  # type: ignore[no-untyped-call]  # transformers'
 """Attention by name: transformers', and `blocked`."""
@@ -41,10 +44,11 @@ LIGER = "liger_kernel.transformers.functional"
 def install_kernels(model: LlamaForCausalLM, kernels: Kernels) -> None:
     """Let a model compute as its run has chosen; no choice is open any more."""
     model.config._attn_implementation = kernels.attention.value
+    wide = kernels.matmul is Matmul.fp32
     if kernels.loss is not LossKernel.plain:
         model.__class__ = LlamaWithLoss
         head: Any = model.lm_head
-        head.__class__, head.losses = LossHead, _loss_function(kernels.loss)
+        head.__class__, head.losses = LossHead, _loss_function(kernels.loss, wide=wide)
     normalize = _layer_function(kernels.rms_norm, fused=RmsNorm.apply, liger="liger_rms_norm")
     swiglu = _layer_function(kernels.swiglu, fused=SwiGlu.apply, liger="liger_swiglu")
     rotate = _rotation(kernels.rotary)
@@ -55,7 +59,9 @@ def install_kernels(model: LlamaForCausalLM, kernels: Kernels) -> None:
         elif isinstance(module, LlamaMLP) and swiglu is not None:
             changed.__class__, changed.swiglu = Mlp, swiglu
         elif isinstance(module, LlamaAttention):
-            changed.__class__, changed.rotate = Attention, rotate
+            changed.__class__, changed.rotate, changed.wide = Attention, rotate, wide
+        elif type(module) is nn.Linear and wide:
+            changed.__class__ = Linear
 
 
 def compile_layers(model: LlamaForCausalLM, part: CompiledPart) -> None:
@@ -74,6 +80,17 @@ def without_compilation() -> AbstractContextManager[Any]:
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and it takes a second to import
         return nullcontext()
     return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
+
+
+class Linear(nn.Linear):
+    """A product with its operands in fp32."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if input.dtype is torch.float32:
+            return super().forward(input)
+        apply: Any = WideLinear.apply
+        out: torch.Tensor = apply(input, self.weight, self.bias)
+        return out
 
 
 class Norm(LlamaRMSNorm):
@@ -96,9 +113,10 @@ class Mlp(LlamaMLP):
 
 
 class Attention(LlamaAttention):
-    """transformers' attention, with a choice of rotation."""
+    """transformers' attention, with a choice of rotation, and of fp32 within."""
 
     rotate: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    wide: bool
 
     def forward(
         self,
@@ -114,6 +132,9 @@ class Attention(LlamaAttention):
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = self.rotate(query, key, *position_embeddings)
+        value = value.transpose(1, 2)
+        if self.wide:
+            query, key, value = query.float(), key.float(), value.float()
         name = self.config._attn_implementation
         attend = INTERFACES.get_interface(name, eager_attention_forward)
         kwargs.pop("cache", None)
@@ -121,13 +142,14 @@ class Attention(LlamaAttention):
             self,
             query,
             key,
-            value.transpose(1, 2),
+            value,
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
         )
-        out: torch.Tensor = self.o_proj(mixed.reshape(rows, tokens, -1))
+        mixed = mixed.reshape(rows, tokens, -1).to(hidden_states.dtype)
+        out: torch.Tensor = self.o_proj(mixed)
         return out, weights
 
 
@@ -206,9 +228,11 @@ class LlamaWithLoss(LlamaForCausalLM):  # type: ignore[no-untyped-call]  # trans
         return self.lm_head(hidden, targets)
 
 
-def _loss_function(kernel: LossKernel) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+def _loss_function(
+    kernel: LossKernel, *, wide: bool
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     if kernel is LossKernel.chunked:
-        return linear_cross_entropy
+        return partial(linear_cross_entropy, wide=wide)
     theirs = importlib.import_module(LIGER)
 
     def losses(
