@@ -9,15 +9,13 @@ to. Waiting for the other rank counts as communication.
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import ROOT, write_record
+from benchmarks.record import train_alone, write_record
 from benchmarks.throughput import SIZES, TOKENS_PER_STEP
 
 STEPS = 2
@@ -88,32 +86,17 @@ def measure(size: str, row: int, kernels: str) -> dict[str, float]:
         SystemExit: if the run fails.
     """
     with tempfile.TemporaryDirectory() as folder:
-        words = (
+        run_dir = Path(folder) / "run"
+        train_alone(
+            run_dir,
             *SIZES[size].words,
             f"kernels={kernels}",
             f"data.sequence_length={row}",
             f"batch.global_batch_size={TOKENS_PER_STEP // row}",
             "train.max_steps=6",
-            "train.eval_every_steps=null",
-            "train.eval_rows=2",
-            "train.sample_prompt=''",
-            "checkpoint.every_steps=null",
-            "checkpoint.at_end=false",
-            "checkpoint.export=false",
-            "monitor=none",
-            "launch.device=cpu",
             f"train.profile_steps={STEPS}",
         )
-        done = subprocess.run(
-            [sys.executable, "run.py", *words, f"hydra.run.dir={folder}/run"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,
-        )
-        if done.returncode:
-            sys.exit(done.stdout[-3000:])
-        (trace,) = (Path(folder) / "run" / "profile").glob("*.json")
+        (trace,) = (run_dir / "profile").glob("*.json")
         return read_trace(trace)
 
 

@@ -1,6 +1,7 @@
-"""Results of benchmarks as JSON, with what they were measured on."""
+"""What benchmarks share: runs that only step, and results as JSON with their provenance."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,6 +16,35 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FACTS = ("time", "argv", "git_commit", "git_changed_files", "python", "platform", "cpu", "machine")
 """What of a run's provenance says how a measurement was made."""
+
+STEPS_ALONE = (
+    "train.eval_every_steps=null",
+    "train.eval_rows=2",
+    "train.sample_prompt=''",
+    "checkpoint.every_steps=null",
+    "checkpoint.at_end=false",
+    "checkpoint.export=false",
+    "monitor=none",
+    "launch.device=cpu",
+)
+"""A run of steps, and of next to nothing else."""
+
+
+def train_alone(run_dir: Path, *words: str) -> None:
+    """Train on a CPU with these overrides.
+
+    Raises:
+        SystemExit: with the end of what it printed, if it fails.
+    """
+    done = subprocess.run(
+        [sys.executable, "run.py", *STEPS_ALONE, *words, f"hydra.run.dir={run_dir}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+    )
+    if done.returncode:
+        sys.exit(f"{' '.join(words)}: {done.stdout[-3000:]}")
 
 
 def write_record(name: str, values: Mapping[str, Any], *, packages: Sequence[str]) -> Path:

@@ -13,8 +13,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,24 +20,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import RESULTS, ROOT, write_record
+from benchmarks.record import RESULTS, ROOT, train_alone, write_record
 from benchmarks.throughput import SIZES, TOKENS_PER_STEP
 from llama_pretrain.runs.rundir import RunDir, read_metrics
 
 PLOT = ROOT / "docs" / "img" / "scale.svg"
 STEPS = 10
-BASE = (
-    "model.max_position_embeddings=4096",
-    f"train.max_steps={STEPS}",
-    "train.eval_every_steps=null",
-    "train.eval_rows=2",
-    "train.sample_prompt=''",
-    "checkpoint.every_steps=null",
-    "checkpoint.at_end=false",
-    "checkpoint.export=false",
-    "monitor=none",
-    "launch.device=cpu",
-)
 TOKENS = 2048
 """Of a micro batch, where nothing else is said."""
 
@@ -121,6 +107,7 @@ ONE_MORE = (
     "kernels.rms_norm=fused",
     "kernels.rotary=fused",
     "kernels.swiglu=fused",
+    "kernels.matmul=fp32",
     "kernels.allocator=keep",
     "kernels.compile=layers",
     "kernels.compile=model",
@@ -133,15 +120,8 @@ def measure(point: Point, folder: Path) -> dict[str, float]:
     Raises:
         SystemExit: if it fails.
     """
-    done = subprocess.run(
-        [sys.executable, "run.py", *BASE, *point.words, f"hydra.run.dir={folder}"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-    )
-    if done.returncode:
-        sys.exit(f"{point.curve} {point.at}: {done.stdout[-2000:]}")
+    steps = ("model.max_position_embeddings=4096", f"train.max_steps={STEPS}")
+    train_alone(folder, *steps, *point.words)
     rows = read_metrics(RunDir(folder).metrics)
     rates = [row["tokens_per_s"] for row in rows if "loss" in row]
     return {

@@ -15,9 +15,14 @@ import torch.nn.functional as functional
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from llama_pretrain.config.schema import AttentionKernel, CompiledPart, Kernels, LayerKernel
+from llama_pretrain.config.schema import (
+    AttentionKernel,
+    CompiledPart,
+    Kernels,
+    LayerKernel,
+    Matmul,
+)
 from llama_pretrain.config.schema import LossKernel as Loss
-from llama_pretrain.config.schema import Matmul
 from llama_pretrain.data.dataset import IGNORED
 from llama_pretrain.launch.environment import worker_environment
 from llama_pretrain.plan import memory

@@ -7,7 +7,6 @@ all-reduce of bf16 buckets with the backward pass. fp32 weights under autocast, 
 write it, have not been measured beside this on an idle machine.
 """
 
-import argparse
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM
 
-from benchmarks.arms.given import StepFile, batches_of, learning_rates, read_run
+from benchmarks.arms.given import StepFile, batches_of, learning_rates, read_run, read_words
 from llama_pretrain.runs.rundir import RunDir
 
 
@@ -97,12 +96,7 @@ def train(run_dir: RunDir, model_dir: Path, steps_file: Path, *, compiled: bool)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("model_dir", type=Path)
-    parser.add_argument("steps_file", type=Path)
-    parser.add_argument("--compile", action="store_true")
-    given = parser.parse_args()
+    given = read_words(__doc__)
     train(RunDir(given.run_dir), given.model_dir, given.steps_file, compiled=given.compile)
 
 

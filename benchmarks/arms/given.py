@@ -5,6 +5,7 @@
 writes the first weights of a run of ours as a Hugging Face model, which competitors then read.
 """
 
+import argparse
 import json
 import sys
 import time
@@ -54,6 +55,15 @@ def learning_rates(run: Run, plan: Plan) -> Callable[[int], float]:
     from llama_pretrain.train.optimizer import learning_rate_factor
 
     return learning_rate_factor(run.schedule, plan.steps)
+
+
+def read_words(about: str | None) -> argparse.Namespace:
+    """The command line of a competitor: run_dir, model_dir, steps_file, and whether to compile."""
+    parser = argparse.ArgumentParser(description=about)
+    for name in ("run_dir", "model_dir", "steps_file"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--compile", action="store_true")
+    return parser.parse_args()
 
 
 class StepFile:

@@ -6,7 +6,6 @@ Its defaults stay, but for what must be the same in all arms: the numbers of Ada
 rate of each step, the rows and their order, and no checkpoint.
 """
 
-import argparse
 import os
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
-from benchmarks.arms.given import StepFile, batches_of, learning_rates, read_run
+from benchmarks.arms.given import StepFile, batches_of, learning_rates, read_run, read_words
 from llama_pretrain.config.schema import Run
 from llama_pretrain.plan.plan import Plan
 from llama_pretrain.runs.rundir import RunDir
@@ -105,12 +104,7 @@ def train(run_dir: RunDir, model_dir: Path, steps_file: Path, *, compiled: bool)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("model_dir", type=Path)
-    parser.add_argument("steps_file", type=Path)
-    parser.add_argument("--compile", action="store_true")
-    given = parser.parse_args()
+    given = read_words(__doc__)
     train(RunDir(given.run_dir), given.model_dir, given.steps_file, compiled=given.compile)
 
 

@@ -18,7 +18,7 @@ from llama_pretrain.launch.forks import ForkAgent, ForkServers, ServerError, can
 from llama_pretrain.launch.processes import PROC, list_processes
 from llama_pretrain.launch.signals import Preempted, receive_signals
 from llama_pretrain.launch.watch import RankError, Watch
-from llama_pretrain.plan.advice import advise_memory, is_out_of_memory
+from llama_pretrain.plan.advice import advise_memory, is_out_of_memory, may_be_out_of_memory
 from llama_pretrain.plan.plan import Plan
 from llama_pretrain.runs.rundir import RunDir
 from llama_pretrain.train.signals import PARENT
@@ -217,6 +217,8 @@ def describe_failure(
         text = next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
     if is_out_of_memory(text):
         advice = advise_memory(run, plan)
+    elif may_be_out_of_memory(text):
+        advice = advise_memory(run, plan, certain=False)
     return RankError(rank=rank, error=text, log=log, advice=advice, stopping=stopping)
 
 

@@ -21,6 +21,8 @@ OUT_OF_MEMORY = (
     "bad_alloc",
 )
 """What torch, CUDA, Python, the system and C++ say."""
+PERHAPS_OUT_OF_MEMORY = ("could not create a primitive", "could not execute a primitive")
+"""What oneDNN says of its own allocations, and of some other faults."""
 ON_THE_HOST = {
     OptimName.fused_adam: OptimName.cpu_adam,
     OptimName.torch_adamw: OptimName.cpu_adam,
@@ -47,17 +49,24 @@ def is_out_of_memory(error: str) -> bool:
     return any(text in error for text in OUT_OF_MEMORY)
 
 
-def advise_memory(run: Run, plan: Plan) -> str:
+def may_be_out_of_memory(error: str) -> bool:
+    """Whether memory may have been short, by an error that doesn't say."""
+    return any(text in error for text in PERHAPS_OUT_OF_MEMORY)
+
+
+def advise_memory(run: Run, plan: Plan, *, certain: bool = True) -> str:
     """What the plan expected of a rank, and what would lower it, best first: a few lines.
 
     Args:
         run: with its choices resolved.
+        certain: whether memory is known to be what was short.
     """
     memory = plan.memory
     largest = sorted(memory.parts.items(), key=lambda part: -part[1])[:3]
     parts = ", ".join(f"{name} {_size(size)}" for name, size in largest)
     expected = f"the plan expects {_size(memory.total)} of a rank at its peak ({parts})"
-    lines = [f"  memory: {expected}, and its device has {_size(plan.device_memory)}"]
+    about = "memory" if certain else "memory, if that was short (oneDNN doesn't say)"
+    lines = [f"  {about}: {expected}, and its device has {_size(plan.device_memory)}"]
     advices = list_advice(run, plan)
     if advices:
         lines.append("  to need less, best first:")

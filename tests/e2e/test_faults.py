@@ -305,8 +305,7 @@ def test_a_rank_that_hangs_is_found(runner: Runner) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("prlimit") is None, reason="needs util-linux")
 def test_a_rank_without_memory_says_what_to_lower(runner: Runner) -> None:
-    # What was freed goes back to the system, so that the next step asks for it again.
-    words = ("train.max_steps=100000", "batch.global_batch_size=256", "kernels.allocator=plain")
+    words = ("train.max_steps=100000", "batch.global_batch_size=256")
     with started(runner, *LONG, *words) as run:
         run.wait_for(lambda: run.steps >= 3)
         pid = run.beats[1].pid
