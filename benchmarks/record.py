@@ -47,12 +47,14 @@ def train_alone(run_dir: Path, *words: str) -> None:
         sys.exit(f"{' '.join(words)}: {done.stdout[-3000:]}")
 
 
-def write_record(name: str, values: Mapping[str, Any], *, packages: Sequence[str]) -> Path:
-    """Write benchmarks/results/NAME.json. Returns its path."""
+def write_record(
+    name: str, values: Mapping[str, Any], *, packages: Sequence[str], folder: Path = RESULTS
+) -> Path:
+    """Write NAME.json into a folder. Returns its path."""
     facts = collect_provenance(argv=sys.argv, root=ROOT, machine=asdict(detect_machine()))
     provenance = {key: facts[key] for key in FACTS} | {"packages": find_versions(packages)}
-    path = RESULTS / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"provenance": provenance, **values}, indent=1) + "\n")
     return path
 

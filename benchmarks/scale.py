@@ -200,6 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--match", default="", help="only curves whose name has this text")
+    parser.add_argument("--results", type=Path, help="write there, though it be some curves")
     parser.add_argument("--plot", action="store_true", help="draw the results, run nothing")
     options = parser.parse_args()
     if options.plot:
@@ -209,8 +210,10 @@ def main() -> None:
     points = [point for point in list_points() if options.match in point.curve]
     found = run(points, rounds=options.rounds)
     show(found)
-    if not options.match:
-        write_record("scale", {"points": found}, packages=("torch", "transformers", "deepspeed"))
+    if options.results or not options.match:
+        packages = ("torch", "transformers", "deepspeed")
+        folder = options.results or RESULTS
+        write_record("scale", {"points": found}, packages=packages, folder=folder)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ for some steps, round after round, the order rotating. A step counts only if it 
 within its arm's turn, by this process's clock. Arms of a block (defaults; best) take turns with
 each other, and blocks follow one another: at 125M parameters six arms don't fit in memory.
 
-MFU is flops_per_token x tokens/s over the machine's ceiling: large bf16 products in as many
-processes and threads as an arm has, measured before each round while every arm is stopped.
+MFU is flops_per_token x tokens/s over the machine's ceiling: large products, in bf16 or in fp32,
+which is faster, in as many processes and threads as an arm has, measured before each round while
+every arm is stopped.
 flops_per_token is 6N without the input embedding, which is a lookup, and for attention half of
 12 x layers x width x row (arXiv 2204.02311, appendix B), for the mask is causal.
 The first step is counted in seconds from the command, caches warm. Peak memory is the largest

@@ -46,7 +46,13 @@ READ_BY = {
     ),
 }
 """What each task reads of the command line; all else is as the run was."""
-FOLLOWS = ("task", "of_run", "launch.threads_per_process", "launch.device_memory")
+FOLLOWS = (
+    "task",
+    "of_run",
+    "launch.threads_per_process",
+    "launch.bind_cores",
+    "launch.device_memory",
+)
 """What differs from the run's snapshot though nobody set it."""
 SAMPLE = Generate()
 SPLIT = (DataName.text, DataName.megatron, DataName.tokens)

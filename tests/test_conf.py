@@ -522,7 +522,10 @@ def test_choices_follow_the_machine() -> None:
     )
     run = resolve_choices(compose_run([]), laptop)
     assert (run.launch.device.value, run.launch.num_processes) == ("cpu", 2)
-    assert run.launch.threads_per_process == 4
+    assert (run.launch.threads_per_process, run.launch.bind_cores) == (4, True)
+    for words in (("launch.threads_per_process=3",), ("launch.num_processes=1",)):
+        assert resolve_choices(compose_run(words), laptop).launch.bind_cores is False
+    assert resolve_choices(compose_run([]), CLUSTER).launch.bind_cores is False
     assert (run.precision.name.value, run.optim.name.value) == ("fp32", "torch_adamw")
     for precision, intel, fast, chosen in (
         ("fp32", True, False, ("sdpa", "plain")),

@@ -338,7 +338,7 @@ def test_wide_products_alone(attention: AttentionKernel, monkeypatch: pytest.Mon
         products.append(inputs[1].shape)
         return wide_linear(*inputs)
 
-    monkeypatch.setattr(install.WideLinear, "apply", noted)
+    monkeypatch.setattr(WideLinear, "apply", noted)
     found = gradients(wide, batch)
     assert len(products) == 2 * 7 + 1
     halves = gradients(plain, batch)

@@ -1,5 +1,6 @@
 """Ranks that are forked: the numbers of fresh ones, and nothing passes from one to the next."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from llama_pretrain.launch.processes import is_alive, list_processes
 from llama_pretrain.launch.watch import RankError
 from llama_pretrain.plan.machine import detect_machine
 from llama_pretrain.plan.plan import build_plan
+from llama_pretrain.runs.heartbeat import STARTED, read_beats
 from llama_pretrain.runs.phases import NAMES
 from llama_pretrain.runs.rundir import RunDir, read_metrics
 from llama_pretrain.tasks import check_everything, pretrain
@@ -100,6 +102,38 @@ def test_no_state_passes_from_one_run_to_the_next(train: Trainer) -> None:
     assert not after["process_group"]
     assert not after["deepspeed_group"]
     assert not any("LOCAL_RANK" in name for name in after["environment"])
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one core")
+@pytest.mark.parametrize("forked", [True, False])
+def test_each_rank_keeps_to_cores_of_its_own(train: Trainer, tmp_path: Path, forked: bool) -> None:
+    """Where ranks take all cores that there are for the run; else they move freely."""
+    two = set(sorted(os.sched_getaffinity(0))[:2])
+    before = os.sched_getaffinity(0)
+    seen: dict[int, set[int]] = {}
+
+    def look(run_dir: RunDir) -> None:
+        for rank, beat in enumerate(read_beats(run_dir.heartbeats, world_size=2)):
+            if beat.count > STARTED and not beat.finished:
+                with contextlib.suppress(ProcessLookupError):
+                    seen[rank] = os.sched_getaffinity(beat.pid)
+
+    os.sched_setaffinity(0, two)
+    try:
+        for name, words, bound in (
+            ("all", (), True),
+            ("more", ("launch.threads_per_process=2",), False),
+            ("free", ("launch.bind_cores=false",), False),
+        ):
+            seen.clear()
+            words = ("launch.num_processes=2", "train.max_steps=20", "kernels=plain", *words)
+            train(name, *words, forked=forked, look=partial(look, RunDir(tmp_path / name)))
+            assert sorted(seen) == [0, 1]
+            assert seen[0] | seen[1] == two
+            assert (len(seen[0]) == len(seen[1]) == 1) is bound
+        assert os.sched_getaffinity(0) == two
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def test_a_rank_that_dies_takes_the_others_and_the_server_stays(

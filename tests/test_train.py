@@ -17,6 +17,7 @@ from llama_pretrain.plan.ds_config import get_train_ds_config
 from llama_pretrain.plan.machine import detect_machine
 from llama_pretrain.plan.model_size import count_parameters
 from llama_pretrain.plan.plan import Steps, build_plan
+from llama_pretrain.train import distributed
 from llama_pretrain.train.loss import token_losses
 from llama_pretrain.train.model import (
     build_llama_config,
@@ -43,6 +44,26 @@ SHAPE = Model(
     max_position_embeddings=128,
 )
 CONFIG = build_llama_config(SHAPE, vocab_size=64, special_ids={})
+
+
+def test_cores_are_shared_out_by_socket_and_core(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sockets of two cores of two threads, numbered as Linux often does; one is not ours."""
+    for number in range(8):
+        topology = tmp_path / f"cpu{number}" / "topology"
+        topology.mkdir(parents=True)
+        (topology / "physical_package_id").write_text(f"{number % 2}\n")
+        (topology / "core_id").write_text(f"{number // 2 % 2}\n")
+    monkeypatch.setattr(distributed, "CORES", tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {*range(8)} - {5})
+    kept: list[list[int]] = []
+    monkeypatch.setattr("os.sched_setaffinity", lambda pid, cores: kept.append(cores))
+    for index in range(3):
+        distributed.keep_to_cores(index, num_ranks=3)
+    assert kept == [[0, 4], [2, 6], [1, 3]]
+    distributed.keep_to_cores(7, num_ranks=8)
+    assert len(kept) == 3
 
 
 def plain_model(**changes: Any) -> Any:
@@ -431,7 +452,8 @@ def test_muon_is_that_of_torch(stage: int, monkeypatch: pytest.MonkeyPatch) -> N
         expected = losses_of_plain(*plain_muon(model), model=model)
     with torch.compiler.set_stance("force_eager"):  # as ranks on a CPU have it
         found = losses_of_engine("optim=muon", "optim.learning_rate=1e-2", stage=stage)
-    assert found == pytest.approx(expected, abs=2e-6)
+    # Orthogonalising multiplies what rounding differs by: 6e-6 on a Xeon, below 2e-6 on an EPYC.
+    assert found == pytest.approx(expected, abs=2e-5)
 
 
 @pytest.mark.slow

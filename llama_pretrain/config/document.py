@@ -67,6 +67,7 @@ writes the decision into `snapshot.yaml`:
 `task=plan` plans several machines, else `cpu` |
 | `launch.num_processes` | `null` | the number of GPUs; on a CPU 2, or 1 if there is a single core |
 | `launch.threads_per_process` | `null` | the cores divided by the processes, at least 1 |
+| `launch.bind_cores` | `null` | `true` on a CPU where ranks and their threads take all cores |
 | `launch.device_memory` | `null` | the GPU's memory (80 GiB where none is here); on a CPU a \
 rank's share of the host's |
 | `batch` | all four `null` | 16 rows a step, or the next number that the ranks divide |
@@ -80,6 +81,7 @@ else `torch_adamw` |
 | `kernels.loss` | `auto` | `chunked`, but `plain` for fp16 and autocast |
 | `kernels.rms_norm`, `rotary`, `swiglu` | `auto` | `fused` on a CPU, `liger` on CUDA where it is \
 installed; `plain` with `kernels.compile` and autocast |
+| `kernels.matmul` | `auto` | `fp32` on a CPU that is slow in 16 bits, else `plain` |
 | `kernels.allocator` | `auto` | `keep` on a CPU |
 | `checkpoint.asynchronous` | `null` | where there are saves before the last step, and room for \
 the copy |

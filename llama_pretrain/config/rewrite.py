@@ -285,7 +285,7 @@ def _derive_again(
     """Forget what a snapshot has derived from settings that are given anew."""
     launch, zero = values["launch"], values["zero"]
     if {"launch.num_processes", "launch.device"} & {*settings} or "launch" in chosen:
-        launch |= {"threads_per_process": None, "device_memory": None}
+        launch |= dict.fromkeys(("threads_per_process", "bind_cores", "device_memory"))
         if zero["zero_hpz_partition_size"] != 1:
             zero["zero_hpz_partition_size"] = None
     stage = settings.get("zero.stage", "")

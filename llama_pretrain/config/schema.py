@@ -504,6 +504,9 @@ class Launch:
     GPUs are planned that aren't here, and a rank's share of the host's memory on a CPU."""
     threads_per_process: PositiveInt | None = None
     """Threads of one rank on a CPU; `null` = its share of the cores."""
+    bind_cores: bool | None = None
+    """Each rank keeps to cores of its own, neighbours of a socket; `null` = on a CPU, where ranks
+    and their threads take all cores that the run may use."""
     malloc_mmap_threshold: PositiveInt | None = None
     """On a CPU: blocks of this many bytes or more go back to the system when they are freed
     (glibc's MALLOC_MMAP_THRESHOLD_). With 262144 a rank's memory is what the plan says to a few

@@ -68,6 +68,7 @@ CHOSEN = {
     "launch.device": "chosen: cuda where torch and a GPU are there, or a cluster is planned",
     "launch.num_processes": "chosen: one a GPU, two on a CPU",
     "launch.threads_per_process": "chosen: cores / ranks",
+    "launch.bind_cores": "chosen: where ranks take all cores",
     "launch.device_memory": "chosen: the GPU's, or a rank's share of the host's",
     "batch.global_batch_size": "chosen: 16 rows, or the next number that the ranks divide",
     "precision.name": "chosen: bf16 where the device computes in it natively",
@@ -256,6 +257,10 @@ def _resolve_launch(run: Run, machine: Machine) -> Launch:
     threads = launch.threads_per_process
     if threads is None:
         threads = max(1, machine.cores // processes)
+    bind = launch.bind_cores
+    if bind is None:
+        whole = processes * threads == machine.cores
+        bind = device is Device.cpu and processes > 1 and whole
     memory = launch.device_memory
     if memory is None:
         there = machine.memory_bytes // processes
@@ -267,6 +272,7 @@ def _resolve_launch(run: Run, machine: Machine) -> Launch:
         device=device,
         num_processes=processes,
         threads_per_process=threads,
+        bind_cores=bind,
         device_memory=memory,
     )
 

@@ -92,6 +92,7 @@ NO_NUMBER = (
     "generate",
     "plan",
     "launch.device_memory",
+    "launch.bind_cores",
     "launch.malloc_mmap_threshold",
     "launch.timeout_s",
     "launch.max_restarts",

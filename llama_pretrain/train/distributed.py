@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import deepspeed
 import torch
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from llama_pretrain.runs.heartbeat import Heartbeat
 from llama_pretrain.runs.phases import Phases
 from llama_pretrain.train.signals import StopRequest
+
+CORES = Path("/sys/devices/system/cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +45,15 @@ def init_distributed(
     device: str,
     timeout_s: int,
     threads: int,
+    bind_cores: bool,
     stop: StopRequest,
     heartbeat: Heartbeat | None,
     phases: Phases,
 ) -> Rank:
     """Join the process group that the launcher's environment describes."""
     local_index = int(os.environ["LOCAL_RANK"])
+    if bind_cores:
+        keep_to_cores(local_index, num_ranks=int(os.environ["LOCAL_WORLD_SIZE"]))
     if device == "cuda":
         torch.cuda.set_device(local_index)
         here = torch.device("cuda", local_index)
@@ -71,6 +77,28 @@ def init_distributed(
         heartbeat=heartbeat,
         phases=phases,
     )
+
+
+def keep_to_cores(index: int, *, num_ranks: int) -> None:
+    """Keep this rank to its share of the cores that it may use, with all threads yet to start.
+
+    A share is of neighbours: threads of a core, then cores of a socket. With more ranks than cores
+    every rank keeps them all.
+    """
+    cores = sorted(os.sched_getaffinity(0), key=_place_of_core)
+    share = len(cores) // num_ranks
+    if share:
+        os.sched_setaffinity(0, cores[index * share : (index + 1) * share])
+
+
+def _place_of_core(number: int) -> tuple[int, int, int]:
+    """Its socket, its core there, and the system's own number."""
+    topology = CORES / f"cpu{number}" / "topology"
+    socket, core = (
+        int((topology / name).read_text()) if (topology / name).is_file() else 0
+        for name in ("physical_package_id", "core_id")
+    )
+    return socket, core, number
 
 
 def print_rank_0(message: str, rank: Rank) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llama_pretrain.config.schema import Run, Spike
+from llama_pretrain.config.schema import Matmul, Run, Spike
 from llama_pretrain.data.dataset import (
     PretrainDataset,
     TrainSampler,
@@ -53,6 +53,8 @@ def prepare_training(
             document_mask=run.data.document_mask,
         )
 
+    wide = run.kernels.matmul is Matmul.fp32
+    products = torch.float32 if wide else DTYPES[run.precision.name.value]
     return Training(
         run=run,
         plan=plan,
@@ -61,9 +63,7 @@ def prepare_training(
         engine=engine,
         train_set=open_split("train", [limit] * len(corpus.sources)),
         heldout_set=open_split("heldout", plan.steps.eval_rows_of),
-        peak_flops=peak * 1e12
-        if peak is not None
-        else peak_flops(rank.device, DTYPES[run.precision.name.value]),
+        peak_flops=peak_flops(rank.device, products) if peak is None else peak * 1e12,
         imports_bytes=imports_bytes,
         prompt=open_prompt(run, plan, run_dir),
     )

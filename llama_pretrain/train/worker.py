@@ -93,6 +93,7 @@ def work(
         # The parent watches too, and sees more: it comes first.
         timeout_s=run.launch.timeout_s + 60,
         threads=run.launch.threads_per_process,
+        bind_cores=run.launch.bind_cores or False,
         stop=stop,
         heartbeat=heartbeat,
         phases=phases,
