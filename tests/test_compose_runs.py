@@ -230,6 +230,13 @@ def test_threads_and_memory_follow_the_ranks(
     assert (run.launch.threads_per_process, run.launch.device_memory) == (3, "1GiB")
 
 
+def test_without_saves_nothing_is_saved_beside(started: Started, tmp_path: Path) -> None:
+    folder = started("checkpoint.asynchronous=true")
+    for words, left in (([], True), (["seed=2"], True), (["checkpoint.every_steps=null"], None)):
+        run = compose_words(tmp_path, f"reproduce={folder}", *words)
+        assert run.checkpoint.asynchronous is left
+
+
 ZEROS = [
     ["zero=stage0"],
     ["zero=stage1", "zero.round_robin_gradients=true"],

@@ -288,6 +288,8 @@ def _derive_again(
         launch |= dict.fromkeys(("threads_per_process", "bind_cores", "device_memory"))
         if zero["zero_hpz_partition_size"] != 1:
             zero["zero_hpz_partition_size"] = None
+    if settings.get("checkpoint.every_steps") == "null":  # nothing is left to save beside
+        values["checkpoint"]["asynchronous"] = None
     stage = settings.get("zero.stage", "")
     if stage.isdigit() and int(stage) != zero["stage"] and "zero" not in chosen:
         values["zero"] = settings_of_stage(zero, int(stage))
