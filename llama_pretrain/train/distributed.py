@@ -45,15 +45,12 @@ def init_distributed(
     device: str,
     timeout_s: int,
     threads: int,
-    bind_cores: bool,
     stop: StopRequest,
     heartbeat: Heartbeat | None,
     phases: Phases,
 ) -> Rank:
     """Join the process group that the launcher's environment describes."""
     local_index = int(os.environ["LOCAL_RANK"])
-    if bind_cores:
-        keep_to_cores(local_index, num_ranks=int(os.environ["LOCAL_WORLD_SIZE"]))
     if device == "cuda":
         torch.cuda.set_device(local_index)
         here = torch.device("cuda", local_index)

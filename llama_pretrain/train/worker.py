@@ -83,17 +83,19 @@ def work(
     from llama_pretrain.config.schema import Task
     from llama_pretrain.config.snapshot import load_snapshot
     from llama_pretrain.plan.plan import load_plan
-    from llama_pretrain.train.distributed import init_distributed
+    from llama_pretrain.train.distributed import init_distributed, keep_to_cores
 
     run, plan = load_snapshot(run_dir.snapshot), load_plan(run_dir.plan)
     assert run.launch.threads_per_process is not None
+    assert run.launch.num_processes is not None
+    if run.launch.bind_cores:
+        keep_to_cores(int(os.environ["LOCAL_RANK"]), num_ranks=run.launch.num_processes)
     phases.end("imports")
     rank = init_distributed(
         device=plan.device,
         # The parent watches too, and sees more: it comes first.
         timeout_s=run.launch.timeout_s + 60,
         threads=run.launch.threads_per_process,
-        bind_cores=run.launch.bind_cores or False,
         stop=stop,
         heartbeat=heartbeat,
         phases=phases,
