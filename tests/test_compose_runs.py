@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 
 from llama_pretrain.config.compose import (
@@ -22,8 +23,8 @@ from llama_pretrain.config.deepspeed import Zero
 from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.config.rewrite import find_unfinished, rewrite_argv
 from llama_pretrain.config.rules import check_run
-from llama_pretrain.config.schema import Run
-from llama_pretrain.config.snapshot import load_snapshot, render_snapshot
+from llama_pretrain.config.schema import Kernels, Run
+from llama_pretrain.config.snapshot import load_snapshot, render_snapshot, to_plain
 from llama_pretrain.plan.choices import resolve_choices
 from llama_pretrain.plan.machine import detect_machine
 from tests.conftest import ROOT, compose_run
@@ -228,6 +229,22 @@ def test_threads_and_memory_follow_the_ranks(
     given = [*words, "launch.threads_per_process=3", "launch.device_memory=1GiB"]
     run = compose_words(tmp_path, f"reproduce={folder}", *given)
     assert (run.launch.threads_per_process, run.launch.device_memory) == (3, "1GiB")
+
+
+def test_runs_of_earlier_versions_keep_their_kernels(started: Started, tmp_path: Path) -> None:
+    """Of a time without the group, and of one when it had other settings."""
+    snapshot = started("kernels.loss=chunked", "kernels.allocator=keep") / "snapshot.yaml"
+    values = yaml.safe_load(snapshot.read_text())
+    kernels = values.pop("kernels")
+    del kernels["matmul"]
+    for given, wanted in (
+        (None, compose_run(["kernels=plain"]).kernels),
+        ({**kernels, "huge_pages": "auto"}, Kernels(**{**kernels, "matmul": "plain"})),
+    ):
+        old = {**values, **({} if given is None else {"kernels": given})}
+        snapshot.write_text(yaml.safe_dump(old))
+        run = compose_words(tmp_path, f"reproduce={snapshot.parent}")
+        assert to_plain(run.kernels) == to_plain(wanted)
 
 
 def test_without_saves_nothing_is_saved_beside(started: Started, tmp_path: Path) -> None:

@@ -19,6 +19,11 @@ HEADER = "# A run as it was started, every value resolved. To go on: python run.
 DEFAULTS = ["run_schema", "_self_"]
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """libyaml's where PyYAML has it: some ten times as fast."""
+FIRST_KERNELS = {
+    "attention": "sdpa",
+    **dict.fromkeys(("loss", "rms_norm", "rotary", "swiglu", "allocator"), "plain"),
+}
+"""Those of runs from before there was a choice."""
 MAX_BYTES = 4 << 20
 """Of a snapshot: a run's has some ten thousand, and a line for each file of its data."""
 MAX_DEPTH = 12
@@ -97,9 +102,10 @@ def load_snapshot(path: Path) -> Run:
     refuse(Problem(path=str(path), message=fault) for fault in _find_foreign(values))
     if isinstance(values.get("sweep"), dict):
         values["sweep"].pop("fork", None)  # what launch.fork is now; of a run it said nothing
-    if isinstance(values.get("kernels"), dict):
-        values["kernels"].pop("huge_pages", None)  # what kernels.allocator is now
-        values["kernels"].setdefault("matmul", "plain")  # there was no other
+    kernels = values.setdefault("kernels", {**FIRST_KERNELS})
+    if isinstance(kernels, dict):
+        kernels.pop("huge_pages", None)  # what kernels.allocator is now
+        kernels.setdefault("matmul", "plain")  # there was no other
     return parse_values(values)
 
 
