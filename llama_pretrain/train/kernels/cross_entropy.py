@@ -46,9 +46,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = torch.empty(count, dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needed else None
         grad_weight: torch.Tensor | None = None
-        if (
-            needed and count > length
-        ):  # added up over chunks, in more digits than they are made with
+        # Added up over chunks, in more digits than they are made with.
+        if needed and count > length:
             grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         matrix = weight.float() if wide else weight
         buffer = matrix.new_empty(min(count, length), len(weight))
