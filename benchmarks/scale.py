@@ -12,6 +12,7 @@ ranks than cores the curve shows what ranks cost, not what they bring.
 import argparse
 import json
 import os
+import re
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -199,7 +200,7 @@ def main() -> None:
     shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--match", default="", help="only curves whose name has this text")
+    parser.add_argument("--match", default="", help="only points whose name this expression finds")
     parser.add_argument("--results", type=Path, help="write there, though it be some curves")
     parser.add_argument("--plot", action="store_true", help="draw the results, run nothing")
     options = parser.parse_args()
@@ -207,7 +208,9 @@ def main() -> None:
         record = json.loads((RESULTS / "scale.json").read_text())
         PLOT.write_text(draw(record["points"]), encoding="utf-8")
         return
-    points = [point for point in list_points() if options.match in point.curve]
+    points = [
+        point for point in list_points() if re.search(options.match, f"{point.curve}, {point.at}")
+    ]
     found = run(points, rounds=options.rounds)
     show(found)
     if options.results or not options.match:
