@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import ROOT, write_record
+from llama_pretrain.config.schema import PrecisionName
 from llama_pretrain.config.snapshot import load_snapshot
 from llama_pretrain.plan.plan import load_plan
 from llama_pretrain.runs.rundir import RunDir, read_metrics
@@ -62,6 +63,7 @@ def write_recipe(run_dir: RunDir, recipe: Path) -> int:
     content = {
         "model": model,
         "seed": run.seed,
+        "bf16": run.precision.name == PrecisionName.bf16,
         "learning_rate": run.optim.learning_rate,
         "micro_batch_size": plan.batch.micro_batch_size,
         "sequence_length": run.data.sequence_length,

@@ -4,8 +4,8 @@
     python benchmarks/throughput.py --plot
 
 Every arm trains the same first weights on the same rows in the same order: bf16 with fp32 masters,
-AdamW, clipping, one micro batch a rank and step. The loss of each step must agree, or nothing is
-reported. Arms:
+AdamW, clipping, one micro batch a rank and step. On a CPU without instructions for bf16 all train
+in fp32, as our defaults do there. The loss of each step must agree, or nothing is reported. Arms:
 
     ours, ours_best                 run.py on its defaults, and with BEST_SETTINGS
     trainer, trainer_compile        transformers' Trainer with our run's DeepSpeed JSON

@@ -4,7 +4,8 @@
 
 Weights are bf16 with fp32 masters in one fused AdamW; DistributedDataParallel overlaps its
 all-reduce of bf16 buckets with the backward pass. fp32 weights under autocast, the other way to
-write it, have not been measured beside this on an idle machine.
+write it, have not been measured beside this on an idle machine. Where our run is in fp32, so is
+this: the weights are their own masters.
 """
 
 import os
@@ -19,7 +20,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM
 
-from benchmarks.arms.given import StepFile, batches_of, learning_rates, read_run, read_words
+from benchmarks.arms.given import (
+    StepFile,
+    batches_of,
+    in_bf16,
+    learning_rates,
+    read_run,
+    read_words,
+)
 from llama_pretrain.runs.rundir import RunDir
 
 
@@ -37,14 +45,18 @@ class WithLoss(nn.Module):
 
 
 class Masters:
-    """fp32 copies of bf16 weights, their gradients, and AdamW over them."""
+    """AdamW over fp32 weights, or over fp32 copies of bf16 ones, which have gradients too."""
 
-    def __init__(self, model: nn.Module, masters: list[torch.Tensor], optim: Any):
+    def __init__(self, model: nn.Module, optim: Any):
         self._weights: list[torch.Tensor] = list(model.parameters())
-        self._masters: list[torch.Tensor] = [nn.Parameter(value) for value in masters]
-        self._gradients = [torch.zeros_like(value) for value in masters]
-        for master, gradient in zip(self._masters, self._gradients, strict=True):
-            master.grad = gradient
+        self._copies = any(weight.dtype != torch.float32 for weight in self._weights)
+        self._masters = self._weights
+        if self._copies:
+            # DeepSpeed's masters begin as rounded weights too. From unrounded ones the first small
+            # updates already change weights, and the second step's loss differs by 0.01.
+            self._masters = [nn.Parameter(weight.detach().float()) for weight in self._weights]
+            for master in self._masters:
+                master.grad = torch.zeros_like(master)
         groups = [
             {"params": [p for p in self._masters if p.dim() > 1], "weight_decay": 0.1},
             {"params": [p for p in self._masters if p.dim() <= 1], "weight_decay": 0.0},
@@ -56,13 +68,18 @@ class Masters:
     @torch.no_grad()
     def step(self) -> None:
         """Clip the gradient, update the masters, round them into the weights."""
-        halves = [weight.grad for weight in self._weights if weight.grad is not None]
-        torch._foreach_copy_(self._gradients, halves)
+        if self._copies:
+            torch._foreach_copy_(_gradients(self._masters), _gradients(self._weights))
         nn.utils.clip_grad_norm_(self._masters, 1.0)
         self.optimizer.step()
-        torch._foreach_copy_(self._weights, self._masters)
+        if self._copies:
+            torch._foreach_copy_(self._weights, self._masters)
         for weight in self._weights:
             weight.grad = None
+
+
+def _gradients(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 def train(run_dir: RunDir, model_dir: Path, steps_file: Path, *, compiled: bool) -> None:
@@ -73,12 +90,10 @@ def train(run_dir: RunDir, model_dir: Path, steps_file: Path, *, compiled: bool)
     model = LlamaForCausalLM.from_pretrained(
         model_dir, dtype=torch.float32, attn_implementation="sdpa"
     )
-    for parameter in model.parameters():  # not .bfloat16(): rotary frequencies stay fp32
-        parameter.data = parameter.data.bfloat16()
-    # DeepSpeed's masters begin as rounded weights too. From unrounded ones the first small updates
-    # already change weights, and the second step's loss differs by 0.01.
-    masters = [parameter.detach().float() for parameter in model.parameters()]
-    state = Masters(model, masters, run.optim)
+    if in_bf16(run):
+        for parameter in model.parameters():  # not .bfloat16(): rotary frequencies stay fp32
+            parameter.data = parameter.data.bfloat16()
+    state = Masters(model, run.optim)
     schedule = torch.optim.lr_scheduler.LambdaLR(state.optimizer, learning_rates(run, plan))
     whole = WithLoss(model.train())
     if compiled:

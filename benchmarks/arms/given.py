@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
-from llama_pretrain.config.schema import Run
+from llama_pretrain.config.schema import PrecisionName, Run
 from llama_pretrain.config.snapshot import load_snapshot
 from llama_pretrain.data.dataset import TrainSampler, build_loader, create_pretrain_dataset
 from llama_pretrain.data.order import SampleOrder
@@ -28,6 +28,12 @@ from llama_pretrain.runs.rundir import RunDir
 def read_run(run_dir: RunDir) -> tuple[Run, Plan]:
     """What a run of ours was told, and what follows."""
     return load_snapshot(run_dir.snapshot), load_plan(run_dir.plan)
+
+
+def in_bf16(run: Run) -> bool:
+    """Whether a run of ours trains in bf16; on a CPU without instructions for it, it is in fp32."""
+    assert run.precision.name in (PrecisionName.bf16, PrecisionName.fp32)
+    return run.precision.name == PrecisionName.bf16
 
 
 def batches_of(run: Run, plan: Plan, *, rank: int, world_size: int) -> Iterator[dict[str, Any]]:

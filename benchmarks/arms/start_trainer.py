@@ -57,7 +57,7 @@ def main() -> None:
     arguments = TrainingArguments(
         output_dir=f"{sys.argv[2]}.output",
         deepspeed=recipe["ds_config"],
-        bf16=True,
+        bf16=recipe["bf16"],
         use_cpu=True,
         per_device_train_batch_size=recipe["micro_batch_size"],
         max_steps=1,

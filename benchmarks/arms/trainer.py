@@ -15,7 +15,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
-from benchmarks.arms.given import StepFile, batches_of, learning_rates, read_run, read_words
+from benchmarks.arms.given import (
+    StepFile,
+    batches_of,
+    in_bf16,
+    learning_rates,
+    read_run,
+    read_words,
+)
 from llama_pretrain.config.schema import Run
 from llama_pretrain.plan.plan import Plan
 from llama_pretrain.runs.rundir import RunDir
@@ -77,7 +84,7 @@ def train(run_dir: RunDir, model_dir: Path, steps_file: Path, *, compiled: bool)
         output_dir=str(steps_file.parent / f"{steps_file.stem}-output"),
         deepspeed=str(run_dir.ds_config),
         use_cpu=True,
-        bf16=True,
+        bf16=in_bf16(run),
         ddp_timeout=86_400,
         per_device_train_batch_size=plan.batch.micro_batch_size,
         max_steps=plan.steps.last,

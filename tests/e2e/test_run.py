@@ -3,11 +3,11 @@
 import json
 import math
 import os
+import resource
 import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -469,35 +469,34 @@ LIGHT = [
 ]
 
 
-LOOP_S = 0.24
-"""What `loop` takes where the limits were set; a slower moment has as much longer limits."""
+HYDRA_S = 0.22
+"""What importing Hydra may take for the limits to hold as they stand; on a slower machine, or in a
+slower moment, they are as much longer."""
 
 
-def loop() -> float:
-    """Seconds of a fixed piece of Python."""
-    started = time.perf_counter()
-    sum(number * number for number in range(3_000_000))
-    return time.perf_counter() - started
+def seconds_of(*words: str, cwd: Path) -> float:
+    """Processor seconds of a Python process: what one waits for it where nothing else runs."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, *words], capture_output=True, cwd=cwd)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 @pytest.mark.parametrize(("words", "limit_s"), LIGHT)
 def test_quick_answers_import_no_torch(tmp_path: Path, words: list[str], limit_s: float) -> None:
     command = [str(ROOT / "run.py"), *words]
-    times, loops = [], []
+    rounds = []
     for _ in range(5):
-        loops.append(loop())
-        started = time.perf_counter()
-        quick = subprocess.run([sys.executable, *command], capture_output=True, cwd=tmp_path)
-        times.append(time.perf_counter() - started)
-        assert quick.returncode == 0
+        slower = max(1.0, seconds_of("-c", "import hydra.main", cwd=tmp_path) / HYDRA_S)
+        rounds.append((seconds_of(*command, cwd=tmp_path), limit_s * slower))
     traced = [sys.executable, "-X", "importtime", *command]
     done = subprocess.run(traced, capture_output=True, text=True, cwd=tmp_path)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert not imported & {"torch", "transformers", "deepspeed", "datasets", "tokenizers"}
     assert "omegaconf" in imported
-    slower = max(1.0, min(loops) / LOOP_S)
-    print(f"{min(times):.2f} s of {limit_s * slower:.2f} s on a machine {slower:.2f} times as slow")
-    assert min(times) <= limit_s * slower, times  # other load on the machine only adds
+    print(", ".join(f"{took:.2f} s of {limit:.2f} s" for took, limit in rounds))
+    assert any(took <= limit for took, limit in rounds), rounds
 
 
 def test_help_shows_groups_and_commands(tmp_path: Path) -> None:
