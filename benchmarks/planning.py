@@ -18,11 +18,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.record import ROOT, write_record
+from benchmarks.record import RESULTS, ROOT, write_record
 from llama_pretrain.data.order import SampleOrder
 from llama_pretrain.plan.sampling import SamplingPlan, StagePlan
 
@@ -126,12 +127,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--points", type=int, nargs="+", default=[1, 10, 100, 1000])
+    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     results = {
         "planning": measure_planning(options.points, rounds=options.rounds),
         "order": measure_order(rounds=options.rounds),
     }
-    write_record("planning", results, packages=PACKAGES)
+    write_record("planning", results, packages=PACKAGES, folder=options.results)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import ROOT, write_record
+from benchmarks.record import RESULTS, ROOT, write_record
 from llama_pretrain.config.schema import PrecisionName
 from llama_pretrain.config.snapshot import load_snapshot
 from llama_pretrain.plan.plan import load_plan
@@ -119,6 +119,7 @@ def measure(rounds: int, folder: Path) -> tuple[dict[str, list[Any]], dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         phases, seconds = measure(options.rounds, Path(scratch))
@@ -137,7 +138,7 @@ def main() -> None:
         "medians": medians,
         "of_trainer": {name: median / medians[TRAINER] for name, median in medians.items()},
     }
-    write_record("start", results, packages=PACKAGES)
+    write_record("start", results, packages=PACKAGES, folder=options.results)
 
 
 if __name__ == "__main__":
