@@ -1,9 +1,11 @@
 """From text to tokens on disk: the cache, its bytes, and what interrupts its making."""
 
+import ast
 import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -212,6 +214,33 @@ def test_every_kind_of_file_is_read(tmp_path: Path, suffix: str) -> None:
     found = [r.text for task in source.tasks() for span in task for r in source.read(span)]  # type: ignore[union-attr]
     wanted = ["one\ntwo"] if suffix == "txt.gz" else ["one", "two", "", "three"]
     assert found == wanted
+
+
+def test_docstrings_are_those_that_a_whole_walk_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in (Path(pytest.__file__).parents[1] / "_pytest", Path(json.__file__).parent):
+        shutil.copytree(package, tmp_path / "packages" / package.name)
+    (tmp_path / "packages" / "broken.py").write_text("def (")
+    (tmp_path / "packages" / "gone.py").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / "packages"))
+    wanted = set()
+    for path in (tmp_path / "packages").glob("*/**/*.py"):
+        nodes = [
+            node
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        ]
+        texts = [text for node in nodes if (text := ast.get_docstring(node)) and "\n" in text]
+        wanted.add("\n\n".join(texts))
+    run = compose_run(["data=docstrings"])
+    source = open_source(
+        run.data, path="data", cache_dir=tmp_path / "cache", heldout=False, report=Quiet()
+    )
+    (collected,) = (file.path for file in source.files)
+    found = [json.loads(line)["text"] for line in collected.read_text().splitlines()]
+    assert len(found) > 50
+    assert sorted(found) == sorted(wanted - {""})
 
 
 @pytest.mark.parametrize("streamed", [False, True])

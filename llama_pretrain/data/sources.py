@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,7 @@ def open_source(
     if config.name is DataName.stdlib:
         paths = _stdlib_files()
     elif config.name is DataName.docstrings:
-        paths = [_collect_docstrings(cache_dir)]
+        paths = [_collect_docstrings(cache_dir, report)]
     else:
         name = "heldout_paths" if heldout else "paths"
         paths = list_files(getattr(config, name), path=f"{path}.{name}", suffixes=SUFFIXES)
@@ -386,7 +387,7 @@ def _is_utf8(path: Path) -> bool:
     return True
 
 
-def _collect_docstrings(cache_dir: Path) -> Path:
+def _collect_docstrings(cache_dir: Path, report: Report) -> Path:
     """Docstrings of the installed packages as one .jsonl, made once for this set of packages."""
     installed = sorted(f"{d.name}=={d.version}" for d in importlib.metadata.distributions())
     key = hashlib.sha256("\n".join([sys.version, *installed]).encode()).hexdigest()[:16]
@@ -394,12 +395,18 @@ def _collect_docstrings(cache_dir: Path) -> Path:
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    paths = sorted(Path(sysconfig.get_path("purelib")).rglob("*.py"))
+    sizes = [path.stat().st_size if path.is_file() else 0 for path in paths]
     seen: set[str] = set()
-    with tempfile.NamedTemporaryFile(
-        "w", dir=target.parent, suffix=".tmp", delete=False, encoding="utf-8"
-    ) as out:
-        for path in sorted(Path(sysconfig.get_path("purelib")).rglob("*.py")):
+    with (
+        tempfile.NamedTemporaryFile(
+            "w", dir=target.parent, suffix=".tmp", delete=False, encoding="utf-8"
+        ) as out,
+        report.progress("collecting docstrings", sum(sizes)) as show,
+    ):
+        for path, done in zip(paths, accumulate(sizes), strict=True):
             text = "\n\n".join(_docstrings(path))
+            show(done, 0)
             if text and text not in seen:
                 seen.add(text)
                 out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
@@ -414,7 +421,10 @@ def _docstrings(path: Path) -> Iterator[str]:
     except (SyntaxError, ValueError, OSError, RecursionError):
         return
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in ast.walk(tree):
+    nodes: list[ast.AST] = [tree]
+    for node in nodes:  # it grows, by statements: as ast.walk, which goes into expressions as well
+        for name in ("body", "handlers", "orelse", "finalbody", "cases"):
+            nodes += getattr(node, name, ())
         text = ast.get_docstring(node) if isinstance(node, kinds) else None
         if text is not None and "\n" in text:
             yield text.encode("utf-8", "ignore").decode("utf-8")

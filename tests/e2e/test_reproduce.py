@@ -20,9 +20,9 @@ from tests.e2e.test_resume import forget_after, numbers
 
 SHORT = (
     *("train.max_steps=4", "train.eval_every_steps=2", "train.eval_rows=4"),
-    *("checkpoint.export=false", "checkpoint.at_end=false"),
+    *("checkpoint.export=false", "checkpoint.at_end=false", "batch.global_batch_size=4"),
 )
-"""The default run, but for its length."""
+"""The default run, but for its length and the rows of a step."""
 SECRET = "opaque-v4lue-of-a-token"
 
 

@@ -8,8 +8,12 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
+import hydra
+import omegaconf
 import pytest
 import yaml
 
@@ -229,6 +233,21 @@ def test_options_train(runner: Runner, overrides: list[str]) -> None:
         assert len(lines) == 4
 
 
+def at_precision(precision: str) -> tuple[str, ...]:
+    return f"precision={precision}", "launch.num_processes=2", "optim.learning_rate=3e-3"
+
+
+@pytest.fixture(scope="module")
+def plain_losses(shared_runner: Runner) -> Callable[[str], list[float]]:
+    """Those of torch's AdamW by precision, trained once each."""
+
+    @cache
+    def train(precision: str) -> list[float]:
+        return shared_runner("optim=torch_adamw", "zero=stage1", *at_precision(precision)).losses
+
+    return train
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
@@ -240,12 +259,12 @@ def test_options_train(runner: Runner, overrides: list[str]) -> None:
         pytest.param(["zero=stage3_offload"], id="stage3_offload"),
     ],
 )
-def test_compiled_optimizers_train(runner: Runner, overrides: list[str]) -> None:
+def test_compiled_optimizers_train(
+    runner: Runner, plain_losses: Callable[[str], list[float]], overrides: list[str]
+) -> None:
     for precision, tolerance in (("fp32", 2e-5), ("bf16", 2e-3)):
-        same = (f"precision={precision}", "launch.num_processes=2", "optim.learning_rate=3e-3")
-        plain = runner("optim=torch_adamw", "zero=stage1", *same)
-        done = runner(*overrides, *same, timeout_s=900)
-        assert done.losses == pytest.approx(plain.losses, abs=tolerance)
+        done = runner(*overrides, *at_precision(precision), timeout_s=900)
+        assert done.losses == pytest.approx(plain_losses(precision), abs=tolerance)
 
 
 def test_the_norm_is_that_of_the_gradient_without_its_scale(runner: Runner) -> None:
@@ -371,9 +390,26 @@ def test_large_shapes_train_when_made_narrow(runner: Runner, model: str) -> None
     assert len(done.losses) == 3
 
 
+FEW_PACKAGES = """
+import pathlib, sysconfig
+
+whole, folder = sysconfig.get_path, str(pathlib.Path(__file__).parent / "packages")
+sysconfig.get_path = lambda name, *words, **named: (
+    folder if name == "purelib" else whole(name, *words, **named)
+)
+"""
+
+
 @pytest.mark.slow
 def test_docstrings_train(runner: Runner) -> None:
-    done = runner("data=docstrings", "data.paths=[]", timeout_s=600)
+    """On those of a few packages: all that are installed take minutes."""
+    (runner.folder / "packages").mkdir()
+    for module in (hydra, omegaconf):
+        folder = Path(str(module.__file__)).parent
+        shutil.copytree(folder, runner.folder / "packages" / folder.name)
+    (runner.folder / "sitecustomize.py").write_text(FEW_PACKAGES)
+    variables = {"PYTHONPATH": str(runner.folder)}
+    done = runner("data=docstrings", "data.paths=[]", variables=variables)
     assert len(done.losses) == 3
 
 
