@@ -215,7 +215,7 @@ def test_the_second_signal_leaves_at_once(runner: Runner) -> None:
         time.sleep(1.2)
         assert run.process.poll() is None
         run.process.send_signal(signal.SIGINT)
-        output = run.end(limit_s=15)  # far less where cores are idle
+        output = run.end(limit_s=5)
     assert run.process.returncode == 130
     assert "stopped at once by SIGINT; all processes have ended\nto go on from step-" in output
     assert run.status["status"] == "stopped"
@@ -226,7 +226,7 @@ def test_a_signal_while_ranks_start(runner: Runner) -> None:
     with started(runner, *LONG) as run:
         run.wait_for(lambda: min(beat.count for beat in run.beats) >= 1)
         run.process.send_signal(signal.SIGTERM)
-        output = run.end(limit_s=15)  # far less where cores are idle
+        output = run.end(limit_s=5)
     assert run.process.returncode == 75
     assert "SIGTERM: leaving; no step has been begun\n" in output
     assert output.splitlines()[-1] == (
