@@ -92,7 +92,7 @@ def measure(size: str, row: int, kernels: str) -> dict[str, float]:
             *SIZES[size].words,
             f"kernels={kernels}",
             f"data.sequence_length={row}",
-            f"batch.global_batch_size={TOKENS_PER_STEP // row}",
+            f"batch.global_batch_size={TOKENS_PER_STEP['cpu'] // row}",
             "train.max_steps=6",
             f"train.profile_steps={STEPS}",
         )

@@ -97,7 +97,7 @@ def _list_kernels() -> Iterator[Point]:
                 *SIZES[size].words,
                 *(words if name in ("auto", "compiled") else ("kernels=plain", *words)),
                 f"data.sequence_length={row}",
-                f"batch.global_batch_size={TOKENS_PER_STEP // row}",
+                f"batch.global_batch_size={TOKENS_PER_STEP['cpu'] // row}",
             ),
         )
 

@@ -1,6 +1,7 @@
 """Tokens a second of our runs beside what one would use instead, on the same rows and ranks.
 
     python benchmarks/throughput.py [--sizes 6m 35m 125m] [--rows 512 2048] [--rounds 5]
+    python benchmarks/throughput.py --device cuda --ranks 1 --sizes 125m 1b --rows 2048
     python benchmarks/throughput.py --plot
 
 Every arm trains the same first weights on the same rows in the same order: bf16 with fp32 masters,
@@ -21,12 +22,13 @@ within its arm's turn, by this process's clock. Arms of a block (defaults; best)
 each other, and blocks follow one another: at 125M parameters six arms don't fit in memory.
 
 MFU is flops_per_token x tokens/s over the machine's ceiling: large products, in bf16 or in fp32,
-which is faster, in as many processes and threads as an arm has, measured before each round while
-every arm is stopped.
+which is faster, in as many processes and threads as an arm has, or on the GPU, measured before each
+round while every arm is stopped.
 flops_per_token is 6N without the input embedding, which is a lookup, and for attention half of
 12 x layers x width x row (arXiv 2204.02311, appendix B), for the mask is causal.
 The first step is counted in seconds from the command, caches warm. Peak memory is the largest
-process's resident one. Ratios are medians over rounds of the ratio within a round.
+process's resident one, or what torch has allocated on the GPU. Ratios are medians over rounds of
+the ratio within a round.
 """
 
 import argparse
@@ -70,7 +72,7 @@ SKIPPED = {
     " 'FSDP is only available on GPU'"
 }
 
-TOKENS_PER_STEP = 4096
+TOKENS_PER_STEP = {"cpu": 4096, "cuda": 32_768}
 COMPARED_STEPS = 10
 TOLERANCE = 0.03
 """Largest difference of two arms' losses at a step, in nats: bf16's rounding, ten steps on."""
@@ -144,6 +146,15 @@ SIZES = {
         num_heads=12,
         warm_steps=3,
     ),
+    "1b": Size(
+        base="tiny",
+        vocab_size=32_000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_layers=16,
+        num_heads=16,
+        warm_steps=3,
+    ),
 }
 
 
@@ -166,6 +177,8 @@ class Step:
     loss: float
     seen_at: float
     """On this process's clock; a step written while nobody looked was seen at the next look."""
+    gpu_bytes: int | None = None
+    """Peak of what torch has allocated on a GPU, where the arm is on one."""
 
 
 class StepLog:
@@ -186,7 +199,11 @@ class StepLog:
         self._offset += len(new)
         *lines, self._rest = (self._rest + new).split(b"\n")
         rows = [json.loads(line) for line in lines]
-        self.steps += [Step(row["step"], row["loss"], now) for row in rows if "loss" in row]
+        self.steps += [
+            Step(row["step"], row["loss"], now, row.get("memory_bytes"))
+            for row in rows
+            if "loss" in row
+        ]
 
 
 def whole_steps(steps: Sequence[Step], *, resumed_at: float) -> tuple[int, float]:
@@ -212,6 +229,7 @@ class Arm:
     log: Path
     process: subprocess.Popen[bytes]
     began: float
+    device: str
     tokens_per_s: list[float] = field(default_factory=list)
     """One a round."""
     steps_a_turn: int = 1
@@ -280,7 +298,9 @@ class Arm:
         return self.steps.steps[0].seen_at - self.began
 
     def peak_bytes(self) -> int:
-        """Peak resident memory of the largest process."""
+        """Peak memory: torch's on a GPU, and on a CPU the largest process's resident one."""
+        if self.device == "cuda":
+            return max(step.gpu_bytes or 0 for step in self.steps.steps)
         peaks = [0]
         for pid in self.processes():
             with suppress(OSError):
@@ -296,7 +316,7 @@ class Arm:
         self.wait(wanted, since=resumed_at, limit_s=STEP_S * wanted)
         self.pause()
         count, seconds = whole_steps(self.steps.steps, resumed_at=resumed_at)
-        self.tokens_per_s.append(count * TOKENS_PER_STEP / seconds)
+        self.tokens_per_s.append(count * TOKENS_PER_STEP[self.device] / seconds)
 
 
 def _send(pid: int, number: int) -> None:
@@ -322,6 +342,7 @@ class Cell:
     row: int
     num_ranks: int
     num_threads: int
+    device: str
     folder: Path
     site: Path | None
 
@@ -331,10 +352,10 @@ class Cell:
         return [
             *SIZES[self.size].words,
             f"data.sequence_length={self.row}",
-            f"batch.global_batch_size={TOKENS_PER_STEP // self.row}",
+            f"batch.global_batch_size={TOKENS_PER_STEP[self.device] // self.row}",
             f"launch.num_processes={self.num_ranks}",
             f"launch.threads_per_process={self.num_threads}",
-            "launch.device=cpu",
+            f"launch.device={self.device}",
             *SETTINGS,
         ]
 
@@ -376,16 +397,15 @@ class Cell:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C comes to us alone
             )
-        return Arm(name, command, StepLog(steps), log, process, began)
+        return Arm(name, command, StepLog(steps), log, process, began, self.device)
 
     def environment(self, *, competes: bool) -> dict[str, str]:
         """What arms are started with; ours sets the rest for itself."""
         paths = [str(ROOT), *([str(self.site)] if competes and self.site else [])]
-        return os.environ | {
+        hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        return (os.environ | hidden if self.device == "cpu" else os.environ) | {
             "PYTHONPATH": os.pathsep.join(paths),
             "OMP_NUM_THREADS": str(self.num_threads),
-            "CUDA_VISIBLE_DEVICES": "",
-            "DS_ACCELERATOR": "cpu",
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
@@ -717,7 +737,8 @@ def run_cell(cell: Cell, options: argparse.Namespace) -> None:
     result: dict[str, Any] = {
         "size": cell.size,
         "row": cell.row,
-        "tokens_per_step": TOKENS_PER_STEP,
+        "device": cell.device,
+        "tokens_per_step": TOKENS_PER_STEP[cell.device],
         "flops_per_token": flops_per_token(size, row=cell.row),
         "blocks": {},
     }
@@ -747,7 +768,8 @@ def main() -> None:
     known = [name for names in BLOCKS.values() for name in names]
     shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["6m", "35m", "125m"])
+    parser.add_argument("--device", choices=TOKENS_PER_STEP, default="cpu")
     parser.add_argument("--rows", nargs="+", type=int, default=[512, 2048])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="whole steps a turn; about 5 s of them if absent")
@@ -773,6 +795,7 @@ def main() -> None:
                     row=row,
                     num_ranks=options.ranks,
                     num_threads=options.threads,
+                    device=options.device,
                     folder=Path(scratch),
                     site=None if options.site is None else options.site.resolve(),
                 )

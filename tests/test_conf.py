@@ -506,7 +506,7 @@ def test_zero_keys_are_those_of_deepspeed() -> None:
 def test_choices_follow_the_machine() -> None:
     run = resolve_choices(compose_run([]), CLUSTER)
     assert (run.launch.device.value, run.launch.num_processes) == ("cuda", 8)
-    assert (run.precision.name.value, run.optim.name.value) == ("bf16", "fused_adam")
+    assert (run.precision.name.value, run.optim.name.value) == ("bf16", "torch_adamw")
     laptop = Machine(
         cores=8,
         memory_bytes=16 << 30,

@@ -438,3 +438,33 @@ def test_freed_memory_stays(words: tuple[str, ...], kept: bool) -> None:
         text=True,
     )
     assert (int(done.stdout) < 16) is kept, done.stdout
+
+
+ON_GPU = {
+    "chunked": {"loss": Loss.chunked},
+    "fused": of_layers(LayerKernel.fused),
+    "flex": {"attention": AttentionKernel.flex_attention},
+    "liger": {"loss": Loss.liger, **of_layers(LayerKernel.liger)},
+    "compiled": {},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("name", ON_GPU)
+def test_a_model_on_a_gpu(name: str) -> None:
+    """Equal to the plain path in fp32; in bf16 as near to fp32 as it is, or nearly."""
+    if name == "liger":
+        pytest.importorskip("liger_kernel")
+    batch = {key: value.cuda() for key, value in a_batch(tokens=256).items()}
+    plain, fast = (
+        build(kernels, torch.float32).cuda() for kernels in (PLAIN, replace(PLAIN, **ON_GPU[name]))
+    )
+    if name == "compiled":
+        install.compile_layers(fast, CompiledPart.layers)
+    exact = gradients(plain, batch)
+    assert error(gradients(fast, batch), exact) < 1e-4
+    plain, fast = plain.bfloat16(), fast.bfloat16()
+    exact = gradients(build(PLAIN, torch.bfloat16).cuda().float(), batch)
+    of_plain, of_fast = (error(gradients(model, batch), exact) for model in (plain, fast))
+    assert of_fast < 1.5 * of_plain

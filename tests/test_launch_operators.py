@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from llama_pretrain import console
+from llama_pretrain.config.problems import UserError
 from llama_pretrain.launch import operators
 from llama_pretrain.launch.operators import build_operators, describe_operators
 from tests.conftest import compose_run
@@ -44,6 +45,29 @@ def test_it_says_that_it_waits_for_another_build(folder: Path, tmp_path: Path) -
 
     build_operators(compose_run(["optim=cpu_adam"]), log=tmp_path / "log", taking_time=taking_time)
     assert said == ["waiting for another process, which compiles operators on this machine"]
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        (
+            "[1/2] c++\nadam.cu(7): error: no CUDA\nRuntimeError: Error building it\n",
+            "adam.cu(7): ",
+        ),
+        ("Traceback:\n  a line\nImportError: undefined symbol\n\n", "ImportError: undefined"),
+        ("", "nothing was said"),
+    ],
+)
+@pytest.mark.usefixtures("folder")
+def test_a_build_that_fails_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, shown: str
+) -> None:
+    monkeypatch.setattr(operators, "BUILD", f"import sys; sys.exit(print({said!r}, end='') or 1)")
+    run, log = compose_run(["optim=cpu_adam"]), tmp_path / "build.log"
+    with pytest.raises(UserError, match="could not be compiled") as failed:
+        build_operators(run, log=log, taking_time=console.taking_time)
+    assert f"could not be compiled: {shown}" in str(failed.value)
+    assert str(log) in str(failed.value)
 
 
 @pytest.mark.parametrize("is_terminal", [True, False], ids=["terminal", "pipe"])

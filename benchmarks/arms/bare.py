@@ -85,14 +85,19 @@ def _gradients(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
 def train(run_dir: RunDir, model_dir: Path, steps_file: Path, *, compiled: bool) -> None:
     """Train until the process is ended."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    dist.init_process_group("gloo", timeout=timedelta(days=1))
     run, plan = read_run(run_dir)
-    model = LlamaForCausalLM.from_pretrained(
+    on_gpu = plan.device == "cuda"
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(days=1))
+    model: Any = LlamaForCausalLM.from_pretrained(
         model_dir, dtype=torch.float32, attn_implementation="sdpa"
     )
     if in_bf16(run):
         for parameter in model.parameters():  # not .bfloat16(): rotary frequencies stay fp32
             parameter.data = parameter.data.bfloat16()
+    model = model.to(device)
     state = Masters(model, run.optim)
     schedule = torch.optim.lr_scheduler.LambdaLR(state.optimizer, learning_rates(run, plan))
     whole = WithLoss(model.train())
@@ -102,7 +107,8 @@ def train(run_dir: RunDir, model_dir: Path, steps_file: Path, *, compiled: bool)
     steps = StepFile(steps_file)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for batch in batches_of(run, plan, rank=rank, world_size=world_size):
-        loss = parallel(batch["input_ids"], batch["shift_labels"])
+        inputs, labels = (batch[name].to(device) for name in ("input_ids", "shift_labels"))
+        loss = parallel(inputs, labels)
         loss.backward()
         state.step()
         rate = float(schedule.get_last_lr()[0])

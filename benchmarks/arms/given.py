@@ -85,6 +85,8 @@ class StepFile:
         dist.all_reduce(mean)
         self._step += 1
         row = {"step": self._step, "loss": mean.item(), "learning_rate": learning_rate}
+        if loss.device.type == "cuda":
+            row["memory_bytes"] = torch.cuda.max_memory_allocated()
         if self._file is not None:
             self._file.write(json.dumps({**row, "seconds": time.perf_counter()}) + "\n")
             self._file.flush()

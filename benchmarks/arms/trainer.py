@@ -83,7 +83,7 @@ def train(run_dir: RunDir, model_dir: Path, steps_file: Path, *, compiled: bool)
     arguments = TrainingArguments(
         output_dir=str(steps_file.parent / f"{steps_file.stem}-output"),
         deepspeed=str(run_dir.ds_config),
-        use_cpu=True,
+        use_cpu=plan.device == "cpu",
         bf16=in_bf16(run),
         ddp_timeout=86_400,
         per_device_train_batch_size=plan.batch.micro_batch_size,

@@ -72,8 +72,7 @@ writes the decision into `snapshot.yaml`:
 rank's share of the host's |
 | `batch` | all four `null` | 16 rows a step, or the next number that the ranks divide |
 | `precision.name` | `auto` | `bf16` where it is native, else `fp32`; `fp32` with `torch_autocast` |
-| `optim.name` | `adamw` | `cpu_adam` where optimizer state is offloaded, `fused_adam` on CUDA, \
-else `torch_adamw` |
+| `optim.name` | `adamw` | `cpu_adam` where optimizer state is offloaded, else `torch_adamw` |
 | `optim.name` | `lion` | `cpu_lion` where optimizer state is offloaded or there is no GPU, else \
 `fused_lion` |
 | `kernels.attention` | `auto` | `blocked` in bf16 on a CPU that isn't Intel's, \

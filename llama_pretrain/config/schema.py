@@ -144,9 +144,9 @@ class Optim:
     """The optimizer and its numbers."""
 
     name: OptimName = OptimName.adamw
-    """`adamw` (arXiv 1711.05101) chooses: cpu_adam where optimizer state is offloaded, fused_adam
-    on CUDA, else torch_adamw. `lion` (arXiv 2302.06675) chooses cpu_lion or fused_lion. `lamb`
-    (arXiv 1904.00962) needs CUDA and stage 0. `muon` (kellerjordan.github.io/posts/muon) updates
+    """`adamw` (arXiv 1711.05101) chooses: cpu_adam where optimizer state is offloaded, else
+    torch_adamw. `lion` (arXiv 2302.06675) chooses cpu_lion or fused_lion. `lamb` (arXiv
+    1904.00962) needs CUDA and stage 0. `muon` (kellerjordan.github.io/posts/muon) updates
     the layers' matrices, AdamW the rest. All but torch_adamw and muon are DeepSpeed's kernels; the
     cpu_ ones update state in host memory."""
     learning_rate: PositiveFloat = 3e-4

@@ -22,9 +22,11 @@ KEEP = ":".join(
 def extensions_dir(run: Run) -> Path:
     """Where DeepSpeed's compiled operators are kept."""
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
+    folder = Path(run.data.cache_dir).expanduser().resolve() / "torch_extensions"
     if given is not None:
-        return Path(given)
-    return Path(run.data.cache_dir).expanduser().resolve() / "torch_extensions"
+        folder = Path(given)
+    # Some have a build for each device, by the same name.
+    return folder / "cuda" if run.launch.device is Device.cuda else folder
 
 
 def worker_environment(run: Run) -> dict[str, str]:

@@ -80,8 +80,15 @@ def build_operators(
             built.touch()
             return
     hint = "add optim=torch_adamw" if run.launch.device is Device.cpu else "see the log"
-    message = f"DeepSpeed's {name} could not be compiled (log: {log})"
+    message = f"DeepSpeed's {name} could not be compiled: {_find_error(log)} (log: {log})"
     raise UserError([Problem(path="optim.name", message=message, hint=hint)])
+
+
+def _find_error(log: Path) -> str:
+    """The compiler's first error, or else the last line that was said."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if "error:" in line]
+    return (errors or lines[-1:] or ["nothing was said"])[0][:300]
 
 
 def _wait_for(lock: IO[str], taking_time: Callable[[str], AbstractContextManager[None]]) -> None:

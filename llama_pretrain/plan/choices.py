@@ -73,7 +73,7 @@ CHOSEN = {
     "batch.global_batch_size": "chosen: 16 rows, or the next number that the ranks divide",
     "precision.name": "chosen: bf16 where the device computes in it natively",
     "checkpoint.asynchronous": "chosen: where there are saves in between, and room for the copy",
-    "optim.name": "chosen: for the device and the offload",
+    "optim.name": "chosen: for the offload, and for lion the device",
     "kernels.attention": "chosen: for the device, the precision and the row",
     "kernels.loss": "chosen: chunked, but for fp16 and autocast",
     "kernels.rms_norm": "chosen: for the device",
@@ -291,12 +291,12 @@ def _choose_precision(run: Run, machine: Machine) -> PrecisionName:
 
 def _choose_optimizer(run: Run) -> OptimName:
     offloaded = run.zero.offload_optimizer.device is not OffloadDevice.none
-    on_gpu = run.launch.device is Device.cuda
     if run.optim.name is OptimName.adamw:
-        if offloaded:
-            return OptimName.cpu_adam
-        return OptimName.fused_adam if on_gpu else OptimName.torch_adamw
+        # torch's has a fused kernel too, and needs no compiler: DeepSpeed's has failed to compile
+        # on the first machine with a GPU that it was tried on (docs/gpu.md).
+        return OptimName.cpu_adam if offloaded else OptimName.torch_adamw
     if run.optim.name is OptimName.lion:
+        on_gpu = run.launch.device is Device.cuda
         return OptimName.cpu_lion if offloaded or not on_gpu else OptimName.fused_lion
     return run.optim.name
 
