@@ -1,11 +1,12 @@
 """What tests share: a small corpus, one cache for the session, and the public command."""
 
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from llama_pretrain.data.packed import TokenWriter
+from llama_pretrain.launch.environment import KEEP_IMPORTS
 from llama_pretrain.runs.rundir import RunDir, read_metrics
 from tests.browser import browser, open_page  # noqa: F401  # fixtures for all tests
 
@@ -131,11 +133,28 @@ def write_tokens(prefix: Path, documents: Sequence[Sequence[int]], *, dtype: str
             writer.add(np.asarray(document, dtype=dtype).tobytes())
 
 
+@pytest.fixture(scope="session")
+def kept_imports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Variables by which a session's commands share what ranks import: half the time of a small run.
+
+    Commands that tests start by themselves (faults, signals) make their own, and so does the whole
+    run of tests/e2e/test_run.py.
+    """
+    folder = tmp_path_factory.mktemp("sockets")
+    yield {KEEP_IMPORTS: "60", "XDG_RUNTIME_DIR": str(folder)}
+    for file in folder.glob("*/*.pid"):
+        with suppress(ProcessLookupError):
+            os.kill(int(file.read_text()), signal.SIGKILL)
+
+
 class Runner:
     """Calls run.py as a user does, with the session's cache and a run directory of its own."""
 
-    def __init__(self, *, cache_dir: Path, corpus: Path, folder: Path):
+    def __init__(
+        self, *, cache_dir: Path, corpus: Path, folder: Path, variables: dict[str, str] | None
+    ):
         self.cache_dir, self.corpus, self.folder = cache_dir, corpus, folder
+        self._variables = variables or {}
         self._count = 0
 
     def __call__(self, *overrides: str, **options: Any) -> Command:
@@ -158,6 +177,7 @@ class Runner:
         timeout_s: int = 300,
     ) -> Command:
         """`run.py` with these words alone."""
+        variables = self._variables | (variables or {})
         done = run_cli(*words, variables=variables, timeout_s=timeout_s, cwd=self.folder)
         result = Command(done.returncode, done.stdout, run_dir or RunDir(self.folder))
         if expect is not None and done.returncode != expect:
@@ -188,17 +208,20 @@ def run_cli(
 
 
 @pytest.fixture
-def runner(cache_dir: Path, corpus: Path, tmp_path: Path) -> Runner:
-    return Runner(cache_dir=cache_dir, corpus=corpus, folder=tmp_path)
+def runner(cache_dir: Path, corpus: Path, tmp_path: Path, kept_imports: dict[str, str]) -> Runner:
+    return Runner(cache_dir=cache_dir, corpus=corpus, folder=tmp_path, variables=kept_imports)
 
 
 @pytest.fixture(scope="module")
 def shared_runner(
-    cache_dir: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory
+    cache_dir: Path,
+    corpus: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    kept_imports: dict[str, str],
 ) -> Runner:
     """A runner for module-scoped fixtures: runs that several tests look at."""
     folder = tmp_path_factory.mktemp("runs")
-    return Runner(cache_dir=cache_dir, corpus=corpus, folder=folder)
+    return Runner(cache_dir=cache_dir, corpus=corpus, folder=folder, variables=kept_imports)
 
 
 def compose_run(overrides: Sequence[str]) -> Any:

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from llama_pretrain.config.snapshot import load_snapshot, render_snapshot
-from llama_pretrain.launch.environment import worker_environment
+from llama_pretrain.launch import kept as kept_module
+from llama_pretrain.launch.environment import KEEP_IMPORTS, worker_environment
 from llama_pretrain.launch.forks import ForkServers, ServerError
 from llama_pretrain.launch.local import launch
 from llama_pretrain.launch.processes import is_alive, list_processes
@@ -26,7 +27,7 @@ from llama_pretrain.runs.heartbeat import STARTED, read_beats
 from llama_pretrain.runs.phases import NAMES
 from llama_pretrain.runs.rundir import RunDir, read_metrics
 from llama_pretrain.tasks import check_everything, pretrain
-from tests.conftest import OPERATORS, ROOT, SMALL, Quiet, compose_run
+from tests.conftest import OPERATORS, ROOT, SMALL, Command, Quiet, Runner, compose_run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks are forked on Linux alone")
 
@@ -270,3 +271,109 @@ def test_a_server_that_cannot_import_says_why(tmp_path: Path) -> None:
             server.ask({"state": True})
         assert servers.of_environment({"PYTHONPATH": f"{tmp_path}:{ROOT}"}) is not server
     assert not [p for p in list_processes() if p.parent == os.getpid() and p.pid == server.pid]
+
+
+class Kept:
+    """Commands for which imports are kept, and the processes that keep them."""
+
+    def __init__(self, runner: Runner, folder: Path, seconds: float):
+        self._runner, self._folder = runner, folder
+        self.variables = {KEEP_IMPORTS: str(seconds), "XDG_RUNTIME_DIR": str(folder)}
+
+    def __call__(self, *words: str) -> Command:
+        return self._runner(*words, variables=self.variables)
+
+    def pids(self) -> list[int]:
+        """Of processes that wait."""
+        return [int(file.read_text()) for file in self._folder.glob("llama_pretrain-*/*.pid")]
+
+
+@pytest.fixture
+def kept(runner: Runner, tmp_path: Path) -> Iterator[Kept]:
+    folder = tmp_path / "sockets"
+    folder.mkdir()
+    kept = Kept(runner, folder, 15)
+    yield kept
+    for pid in kept.pids():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_imports_are_kept_for_the_next_command(runner: Runner, kept: Kept) -> None:
+    """The numbers are those of imports of its own; then nothing is left."""
+    words = ("train.max_steps=4", "zero=stage2")
+    own = runner(*words, variables={KEEP_IMPORTS: "0"})
+    assert numbers(kept(*words).rows("step")) == numbers(own.rows("step"))
+    (pid,) = kept.pids()
+    ends = [time.monotonic() + 15]
+    again = kept(*words)
+    assert numbers(again.rows("step")) == numbers(own.rows("step"))
+    assert kept.pids() == [pid]
+    (start,) = (row["start_seconds"] for row in again.rows("start_seconds"))
+    assert start["imports"] < 1
+    wait_until(lambda: not is_alive(pid), seconds=30)
+    assert time.monotonic() > ends[0]
+    assert kept.pids() == []
+
+
+def test_a_command_that_is_killed_takes_its_ranks_and_leaves_the_imports(
+    runner: Runner, kept: Kept, tmp_path: Path
+) -> None:
+    kept("train.max_steps=1")
+    (pid,) = kept.pids()
+    run_dir = RunDir(tmp_path / "killed")
+    long = ("train.max_steps=10000", f"hydra.run.dir={run_dir.path}")
+    data = (f"data.paths=['{runner.corpus}/*.py']", f"data.cache_dir={runner.cache_dir}")
+    command = subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), *SMALL, *data, *long],
+        env=os.environ | OPERATORS | kept.variables,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_until(lambda: len(read_metrics(run_dir.metrics)) > 4, seconds=60)
+        ranks = [beat.pid for beat in read_beats(run_dir.heartbeats, world_size=2)]
+    finally:
+        command.kill()
+        command.wait()
+    wait_until(lambda: not any(map(is_alive, ranks)), seconds=10)
+    assert is_alive(pid)
+
+
+def wait_until(condition: Callable[[], bool], *, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_kept_imports_are_for_the_same_code_and_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(kept_module, "PROJECT_ROOT", tmp_path)
+    module = tmp_path / "llama_pretrain" / "module.py"
+    module.parent.mkdir()
+    module.touch()
+    keys = [kept_module._key({"OMP_NUM_THREADS": "1"})]
+    monkeypatch.setenv("COLUMNS", "77")
+    assert kept_module._key({"OMP_NUM_THREADS": "1"}) == keys[0]
+    keys.append(kept_module._key({"OMP_NUM_THREADS": "2"}))
+    monkeypatch.setenv("TORCH_LOGS", "all")
+    keys.append(kept_module._key({"OMP_NUM_THREADS": "2"}))
+    os.utime(module, (1, 1))
+    keys.append(kept_module._key({"OMP_NUM_THREADS": "2"}))
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("given", ["a while", "folder"])
+def test_kept_imports_that_cannot_be(runner: Runner, tmp_path: Path, given: str) -> None:
+    """A folder of sockets in which others may write, or no number of seconds."""
+    (tmp_path / f"llama_pretrain-{os.getuid()}").mkdir()
+    (tmp_path / f"llama_pretrain-{os.getuid()}").chmod(0o777)
+    seconds = "9" if given == "folder" else given
+    variables = {KEEP_IMPORTS: seconds, "XDG_RUNTIME_DIR": str(tmp_path)}
+    done = runner("train.max_steps=1", variables=variables, expect=1)
+    shown = "yours alone (mode 700)" if given == "folder" else "a number of seconds (got a while)"
+    assert f"{KEEP_IMPORTS}: " in done.output
+    assert shown in done.output
+    assert "Traceback" not in done.output

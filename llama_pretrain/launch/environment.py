@@ -1,10 +1,14 @@
 """The environment that ranks start with: one of the two places that read ours."""
 
 import os
+import re
 import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from llama_pretrain.config.compose import PROJECT_ROOT
+from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.config.schema import Allocator, CompiledPart, Device, Run
 
 KEEP = ":".join(
@@ -17,6 +21,37 @@ KEEP = ":".join(
     )
 )
 """glibc's tunables by which what was freed stays with the process."""
+
+
+KEEP_IMPORTS = "LLAMA_PRETRAIN_KEEP_IMPORTS_S"
+OF_A_SHELL = re.compile(r"_|PWD|OLDPWD|SHLVL|COLUMNS|LINES|TERM|PYTEST_\w+")
+"""Variables that differ from command to command, and that nobody reads as modules are imported."""
+
+
+def seconds_kept() -> float:
+    """For how long a process with the imports of ranks waits for the next command; 0 = none does.
+
+    Raises:
+        UserError: if it is no number.
+    """
+    given = os.environ.get(KEEP_IMPORTS) or "0"
+    try:
+        return float(given)
+    except ValueError:
+        message = f"is a number of seconds (got {given})"
+        raise UserError([Problem(path=KEEP_IMPORTS, message=message)]) from None
+
+
+def runtime_folder() -> Path:
+    """Where sockets of this user belong."""
+    given = Path(os.environ.get("XDG_RUNTIME_DIR") or "")
+    return given if given.is_absolute() and given.is_dir() else Path(tempfile.gettempdir())
+
+
+def read_at_import(values: Mapping[str, str]) -> dict[str, str]:
+    """The environment with these values, as far as an import may depend on it."""
+    whole = {**os.environ, **values}
+    return {key: value for key, value in whole.items() if OF_A_SHELL.fullmatch(key) is None}
 
 
 def extensions_dir(run: Run) -> Path:

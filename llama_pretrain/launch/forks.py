@@ -14,11 +14,12 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from llama_pretrain.config.schema import Run
-from llama_pretrain.launch.environment import worker_environment
-from llama_pretrain.launch.processes import kill_session
+from llama_pretrain.launch.environment import seconds_kept, worker_environment
+from llama_pretrain.launch.kept import ask_for_server
+from llama_pretrain.launch.processes import is_alive, kill_session
 from llama_pretrain.train.signals import PARENT
 
 SERVER = "llama_pretrain.train.forkserver"
@@ -71,38 +72,56 @@ class ForkServers:
 
 
 class ForkServer:
-    """The process of train/forkserver.py."""
+    """The process of train/forkserver.py: one of ours, or one whose imports were kept."""
 
     def __init__(self, values: Mapping[str, str], *, label: str):
         # The device is looked for through NVML: a process with a CUDA context can't be forked.
         self.values = {**values, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the server
-        self._process = subprocess.Popen(
-            [sys.executable, "-u", "-m", SERVER, label],
-            env=os.environ | self.values | {PARENT: str(os.getpid())},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            start_new_session=True,  # signals of a terminal are ours to pass on
-        )
-        self._is_ready = False
+        self._process: subprocess.Popen[bytes] | None = None
+        seconds = seconds_kept()
+        if seconds:
+            connection = ask_for_server(SERVER, self.values, seconds=seconds, log=self._log)
+            self._requests: IO[bytes] = connection.makefile("wb")
+            self._answers: IO[bytes] = connection.makefile("rb")
+            connection.close()  # once both files are
+        else:
+            self._process = subprocess.Popen(
+                [sys.executable, "-u", "-m", SERVER, label],
+                env=os.environ | self.values | {PARENT: str(os.getpid())},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                start_new_session=True,  # signals of a terminal are ours to pass on
+            )
+            assert self._process.stdin is not None
+            assert self._process.stdout is not None
+            self._requests, self._answers = self._process.stdin, self._process.stdout
+        self._ready: int | None = None
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        """Its id. Waits until a process of kept imports has told it."""
+        if self._process is not None:
+            return self._process.pid
+        return self._wait_until_ready()
 
     @property
     def has_ended(self) -> bool:
-        return self._process.poll() is not None
+        if self._process is not None:
+            return self._process.poll() is not None
+        return self._ready is not None and not is_alive(self._ready)
+
+    def _wait_until_ready(self) -> int:
+        if self._ready is None:
+            self._ready = int(self.wait()["ready"])
+        return self._ready
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Send a request, and wait for its answer."""
-        if not self._is_ready:
-            self.wait()
-            self._is_ready = True
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        self._process.stdin.flush()
+        self._wait_until_ready()
+        self._requests.write(json.dumps(request).encode() + b"\n")
+        self._requests.flush()
         return self.wait()
 
     def wait(self) -> dict[str, Any]:
@@ -111,10 +130,13 @@ class ForkServer:
         Raises:
             ServerError: if the server has ended.
         """
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        try:
+            line = self._answers.readline()
+        except ConnectionError:
+            line = b""
         if not line:
-            self._process.wait()
+            if self._process is not None:
+                self._process.wait()
             self._log.seek(0)
             said = self._log.read().decode(errors="replace").strip()[-2000:]
             raise ServerError(f"the process that forks ranks has ended: {said}")
@@ -123,10 +145,11 @@ class ForkServer:
 
     def end(self) -> None:
         """End it, and any rank that it has."""
-        kill_session(self.pid)
-        self._process.wait()
-        for file in (self._process.stdin, self._process.stdout, self._log):
-            assert file is not None
+        if self._process is not None or self._ready is not None:
+            kill_session(self.pid)
+        if self._process is not None:
+            self._process.wait()
+        for file in (self._requests, self._answers, self._log):  # of which kept imports' ends too
             file.close()
 
 

@@ -1,4 +1,5 @@
-"""A process that has imported all that ranks need, and forks them: `launch/forks.py` starts it.
+"""A process that has imported all that ranks need, and forks them: `launch/forks.py` starts it,
+or one that waits for commands (`launch/kept.py`) is forked.
 
 It reads a request as a JSON line from standard input, `{"ranks": [ENVIRONMENT, ...], "words":
 [...], "cores": [...]}`, and answers with a line of ids, then with one for each rank that has ended.
@@ -10,10 +11,12 @@ import json
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from llama_pretrain.train.signals import PARENT, die_with_parent
@@ -85,7 +88,6 @@ class Server:
 
     def serve(self) -> None:
         """Answer requests. When whoever makes them is gone, nothing is left."""
-        import_everything()
         self._answer({"ready": os.getpid()})
         rest = b""
         while True:
@@ -189,6 +191,51 @@ class Server:
         os.write(self._answers, json.dumps(values).encode() + b"\n")
 
 
-if __name__ == "__main__":
-    die_with_parent()
+def wait_for_commands(listener: socket.socket, path: Path, *, seconds: float) -> None:
+    """With all imports made, fork a server for each that connects, until none has for so long."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    import_everything()
+    _fork_servers(listener, seconds=seconds)
+    for file in (path, path.with_suffix(".pid")):
+        file.unlink(missing_ok=True)
+    _fork_servers(listener, seconds=0)  # for who has come meanwhile
+
+
+def _fork_servers(listener: socket.socket, *, seconds: float) -> None:
+    while select.select([listener], [], [], seconds)[0]:
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            try:
+                listener.close()
+                _become_server(connection)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        connection.close()
+
+
+def _become_server(connection: socket.socket) -> NoReturn:
+    """Go on as if the command at the other end had started this process."""
+    os.setsid()
+    told, (log,), _, _ = socket.recv_fds(connection, 1 << 16, 1)
+    for number in (0, 1):
+        os.dup2(connection.fileno(), number)
+    os.dup2(log, 2)
+    for descriptor in (connection.detach(), log):
+        os.close(descriptor)
+    place = json.loads(told)
+    os.chdir(place["folder"])
+    os.umask(place["umask"])
     Server().serve()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--keep"]:
+        seconds, number, path = sys.argv[2:]
+        wait_for_commands(socket.socket(fileno=int(number)), Path(path), seconds=float(seconds))
+    else:
+        die_with_parent()
+        import_everything()
+        Server().serve()
