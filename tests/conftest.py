@@ -135,7 +135,7 @@ def write_tokens(prefix: Path, documents: Sequence[Sequence[int]], *, dtype: str
 
 @pytest.fixture(scope="session")
 def kept_imports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Variables by which a session's commands share what ranks import: half the time of a small run.
+    """Variables by which commands share what ranks import, half the time of a small run.
 
     Commands that tests start by themselves (faults, signals) make their own, and so does the whole
     run of tests/e2e/test_run.py.
