@@ -5,13 +5,11 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from llama_pretrain.launch.local import find_first
+from llama_pretrain.launch.failures import Failure, find_first
 from llama_pretrain.launch.processes import is_alive, kill_session, list_processes
 from llama_pretrain.launch.signals import Preempted, Requests, Stopped, how_to_go_on
 from llama_pretrain.launch.stacks import (
@@ -83,17 +81,12 @@ def test_a_stack_is_told_with_the_innermost_frame_of_ours() -> None:
     )
 
 
-@dataclass
-class Failure:
-    """The fields of torch's ProcessFailure that are read."""
-
-    exitcode: int
-    timestamp: int = 100
-    error_file_data: dict[str, Any] = field(default_factory=lambda: {"message": "<NONE>"})
-
-
 def raised(text: str, *, at: int = 100) -> Failure:
-    return Failure(1, at, {"message": {"message": text}})
+    return Failure(1, at, text)
+
+
+def ended(signal_number: int, *, at: int = 100) -> Failure:
+    return Failure(-signal_number, at)
 
 
 LOST = "RuntimeError: [../gloo/transport/tcp/pair.cc:547] Connection closed by peer"
@@ -102,11 +95,11 @@ LOST = "RuntimeError: [../gloo/transport/tcp/pair.cc:547] Connection closed by p
 @pytest.mark.parametrize(
     ("failures", "killed", "rank"),
     [
-        pytest.param({0: raised(LOST, at=99), 1: Failure(-9)}, set(), 1, id="killed-by-hand"),
-        pytest.param({0: Failure(-9, 99), 1: raised("ValueError: x")}, {0}, 1, id="killed-by-us"),
-        pytest.param({0: Failure(-6, 99), 1: Failure(-11)}, set(), 1, id="gloo-aborts"),
-        pytest.param({0: raised(LOST, at=99), 1: Failure(-6)}, set(), 1, id="an-abort-of-its-own"),
-        pytest.param({0: Failure(-15, 99), 1: Failure(3)}, set(), 1, id="ended-by-the-agent"),
+        pytest.param({0: raised(LOST, at=99), 1: ended(9)}, set(), 1, id="killed-by-hand"),
+        pytest.param({0: ended(9, at=99), 1: raised("ValueError: x")}, {0}, 1, id="killed-by-us"),
+        pytest.param({0: ended(6, at=99), 1: ended(11)}, set(), 1, id="gloo-aborts"),
+        pytest.param({0: raised(LOST, at=99), 1: ended(6)}, set(), 1, id="an-abort-of-its-own"),
+        pytest.param({0: ended(15, at=99), 1: Failure(3, 100)}, set(), 1, id="ended-by-the-agent"),
         pytest.param({0: raised("B", at=101), 1: raised("A")}, set(), 1, id="the-earlier"),
     ],
 )
@@ -114,6 +107,25 @@ def test_the_failure_that_caused_the_others(
     failures: dict[int, Failure], killed: set[int], rank: int
 ) -> None:
     assert find_first(failures, killed=killed) == rank
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        ('{"message": {"message": "E: x", "extraInfo": {"timestamp": "7"}}}', "E: x"),
+        ('{"message": {"mess', ""),
+        ('{"message": "<NONE>"}', ""),
+        (None, ""),
+    ],
+)
+def test_what_a_rank_wrote_of_its_error(tmp_path: Path, written: str | None, text: str) -> None:
+    """As torch's `record` writes it; or cut, or not at all: then it is of now."""
+    file = tmp_path / "error.json"
+    if written is not None:
+        file.write_text(written)
+    failure = Failure.of(1, file)
+    assert (failure.exitcode, failure.text) == (1, text)
+    assert failure.timestamp == (7 if text else pytest.approx(time.time(), abs=5))
 
 
 def build_watch(run_dir: RunDir, requests: Requests, lines: list[str]) -> Watch:

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from llama_pretrain.config.schema import Run
 from llama_pretrain.launch.environment import seconds_kept, worker_environment
+from llama_pretrain.launch.failures import Failure
 from llama_pretrain.launch.kept import ask_for_server
 from llama_pretrain.launch.processes import is_alive, kill_session
 from llama_pretrain.train.signals import PARENT
@@ -160,8 +161,8 @@ class ForkAgent(threading.Thread):
         self, server: ForkServer, *, words: Sequence[str], world_size: int, early_logs: Path
     ):
         super().__init__(name="agent", daemon=True)
-        self.failures: dict[int, Any] = {}
-        """Of ranks, by number: torch's ProcessFailure."""
+        self.failures: dict[int, Failure] = {}
+        """Of ranks, by number."""
         self.error: BaseException | None = None
         """Of the server."""
         self._server, self._words, self._world_size = server, list(words), world_size
@@ -210,11 +211,8 @@ class ForkAgent(threading.Thread):
         self._ended.add(pid)
         if code == 0:
             return
-        from torch.distributed.elastic.multiprocessing.errors import ProcessFailure  # 2 s
-
         rank = self._pids.index(pid)
-        file = str(self._error_files[rank])
-        self.failures[rank] = ProcessFailure(rank, pid, code, file)
+        self.failures[rank] = Failure.of(code, self._error_files[rank])
         if len(self.failures) == 1 and self.workers():
             threading.Thread(target=self._end_others, daemon=True).start()
 

@@ -8,33 +8,23 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from llama_pretrain.config.schema import Run
 from llama_pretrain.launch.environment import worker_environment
+from llama_pretrain.launch.failures import Failure, describe_failure
 from llama_pretrain.launch.forks import ForkAgent, ForkServers, ServerError, can_fork
 from llama_pretrain.launch.processes import PROC, list_processes
 from llama_pretrain.launch.signals import Preempted, receive_signals
 from llama_pretrain.launch.watch import RankError, Watch
-from llama_pretrain.plan.advice import advise_memory, is_out_of_memory, may_be_out_of_memory
 from llama_pretrain.plan.plan import Plan
 from llama_pretrain.runs.rundir import RunDir
 from llama_pretrain.train.signals import PARENT
 
 WORKER = "llama_pretrain.train.worker"
 LOOK_EVERY_S = 0.1
-LOST_PEER = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "Socket closed",
-    "Timed out waiting",
-    "remote process exited",
-    "remote error",
-)
-"""What gloo and NCCL say in a rank whose neighbour has died."""
 
 
 def launch(
@@ -126,8 +116,8 @@ class Agent(threading.Thread):
 
     def __init__(self, run: Run, run_dir: RunDir, *, words: Sequence[str], early_logs: str):
         super().__init__(name="agent", daemon=True)
-        self.failures: Mapping[int, Any] = {}
-        """Of ranks, by number: torch's ProcessFailure."""
+        self.failures: dict[int, Failure] = {}
+        """Of ranks, by number."""
         self.error: BaseException | None = None
         """Of the agent itself."""
         self._config = _launch_config(run, run_dir, early_logs=early_logs)
@@ -149,7 +139,8 @@ class Agent(threading.Thread):
             # `env` sets the ranks' environment without touching ours, and becomes the worker
             elastic_launch(self._config, "env")(*self._words)
         except ChildFailedError as error:
-            self.failures = error.failures
+            for rank, found in error.failures.items():
+                self.failures[rank] = Failure.of(found.exitcode, Path(found.error_file))
         except BaseException as error:
             self.error = error
 
@@ -182,75 +173,6 @@ def _launch_config(run: Run, run_dir: RunDir, *, early_logs: str) -> Any:
         # What a rank says before it has opened its own log, which is next to nothing.
         logs_specs=DefaultLogsSpecs(log_dir=early_logs, redirects=Std.ALL),
     )
-
-
-def describe_failure(
-    failures: Mapping[int, Any],
-    run: Run,
-    plan: Plan,
-    run_dir: RunDir,
-    *,
-    killed: Collection[int],
-    stopping: bool,
-    early_logs: Path,
-) -> RankError:
-    """The failure that caused the others.
-
-    Args:
-        failures: torch's ProcessFailure, by rank.
-        killed: ranks that were ended because another had failed.
-        stopping: whether a signal had asked the run to end.
-    """
-    rank = find_first(failures, killed=killed)
-    text, code, log = _message(failures[rank]), failures[rank].exitcode, run_dir.rank_log(rank)
-    advice = ""
-    if code < 0:
-        text = f"ended by {signal.Signals(-code).name}"
-        if code == -signal.SIGKILL:
-            text += " (by hand, or by the system for want of memory)"
-            advice = advise_memory(run, plan)
-    elif not log.exists():
-        early = [path.read_text(errors="replace") for path in early_logs.rglob("stderr.log")]
-        text = "\n".join(content[-2000:] for content in early)
-    elif not text:  # it could not write its error down
-        lines = log.read_text(errors="replace").splitlines()
-        text = next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
-    if is_out_of_memory(text):
-        advice = advise_memory(run, plan)
-    elif may_be_out_of_memory(text):
-        advice = advise_memory(run, plan, certain=False)
-    return RankError(rank=rank, error=text, log=log, advice=advice, stopping=stopping)
-
-
-def find_first(failures: Mapping[int, Any], *, killed: Collection[int]) -> int:
-    """The rank whose failure is not for want of another.
-
-    Times don't tell: torch keeps them in seconds, and of a killed rank it has the time when that
-    was noticed.
-    """
-
-    def order(rank: int) -> tuple[int, int, int]:
-        failure = failures[rank]
-        degree = 0
-        if failure.exitcode == -signal.SIGABRT:  # gloo's threads abort where a neighbour is lost
-            degree = 1
-        if any(text in _message(failure) for text in LOST_PEER):
-            degree = 2
-        if failure.exitcode == -signal.SIGTERM or (
-            failure.exitcode == -signal.SIGKILL and rank in killed
-        ):
-            degree = 3
-        return degree, failure.timestamp, rank
-
-    return min(failures, key=order)
-
-
-def _message(failure: Any) -> str:
-    """What the rank wrote down of its error; empty if it could not."""
-    recorded = failure.error_file_data.get("message")
-    if isinstance(recorded, dict):
-        return str(recorded.get("message", ""))
-    return "" if recorded in (None, "<NONE>") else str(recorded)
 
 
 def _last_row(metrics: Path, *, since: int) -> dict[str, Any]:

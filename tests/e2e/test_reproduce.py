@@ -20,10 +20,22 @@ from tests.e2e.test_resume import forget_after, numbers
 
 SHORT = (
     *("train.max_steps=4", "train.eval_every_steps=2", "train.eval_rows=4"),
-    *("checkpoint.export=false", "checkpoint.at_end=false", "batch.global_batch_size=4"),
+    *(
+        "train.sample_tokens=8",
+        "checkpoint.export=false",
+        "checkpoint.at_end=false",
+        "batch.global_batch_size=4",
+    ),
 )
-"""The default run, but for its length and the rows of a step."""
+"""The default run, but for its length, its samples' and the rows of a step."""
 SECRET = "opaque-v4lue-of-a-token"
+
+
+@pytest.fixture(autouse=True)
+def sharing(kept_imports: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of a copy of the project share imports too, until its code is changed."""
+    for name, value in kept_imports.items():
+        monkeypatch.setenv(name, value)
 
 
 def told(done: Command) -> Any:

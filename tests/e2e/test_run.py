@@ -374,6 +374,7 @@ def test_published_shapes_train(runner: Runner, model: str) -> None:
         "batch.global_batch_size=2",
         "train.max_steps=3",
         "train.eval_rows=2",
+        "train.sample_tokens=2",
         "checkpoint.at_end=false",
         "checkpoint.export=false",
         "monitor=none",
