@@ -362,10 +362,16 @@ def test_kept_imports_are_for_the_same_code_and_environment(
     keys.append(kept_module._key({"OMP_NUM_THREADS": "2"}))
     os.utime(module, (1, 1))
     keys.append(kept_module._key({"OMP_NUM_THREADS": "2"}))
+    lower = (
+        "import os, sys; os.nice(1); from llama_pretrain.launch import kept; print(kept._key({}))"
+    )
+    nice = subprocess.run([sys.executable, "-c", lower], cwd=ROOT, capture_output=True, text=True)
+    monkeypatch.undo()
+    keys += [nice.stdout.strip(), kept_module._key({})]
     assert len(set(keys)) == len(keys)
 
 
-@pytest.mark.parametrize("given", ["a while", "folder"])
+@pytest.mark.parametrize("given", ["a while", "nan", "-1", "folder"])
 def test_kept_imports_that_cannot_be(runner: Runner, tmp_path: Path, given: str) -> None:
     """A folder of sockets in which others may write, or no number of seconds."""
     (tmp_path / f"llama_pretrain-{os.getuid()}").mkdir()
@@ -373,7 +379,9 @@ def test_kept_imports_that_cannot_be(runner: Runner, tmp_path: Path, given: str)
     seconds = "9" if given == "folder" else given
     variables = {KEEP_IMPORTS: seconds, "XDG_RUNTIME_DIR": str(tmp_path)}
     done = runner("train.max_steps=1", variables=variables, expect=1)
-    shown = "yours alone (mode 700)" if given == "folder" else "a number of seconds (got a while)"
+    shown = f"a number of seconds (got {given})"
+    if given == "folder":
+        shown = "yours alone (mode 700)"
     assert f"{KEEP_IMPORTS}: " in done.output
     assert shown in done.output
     assert "Traceback" not in done.output

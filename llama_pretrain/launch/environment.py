@@ -1,5 +1,6 @@
 """The environment that ranks start with: one of the two places that read ours."""
 
+import math
 import os
 import re
 import sys
@@ -36,10 +37,13 @@ def seconds_kept() -> float:
     """
     given = os.environ.get(KEEP_IMPORTS) or "0"
     try:
-        return float(given)
+        seconds = float(given)
     except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
         message = f"is a number of seconds (got {given})"
-        raise UserError([Problem(path=KEEP_IMPORTS, message=message)]) from None
+        raise UserError([Problem(path=KEEP_IMPORTS, message=message)])
+    return seconds
 
 
 def runtime_folder() -> Path:

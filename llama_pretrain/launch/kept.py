@@ -22,6 +22,7 @@ from typing import IO
 from llama_pretrain.config.compose import PROJECT_ROOT
 from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.launch.environment import KEEP_IMPORTS, read_at_import, runtime_folder
+from llama_pretrain.launch.processes import PROC
 
 LIBRARIES = ("torch", "transformers", "deepspeed", "numpy")
 LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
@@ -118,13 +119,16 @@ def _find_folder() -> Path:
 
 
 def _key(values: Mapping[str, str]) -> str:
-    """What imports depend on: the code and the libraries, the environment, and limits."""
+    """What ranks get from where they are forked: code and libraries that were imported, the
+    environment, and a process's limits and place, such as a container, or a job of Slurm."""
     files = (PROJECT_ROOT / "llama_pretrain").rglob("*.py")
     depends = [
         sorted((str(path), path.stat().st_mtime_ns) for path in files),
         [sys.executable, sys.version, *(importlib.metadata.version(name) for name in LIBRARIES)],
         read_at_import(values),
         [resource.getrlimit(limit) for limit in LIMITS],
+        [os.getpriority(os.PRIO_PROCESS, 0), (PROC / "self" / "cgroup").read_text()],
+        sorted(os.readlink(namespace) for namespace in (PROC / "self" / "ns").iterdir()),
     ]
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
 
