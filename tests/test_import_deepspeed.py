@@ -5,6 +5,7 @@ import json
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from llama_pretrain.config.compose import PROJECT_ROOT
 from llama_pretrain.config.problems import UserError
 from llama_pretrain.config.rules import check_run
-from llama_pretrain.config.schema import Run
+from llama_pretrain.config.schema import OptimName, Run
 from llama_pretrain.config.snapshot import to_plain
 from llama_pretrain.plan import import_keys
 from llama_pretrain.plan.batch import count_replicas, solve_batch
@@ -112,7 +113,9 @@ def test_round_trip(overrides: list[str]) -> None:
     assert found.lost == []
     again, emitted = emit(render_overrides(found.wanted))
     assert emitted == config
-    assert again.optim == run.optim
+    # DeepSpeed's AdamW is the rule to us, whichever kernel we choose for it.
+    rule = OptimName.torch_adamw if run.optim.name is OptimName.fused_adam else run.optim.name
+    assert again.optim == replace(run.optim, name=rule)
 
 
 @pytest.mark.parametrize(

@@ -237,5 +237,6 @@ if __name__ == "__main__":
         wait_for_commands(socket.socket(fileno=int(number)), Path(path), seconds=float(seconds))
     else:
         die_with_parent()
+        server = Server()  # first: what an import prints must not be taken for an answer
         import_everything()
-        Server().serve()
+        server.serve()

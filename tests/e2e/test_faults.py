@@ -274,10 +274,18 @@ def test_a_signal_while_data_is_prepared(runner: Runner, tmp_path: Path, process
     runner.bare(*words)
 
 
-@pytest.mark.parametrize("delay_s", [0.08, 0.3, 0.45])
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal; before, the interpreter itself starts."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    (caught,) = [line.split()[1] for line in lines if line.startswith("SigCgt")]
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("delay_s", [0.01, 0.2, 0.35])
 def test_a_signal_before_anything_is_begun(runner: Runner, delay_s: float) -> None:
     # A cache of its own: else there is nothing to prepare, and the command may be quicker.
     with started(runner, "task=prepare", f"data.cache_dir={runner.folder}/cache") as run:
+        run.wait_for(lambda: catches(run.process.pid, signal.SIGUSR1))
         time.sleep(delay_s)
         run.process.send_signal(signal.SIGUSR1)
         output = run.end(limit_s=10)
