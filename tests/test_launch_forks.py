@@ -1,8 +1,10 @@
 """Ranks that are forked: the numbers of fresh ones, and nothing passes from one to the next."""
 
 import contextlib
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +19,8 @@ import pytest
 from llama_pretrain.config.snapshot import load_snapshot, render_snapshot
 from llama_pretrain.launch import kept as kept_module
 from llama_pretrain.launch.environment import KEEP_IMPORTS, worker_environment
-from llama_pretrain.launch.forks import ForkServers, ServerError
+from llama_pretrain.launch.forks import SERVER, ForkServers, ServerError
+from llama_pretrain.launch.kept import _address
 from llama_pretrain.launch.local import launch
 from llama_pretrain.launch.processes import is_alive, list_processes
 from llama_pretrain.launch.watch import RankError
@@ -292,7 +295,7 @@ class Kept:
 def kept(runner: Runner, tmp_path: Path) -> Iterator[Kept]:
     folder = tmp_path / "sockets"
     folder.mkdir()
-    kept = Kept(runner, folder, 15)
+    kept = Kept(runner, folder, 300)
     yield kept
     for pid in kept.pids():
         with contextlib.suppress(ProcessLookupError):
@@ -300,20 +303,36 @@ def kept(runner: Runner, tmp_path: Path) -> Iterator[Kept]:
 
 
 def test_imports_are_kept_for_the_next_command(runner: Runner, kept: Kept) -> None:
-    """The numbers are those of imports of its own; then nothing is left."""
+    """The numbers are those of imports of its own."""
     words = ("train.max_steps=4", "zero=stage2")
     own = runner(*words, variables={KEEP_IMPORTS: "0"})
     assert numbers(kept(*words).rows("step")) == numbers(own.rows("step"))
     (pid,) = kept.pids()
-    ends = [time.monotonic() + 15]
     again = kept(*words)
     assert numbers(again.rows("step")) == numbers(own.rows("step"))
     assert kept.pids() == [pid]
     (start,) = (row["start_seconds"] for row in again.rows("start_seconds"))
     assert start["imports"] < 1
-    wait_until(lambda: not is_alive(pid), seconds=30)
-    assert time.monotonic() > ends[0]
-    assert kept.pids() == []
+
+
+def test_imports_are_kept_no_longer_than_was_said(tmp_path: Path) -> None:
+    path, answers = tmp_path / "of.sock", list[str]()
+    with _address(path) as address, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        path.with_suffix(".pid").touch()
+        with (tmp_path / "log").open("w+b") as log:
+            pid = kept_module._start(SERVER, {}, listener, path=path, seconds=1.5, log=log)
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(address)
+            told = json.dumps({"folder": str(tmp_path), "umask": 0o22}).encode()
+            socket.send_fds(connection, [told], [sys.stderr.fileno()])
+            answers.append(connection.makefile().readline())
+        began = time.monotonic()
+    assert json.loads(answers[0])["ready"] != pid
+    os.waitpid(pid, 0)
+    assert 1 < time.monotonic() - began < 10
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["log"]
 
 
 def test_a_command_that_is_killed_takes_its_ranks_and_leaves_the_imports(
