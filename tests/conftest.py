@@ -150,11 +150,9 @@ def kept_imports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str,
 class Runner:
     """Calls run.py as a user does, with the session's cache and a run directory of its own."""
 
-    def __init__(
-        self, *, cache_dir: Path, corpus: Path, folder: Path, variables: dict[str, str] | None
-    ):
+    def __init__(self, *, cache_dir: Path, corpus: Path, folder: Path, variables: dict[str, str]):
         self.cache_dir, self.corpus, self.folder = cache_dir, corpus, folder
-        self._variables = variables or {}
+        self._variables = variables
         self._count = 0
 
     def __call__(self, *overrides: str, **options: Any) -> Command:
