@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as functional
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
@@ -172,9 +173,11 @@ def test_linear_cross_entropy(tokens: int, wide: bool, monkeypatch: pytest.Monke
     wanted = functional.cross_entropy(hidden @ weight.t(), targets, reduction="none")
     assert torch.allclose(each, wanted, atol=1e-5)
     assert torch.equal(total, each.sum())
-    with torch.no_grad():
-        again = linear_cross_entropy(hidden, weight, targets, wide=wide)[1]
-        assert torch.equal(again, each)
+    # An evaluation makes no gradient, though its weights would want one.
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        again = linear_cross_entropy(hidden, weight.requires_grad_(), targets, wide=wide)[1]
+    assert torch.equal(again, each)
+    assert counter.get_total_flops() == 2 * hidden.numel() * len(weight)
 
 
 def test_linear_cross_entropy_of_unlikely_and_of_broken_tokens() -> None:

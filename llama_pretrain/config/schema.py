@@ -388,7 +388,7 @@ class Train:
     """Text that the model continues, after each evaluation and when it is finished; empty = no
     samples."""
     sample_tokens: PositiveInt = 60
-    """Tokens of each sample, at most."""
+    """Tokens of each sample, at most; before the first step 8 at most."""
     peak_tflops: PositiveFloat | None = None
     """Peak TFLOP/s of one rank's device for MFU; `null` = a table for GPUs, measured on a CPU."""
     max_nonfinite_steps: PositiveInt = 5

@@ -4,6 +4,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ from llama_pretrain.train.progress import MAX_ROLLBACKS, Progress
 from llama_pretrain.train.sample import continue_with_engine, open_prompt
 from llama_pretrain.train.step import NonFiniteError, StepResult, Training, train_step
 
+UNTRAINED_TOKENS = 8
+"""Tokens of the sample before the first step, at most: it shows that there will be others."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -227,6 +230,8 @@ def _evaluate(training: Training, writer: MetricsWriter, progress: Progress) -> 
     """
     plan, rank, prompt = training.plan, training.rank, training.prompt
     assert plan.corpus is not None
+    if prompt is not None and progress.step == 0:
+        prompt = replace(prompt, num_tokens=min(prompt.num_tokens, UNTRAINED_TOKENS))
     result = evaluate(
         training.engine,
         training.heldout_set,

@@ -31,17 +31,23 @@ def linear_cross_entropy(
         The sum, a float32 scalar that has a gradient, and each token's loss, (N,) float32, which
         has none.
     """
+    # Within `forward` gradients look wanted, and are off, whatever is outside.
+    needed = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     apply: Any = _LinearCrossEntropy.apply
-    losses: tuple[torch.Tensor, torch.Tensor] = apply(hidden, weight, targets, wide)
+    losses: tuple[torch.Tensor, torch.Tensor] = apply(hidden, weight, targets, wide, needed)
     return losses
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, wide: bool
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        wide: bool,
+        needed: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        needed = any(ctx.needs_input_grad[:2])
         count, length = len(hidden), loss_chunk(wide=wide)
         losses = torch.empty(count, dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needed else None
@@ -75,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = gradients[0]
-        return grad_hidden * scale, grad_weight * scale, None, None
+        return grad_hidden * scale, grad_weight * scale, None, None, None
 
 
 def _losses(logits: torch.Tensor, targets: torch.Tensor, *, gradient: bool) -> torch.Tensor:
