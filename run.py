@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from llama_pretrain.launch.ahead import start_ahead
 from llama_pretrain.launch.signals import Requests, catch_signals, ignore_signals, leave_at_signals
 
 
@@ -38,6 +39,8 @@ def main() -> int:
 def run_hydra(argv: list[str]) -> int:
     """A run or a sweep, through Hydra; every ending becomes a few lines and an exit code."""
     gc.disable()  # until the config is composed: many objects are made and few dropped
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's errors come to us, who know more to say
+    ahead = start_ahead(argv)
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig
@@ -74,7 +77,14 @@ def run_hydra(argv: list[str]) -> int:
             origins = trace_settings(words, {} if is_snapshot else own.runtime.choices)
             gc.enable()
             phases.end("compose")
-            return run_task(read, run_dir=RunDir(folder), argv=argv, origins=origins, phases=phases)
+            return run_task(
+                read,
+                run_dir=RunDir(folder),
+                argv=argv,
+                origins=origins,
+                phases=phases,
+                ahead=ahead,
+            )
         except endings.EXPECTED as error:  # a sweep goes on with its next point
             endings.tell(error)
             failures.append(error)
@@ -85,7 +95,6 @@ def run_hydra(argv: list[str]) -> int:
 
     register()
     requests = Requests()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's errors come to us, who know more to say
     with tempfile.TemporaryDirectory() as scratch:
         try:
             catch_signals(requests)  # here, where what it raises is caught

@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.record import RESULTS, ROOT, write_record
 from llama_pretrain.config.schema import PrecisionName
 from llama_pretrain.config.snapshot import load_snapshot
-from llama_pretrain.launch.environment import KEEP_IMPORTS
+from llama_pretrain.launch.ahead import KEEP_IMPORTS
 from llama_pretrain.plan.plan import load_plan
 from llama_pretrain.runs.rundir import RunDir, read_metrics
 

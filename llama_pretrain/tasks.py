@@ -20,6 +20,7 @@ from llama_pretrain.config.schema import DriftPolicy, Run, Task
 from llama_pretrain.config.secrets import redact
 from llama_pretrain.config.snapshot import as_written, render_snapshot
 from llama_pretrain.finished import do_with_run, export_at_end
+from llama_pretrain.launch.ahead import ServerProcess
 from llama_pretrain.launch.forks import ForkServers
 from llama_pretrain.launch.local import launch
 from llama_pretrain.launch.operators import build_operators, describe_operators
@@ -79,12 +80,14 @@ def run_task(
     argv: Sequence[str],
     origins: Mapping[str, str],
     phases: Phases | None = None,
+    ahead: ServerProcess | None = None,
 ) -> float | None:
     """Do what `task` says. Returns the last evaluation loss, which Hydra calls the objective.
 
     Args:
         origins: where each setting is from (config/compose.py).
         phases: of this start, so far.
+        ahead: the imports of ranks, begun on a guess.
 
     Raises:
         UserError: for everything that can be known before a rank starts.
@@ -101,7 +104,7 @@ def run_task(
     if run.task.reads_a_run:
         return do_with_run(run, run_dir, argv=argv)
     refuse(check_fits(run, build_plan(run, None)))
-    with ForkServers(label=str(run_dir.path)) as forks:
+    with ForkServers(label=str(run_dir.path), ahead=ahead) as forks:
         if run.task.trains:
             forks.warm_up(run)
         return _train(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from llama_pretrain.data.packed import TokenWriter
-from llama_pretrain.launch.environment import KEEP_IMPORTS
+from llama_pretrain.launch.ahead import KEEP_IMPORTS
 from llama_pretrain.runs.rundir import RunDir, read_metrics
 from tests.browser import browser, open_page  # noqa: F401  # fixtures for all tests
 

@@ -18,8 +18,9 @@ import pytest
 
 from llama_pretrain.config.snapshot import load_snapshot, render_snapshot
 from llama_pretrain.launch import kept as kept_module
-from llama_pretrain.launch.environment import KEEP_IMPORTS, worker_environment
-from llama_pretrain.launch.forks import SERVER, ForkServers, ServerError
+from llama_pretrain.launch.ahead import KEEP_IMPORTS, SERVER
+from llama_pretrain.launch.environment import worker_environment
+from llama_pretrain.launch.forks import ForkServers, ServerError
 from llama_pretrain.launch.kept import _address
 from llama_pretrain.launch.local import launch
 from llama_pretrain.launch.processes import is_alive, list_processes
@@ -216,14 +217,6 @@ def test_a_run_is_forked_where_it_may_be(monkeypatch: pytest.MonkeyPatch) -> Non
     assert asked == []
     servers.warm_up(run)
     assert asked == [worker_environment(run)]
-
-
-def test_processes_show_what_they_work_for() -> None:
-    with ForkServers(label="/runs/first") as servers:
-        place = Path(f"/proc/{servers.of_environment({}).pid}/cmdline")
-        while not (words := place.read_bytes().rstrip(b"\0").split(b"\0"))[0]:
-            time.sleep(0.01)  # it is between fork and exec
-    assert b"/runs/first" in words
 
 
 def test_a_snapshot_of_before_that_forks_sweeps_is_read(tmp_path: Path) -> None:

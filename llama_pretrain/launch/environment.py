@@ -4,13 +4,13 @@ import math
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from llama_pretrain.config.compose import PROJECT_ROOT
 from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.config.schema import Allocator, CompiledPart, Device, Run
+from llama_pretrain.launch.ahead import KEEP_IMPORTS
 
 KEEP = ":".join(
     (
@@ -24,7 +24,6 @@ KEEP = ":".join(
 """glibc's tunables by which what was freed stays with the process."""
 
 
-KEEP_IMPORTS = "LLAMA_PRETRAIN_KEEP_IMPORTS_S"
 OF_A_SHELL = re.compile(r"_|PWD|OLDPWD|SHLVL|COLUMNS|LINES|TERM|PYTEST_\w+")
 """Variables that differ from command to command, and that nobody reads as modules are imported."""
 
@@ -44,12 +43,6 @@ def seconds_kept() -> float:
         message = f"is a number of seconds (got {given})"
         raise UserError([Problem(path=KEEP_IMPORTS, message=message)])
     return seconds
-
-
-def runtime_folder() -> Path:
-    """Where sockets of this user belong."""
-    given = Path(os.environ.get("XDG_RUNTIME_DIR") or "")
-    return given if given.is_absolute() and given.is_dir() else Path(tempfile.gettempdir())
 
 
 def read_at_import(values: Mapping[str, str]) -> dict[str, str]:

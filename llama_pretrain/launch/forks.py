@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from llama_pretrain.config.schema import Run
+from llama_pretrain.launch.ahead import FORKED, SERVER, ServerProcess, remember, start_server
 from llama_pretrain.launch.environment import seconds_kept, worker_environment
 from llama_pretrain.launch.failures import Failure
 from llama_pretrain.launch.kept import ask_for_server
 from llama_pretrain.launch.processes import is_alive, kill_session
 from llama_pretrain.train.signals import PARENT
 
-SERVER = "llama_pretrain.train.forkserver"
 LAST_WORDS_S = 1.0
 """What the others have, when a rank has failed that never registered, to end by themselves."""
 
@@ -43,9 +43,10 @@ class ForkServers:
     What an environment says is read while modules are imported, so it can't be changed later.
     """
 
-    def __init__(self, label: str = "") -> None:
-        """`label`: shown where processes are listed, by the servers and their ranks."""
-        self._label = label
+    def __init__(self, label: str = "", *, ahead: ServerProcess | None = None) -> None:
+        """`label`: shown where processes are listed, by servers that have ranks, and by these.
+        `ahead`: a server that was begun on a guess."""
+        self._label, self._ahead = label, ahead
         self._servers: dict[tuple[tuple[str, str], ...], ForkServer] = {}
 
     def __enter__(self) -> "ForkServers":
@@ -54,11 +55,16 @@ class ForkServers:
     def __exit__(self, *error: object) -> None:
         for server in self._servers.values():
             server.end()
+        self._take_ahead({})
 
     def warm_up(self, run: Run) -> None:
         """Have the imports of a run's ranks begin, where they are to be forked."""
+        values = worker_environment(run)
         if can_fork(run):
-            self.of_environment(worker_environment(run))
+            self.of_environment(values)
+            remember(values)
+        else:
+            self._take_ahead({})
 
     def of_environment(self, values: Mapping[str, str]) -> "ForkServer":
         """The server whose environment is ours with these values; a new one where it has ended.
@@ -68,33 +74,37 @@ class ForkServers:
         key = tuple(sorted(values.items()))
         server = self._servers.get(key)
         if server is None or server.has_ended:
-            server = self._servers[key] = ForkServer(values, label=self._label)
+            ahead = self._take_ahead(values)
+            server = self._servers[key] = ForkServer(values, label=self._label, ahead=ahead)
         return server
+
+    def _take_ahead(self, values: Mapping[str, str]) -> ServerProcess | None:
+        """What was begun on a guess, if that was right; it is ended otherwise."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and not ahead.suits(values):
+            ahead.end()
+            ahead = None
+        return ahead
 
 
 class ForkServer:
     """The process of train/forkserver.py: one of ours, or one whose imports were kept."""
 
-    def __init__(self, values: Mapping[str, str], *, label: str):
-        # The device is looked for through NVML: a process with a CUDA context can't be forked.
-        self.values = {**values, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the server
+    def __init__(
+        self, values: Mapping[str, str], *, label: str, ahead: ServerProcess | None = None
+    ):
+        self.values, self.label = {**values, **FORKED}, label
         self._process: subprocess.Popen[bytes] | None = None
         seconds = seconds_kept()
         if seconds:
+            self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as it
             connection = ask_for_server(SERVER, self.values, seconds=seconds, log=self._log)
             self._requests: IO[bytes] = connection.makefile("wb")
             self._answers: IO[bytes] = connection.makefile("rb")
             connection.close()  # once both files are
         else:
-            self._process = subprocess.Popen(
-                [sys.executable, "-u", "-m", SERVER, label],
-                env=os.environ | self.values | {PARENT: str(os.getpid())},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._log,
-                start_new_session=True,  # signals of a terminal are ours to pass on
-            )
+            begun = ahead or start_server(values)
+            self._process, self._log = begun.process, begun.log
             assert self._process.stdin is not None
             assert self._process.stdout is not None
             self._requests, self._answers = self._process.stdin, self._process.stdout
@@ -179,7 +189,12 @@ class ForkAgent(threading.Thread):
         try:
             environments = [self._environment(rank) for rank in range(self._world_size)]
             cores = sorted(os.sched_getaffinity(0))  # as a process has that we start
-            request = {"words": self._words, "ranks": environments, "cores": cores}
+            request = {
+                "words": self._words,
+                "ranks": environments,
+                "cores": cores,
+                "label": self._server.label,
+            }
             self._pids = self._server.ask(request)["started"]
             while len(self._ended) < self._world_size:
                 self._note_end(self._server.wait())

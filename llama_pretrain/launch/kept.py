@@ -21,7 +21,8 @@ from typing import IO
 
 from llama_pretrain.config.compose import PROJECT_ROOT
 from llama_pretrain.config.problems import Problem, UserError
-from llama_pretrain.launch.environment import KEEP_IMPORTS, read_at_import, runtime_folder
+from llama_pretrain.launch.ahead import KEEP_IMPORTS, LABEL_BYTES, own_folder
+from llama_pretrain.launch.environment import read_at_import
 from llama_pretrain.launch.processes import PROC
 
 LIBRARIES = ("torch", "transformers", "deepspeed", "numpy")
@@ -90,8 +91,9 @@ def _start(
 ) -> int:
     """Start a process that waits at a socket. Returns its id."""
     number = listener.fileno()
+    words = ["--keep", str(seconds), str(number), str(path), " " * LABEL_BYTES]
     process = subprocess.Popen(
-        [sys.executable, "-u", "-m", module, "--keep", str(seconds), str(number), str(path)],
+        [sys.executable, "-u", "-m", module, *words],
         env={**os.environ, **values},
         cwd="/",
         stdin=subprocess.DEVNULL,
@@ -109,13 +111,10 @@ def _find_folder() -> Path:
     Raises:
         UserError: if others could have put one there.
     """
-    folder = runtime_folder() / f"llama_pretrain-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.stat()
-    if found.st_uid != os.getuid() or found.st_mode & 0o077:
-        message = f"needs {folder} to be yours alone (mode 700)"
-        raise UserError([Problem(path=KEEP_IMPORTS, message=message)])
-    return folder
+    try:
+        return own_folder()
+    except PermissionError as error:
+        raise UserError([Problem(path=KEEP_IMPORTS, message=str(error))]) from error
 
 
 def _key(values: Mapping[str, str]) -> str:

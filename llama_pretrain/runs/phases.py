@@ -20,7 +20,7 @@ NAMES = {
     "model": "model built, weights drawn",
     "engine": "DeepSpeed engine built",
     "checkpoint": "checkpoint loaded",
-    "data": "data opened, device measured",
+    "data": "data opened",
     "compile": "kernels compiled",
     "evaluation": "evaluation before the first step",
     "first_step": "first step, with its batch",

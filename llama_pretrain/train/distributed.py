@@ -58,8 +58,10 @@ def init_distributed(
         torch.set_num_threads(threads)
         here = torch.device("cpu")
         # On a CPU DeepSpeed would compile its shared-memory collectives at every first start;
-        # training doesn't use them (only inference_all_reduce does).
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # training doesn't use them (only inference_all_reduce does). Newer versions make the list
+        # when it is first read, with a compiler, and read nothing else of it.
+        compatible = vars(deepspeed.ops).setdefault("__compatible_ops__", {})
+        compatible["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend="nccl" if device == "cuda" else "gloo",
         timeout=timedelta(seconds=timeout_s),

@@ -2,10 +2,11 @@
 or one that waits for commands (`launch/kept.py`) is forked.
 
 It reads a request as a JSON line from standard input, `{"ranks": [ENVIRONMENT, ...], "words":
-[...], "cores": [...]}`, and answers with a line of ids, then with one for each rank that has ended.
-It trains nothing itself: each rank begins with what was imported and with nothing else.
+[...], "cores": [...], "label": ...}`, and answers with a line of ids, then with one for each rank
+that has ended. It trains nothing itself: each rank begins with what was imported and nothing else.
 """
 
+import ctypes
 import gc
 import json
 import os
@@ -70,6 +71,14 @@ def describe_state() -> dict[str, Any]:
     }
 
 
+def show(label: str) -> None:
+    """Put a label where processes are listed: into the room at the command line's end."""
+    room = len(sys.argv[-1].encode())
+    end = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[46])  # arg_end
+    if end and sys.argv[-1].isspace():
+        ctypes.memmove(end - room - 1, label.encode()[:room].ljust(room), room)
+
+
 class Server:
     """Forks ranks until its input ends."""
 
@@ -109,6 +118,7 @@ class Server:
         if "ranks" not in request:
             self._answer(describe_state())
             return
+        show(request["label"])
         store, port = self._fork_store()
         meet = {"MASTER_PORT": str(port)}
         pids = [self._fork({**values, **meet}, request) for values in request["ranks"]]
@@ -233,7 +243,7 @@ def _become_server(connection: socket.socket) -> NoReturn:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--keep"]:
-        seconds, number, path = sys.argv[2:]
+        seconds, number, path, _ = sys.argv[2:]
         wait_for_commands(socket.socket(fileno=int(number)), Path(path), seconds=float(seconds))
     else:
         die_with_parent()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llama_pretrain.config.schema import Matmul, Run, Spike
+from llama_pretrain.config.schema import Run, Spike
 from llama_pretrain.data.dataset import (
     PretrainDataset,
     TrainSampler,
@@ -26,7 +26,6 @@ from llama_pretrain.train.evaluate import evaluate, probe_logits
 from llama_pretrain.train.metrics import (
     MetricsWriter,
     compile_seconds,
-    peak_flops,
     peak_memory_bytes,
 )
 from llama_pretrain.train.progress import MAX_ROLLBACKS, Progress
@@ -35,16 +34,15 @@ from llama_pretrain.train.step import NonFiniteError, StepResult, Training, trai
 
 UNTRAINED_TOKENS = 8
 """Tokens of the sample before the first step, at most: it shows that there will be others."""
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def prepare_training(
     run: Run, plan: Plan, run_dir: RunDir, rank: Rank, engine: Any, *, imports_bytes: int
 ) -> Training:
-    """Open the data and the prompt, and find the device's peak."""
+    """Open the data and the prompt."""
     assert plan.corpus is not None
     assert plan.steps.eval_rows_of is not None
-    corpus, peak = plan.corpus, run.train.peak_tflops
+    corpus = plan.corpus
     limit = run.data.limit_train_rows
 
     def open_split(split: str, limits: Sequence[int | None]) -> PretrainDataset:
@@ -56,8 +54,6 @@ def prepare_training(
             document_mask=run.data.document_mask,
         )
 
-    wide = run.kernels.matmul is Matmul.fp32
-    products = torch.float32 if wide else DTYPES[run.precision.name.value]
     return Training(
         run=run,
         plan=plan,
@@ -66,7 +62,6 @@ def prepare_training(
         engine=engine,
         train_set=open_split("train", [limit] * len(corpus.sources)),
         heldout_set=open_split("heldout", plan.steps.eval_rows_of),
-        peak_flops=peak_flops(rank.device, products) if peak is None else peak * 1e12,
         imports_bytes=imports_bytes,
         prompt=open_prompt(run, plan, run_dir),
     )
@@ -97,6 +92,8 @@ def train(training: Training, writer: MetricsWriter, progress: Progress) -> bool
                 writer.write_all(saver.finish())
                 raise
             seconds = time.perf_counter() - started
+            if not rates:
+                rank.phases.end("first_step", compiling=compile_seconds() - compiled)
             tokens_per_s = plan.steps.tokens_per_step / seconds
             row = {
                 "step": progress.step,
@@ -117,7 +114,6 @@ def train(training: Training, writer: MetricsWriter, progress: Progress) -> bool
                 continue
             writer.write({key: value for key, value in row.items() if key != "loss" or done.finite})
             if not rates:
-                rank.phases.end("first_step", compiling=compile_seconds() - compiled)
                 start = rank.phases.describe()
                 writer.write({**_place(training, progress), "start_seconds": start})
             rates.append(tokens_per_s)

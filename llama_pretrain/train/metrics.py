@@ -38,12 +38,14 @@ class MetricsWriter:
     """Writes lines as they come. On other ranks than 0 it does nothing.
 
     metrics.jsonl is the truth: a resumed run makes its curves and its table anew from the lines
-    up to its checkpoint, so that steps that are done again stand in them once.
+    up to its checkpoint, so that steps that are done again stand in them once. Any run begins them
+    after its first step, which needn't wait for TensorBoard's import.
     """
 
     def __init__(self, run_dir: RunDir, monitor: Monitor, *, active: bool):
         self._run_dir, self._monitor = run_dir, monitor
         self._file: Any = None
+        self._draws = False
         self._tensorboard: Any = None
         self._csv: Any = None
         self._table: Any = None
@@ -51,7 +53,6 @@ class MetricsWriter:
         if not active:
             return
         self._file = run_dir.metrics.open("a", encoding="utf-8")
-        self._start_drawing()
         if monitor.wandb:
             import wandb
 
@@ -60,6 +61,7 @@ class MetricsWriter:
     def _start_drawing(self) -> None:
         """Make the curves and the table, from the lines that there are."""
         run_dir = self._run_dir
+        self._draws = True
         if self._monitor.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -91,8 +93,10 @@ class MetricsWriter:
                 self._append_sample({key: row[key] for key in back})
             self._stop_drawing()
             self._start_drawing()
-        else:
+        elif self._draws:
             self._draw(row)
+        elif "loss" in row:
+            self._start_drawing()  # this row too
 
     def write_all(self, rows: Iterable[dict[str, Any]]) -> None:
         """Several lines."""
@@ -126,6 +130,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush everything."""
+        if self._file is not None and not self._draws:
+            self._start_drawing()
         self._stop_drawing()
         if self._file is not None:
             self._file.close()

@@ -5,12 +5,20 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from llama_pretrain.config.schema import AutocastDtype, OptimName, PrecisionName, Run, Spike
+from llama_pretrain.config.schema import (
+    AutocastDtype,
+    Matmul,
+    OptimName,
+    PrecisionName,
+    Run,
+    Spike,
+)
 from llama_pretrain.data.dataset import IGNORED, PretrainDataset
 from llama_pretrain.data.order import SampleOrder, hash_samples
 from llama_pretrain.plan.plan import Plan
@@ -19,8 +27,11 @@ from llama_pretrain.train.checkpoint import Saver
 from llama_pretrain.train.distributed import Rank
 from llama_pretrain.train.engine import apply_update
 from llama_pretrain.train.loss import sum_of_losses
+from llama_pretrain.train.metrics import peak_flops
 from llama_pretrain.train.progress import Progress, spike_score
 from llama_pretrain.train.sample import Prompt
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +45,19 @@ class Training:
     engine: Any
     train_set: PretrainDataset
     heldout_set: PretrainDataset
-    peak_flops: float | None
-    """Of this rank's device, for MFU."""
     imports_bytes: int
     """Memory of this rank before it had a model: what the plan calls framework."""
     prompt: Prompt | None
     """What the model continues after each evaluation."""
+
+    @cached_property
+    def peak_flops(self) -> float | None:
+        """Of this rank's device, for MFU. A CPU is measured when it is asked for first."""
+        if self.run.train.peak_tflops is not None:
+            return self.run.train.peak_tflops * 1e12
+        wide = self.run.kernels.matmul is Matmul.fp32
+        products = torch.float32 if wide else DTYPES[self.run.precision.name.value]
+        return peak_flops(self.rank.device, products)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import omegaconf
 import pytest
 import yaml
 
-from llama_pretrain.launch.environment import KEEP_IMPORTS
+from llama_pretrain.launch.ahead import KEEP_IMPORTS
 from llama_pretrain.runs.rundir import RunDir
 from tests.conftest import ROOT, SMALL, Command, Runner
 from tests.e2e.test_parity import SHARD_ALL, at_stage
