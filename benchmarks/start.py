@@ -1,10 +1,12 @@
 """Seconds from the command to the end of the first optimizer step, beside a Trainer script:
-python benchmarks/start.py --rounds 5
+python benchmarks/start.py --rounds 5 [--site DIR]
 
 Ours is the default run, its data cached; the other is benchmarks/arms/start_trainer.py under
 torchrun, with as many ranks, the same model, the same DeepSpeed JSON and the same tokens. They take
 turns, after one start of each that fills caches. Ours evaluates before the first step, and lets the
-model write; Trainer doesn't: ours is told with and without that phase. Trainer needs `accelerate`.
+model write; Trainer doesn't: ours is told with and without that phase. Trainer needs `accelerate`;
+`--site DIR` names a folder that has it for Trainer alone. Where the environment has more than the
+README's first command installs, both import more: transformers takes in what it finds, as scipy.
 Of `imports kept` a command before has left what ranks import (LLAMA_PRETRAIN_KEEP_IMPORTS_S).
 """
 
@@ -80,32 +82,40 @@ def write_recipe(run_dir: RunDir, recipe: Path) -> int:
     return plan.world_size
 
 
-def start_trainer(recipe: Path, done: Path, *, world_size: int) -> float:
+def start_trainer(recipe: Path, done: Path, *, world_size: int, site: Path | None) -> float:
     """Seconds to the end of the first step."""
     began = time.time()
     log = done.with_suffix(".log")
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
     script = str(ROOT / "benchmarks" / "arms" / "start_trainer.py")
+    paths = [str(site or ""), os.environ.get("PYTHONPATH", "")]
+    variables = {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+    }
     with log.open("w") as output:
         subprocess.run(
             [sys.executable, *torchrun, script, str(recipe), str(done)],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+            env=os.environ | variables,
         )
     if not done.exists():  # gloo aborts some processes when they leave, after all is done
         sys.exit(f"the Trainer script has failed:\n{log.read_text()[-3000:]}")
     return float(done.read_text()) - began
 
 
-def measure(rounds: int, folder: Path) -> tuple[dict[str, list[Any]], dict[str, list[float]]]:
+def measure(
+    rounds: int, folder: Path, site: Path | None
+) -> tuple[dict[str, list[Any]], dict[str, list[float]]]:
     """Our phases and everyone's seconds, by arm."""
     phases: dict[str, list[Any]] = {name: [] for name in OURS}
     seconds: dict[str, list[float]] = {name: [] for name in (*OURS, TRAINER)}
     start_ours((), folder / "warm", keep_s=KEEP_S)
     recipe = folder / "recipe.json"
     world_size = write_recipe(RunDir(folder / "warm"), recipe)
-    start_trainer(recipe, folder / "warm-trainer", world_size=world_size)
+    start_trainer(recipe, folder / "warm-trainer", world_size=world_size, site=site)
     for number in range(rounds):
         for place, (name, words) in enumerate(OURS.items()):
             keep_s = KEEP_S if name == KEPT else 0
@@ -113,7 +123,8 @@ def measure(rounds: int, folder: Path) -> tuple[dict[str, list[Any]], dict[str, 
             phases[name].append(start_ours(words, run_dir, keep_s=keep_s))
             seconds[name].append(sum(phases[name][-1].values()))
         done = folder / f"{number}-trainer"
-        seconds[TRAINER].append(start_trainer(recipe, done, world_size=world_size))
+        took = start_trainer(recipe, done, world_size=world_size, site=site)
+        seconds[TRAINER].append(took)
         told = ", ".join(f"{name} {values[-1]:.2f} s" for name, values in seconds.items())
         print(f"round {number + 1}: {told}", flush=True)
     for name in OURS:
@@ -127,10 +138,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--site", type=Path, help="packages that only Trainer needs")
     options = parser.parse_args()
+    site = None if options.site is None else options.site.resolve()
+    if site is not None:
+        sys.path.append(str(site))  # for the record
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            phases, seconds = measure(options.rounds, Path(scratch))
+            phases, seconds = measure(options.rounds, Path(scratch), site)
         finally:
             for file in Path(scratch).glob("llama_pretrain-*/*.pid"):
                 os.kill(int(file.read_text()), signal.SIGKILL)
