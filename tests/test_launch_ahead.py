@@ -103,6 +103,8 @@ def test_what_was_begun_is_used_where_it_fits() -> None:
         assert servers.of_environment({"A": "1"}).pid == server.process.pid
         assert servers.of_environment({"A": "1"}).pid == server.process.pid
     assert not is_alive(server.process.pid)
+    with ForkServers(ahead=server) as servers:  # another run of the same command
+        assert is_alive(servers.of_environment({"A": "1"}).pid)
 
 
 def test_another_environment_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

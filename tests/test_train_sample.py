@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_pretrain.config.schema import Monitor
 from llama_pretrain.runs.rundir import RunDir, read_metrics
+from llama_pretrain.train import loop
 from llama_pretrain.train.distributed import Rank
-from llama_pretrain.train.metrics import MetricsWriter
+from llama_pretrain.train.metrics import CSV_COLUMNS, MetricsWriter
+from llama_pretrain.train.progress import Progress
 from llama_pretrain.train.sample import Prompt, continue_with_engine
 
 EOS = 2
@@ -142,3 +145,53 @@ def test_a_rollback_takes_samples_back(tmp_path: Path) -> None:
     writer.close()
     rows = [row for row in read_metrics(run_dir.samples) if "text" in row]
     assert [(row["step"], row["text"]) for row in rows] == [(0, "a"), (2, "b"), (4, "c\u2028d")]
+
+
+@pytest.mark.parametrize(("num_tokens", "wanted"), [(60, [8, 60, 60]), (3, [3, 3, 3])])
+def test_untrained_weights_write_little(
+    rank: Rank, num_tokens: int, wanted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first step a few tokens show that there will be samples."""
+    asked: list[int] = []
+
+    def write(engine: Any, prompt: Prompt, rank: Rank) -> str:
+        asked.append(prompt.num_tokens)
+        return ""
+
+    monkeypatch.setattr(loop, "continue_with_engine", write)
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: {"eval_loss": 1.0})
+    training: Any = MagicMock(rank=rank, prompt=prompt_of(num_tokens=num_tokens))
+    for step in (0, 1, 2):
+        assert not loop._evaluate(training, MagicMock(), Progress(step=step))
+    assert asked == wanted
+
+
+def test_curves_begin_with_the_first_step(tmp_path: Path) -> None:
+    """TensorBoard is imported after it, and has what was before."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_dir = RunDir(tmp_path)
+    run_dir.snapshot.write_text("seed: 1\n")
+    writer = MetricsWriter(run_dir, Monitor(csv=True), active=True)
+    writer.write({"step": 0, "tokens": 0, "eval_loss": 8.0})
+    writer.write_sample({"step": 0, "tokens": 0, "prompt": "", "text": "a"})
+    assert not run_dir.tensorboard.exists()
+    row = dict.fromkeys(CSV_COLUMNS, 1.0)
+    writer.write({"step": 1, "tokens": 10, **row})
+    writer.write({"step": 1, "tokens": 10, "eval_loss": 7.0})
+    writer.close()
+    events = EventAccumulator(str(run_dir.tensorboard))
+    events.Reload()
+    assert [event.step for event in events.Scalars("by_step/eval_loss")] == [0, 1]
+    assert [event.step for event in events.Scalars("by_tokens/loss")] == [10]
+    assert [event.step for event in events.Tensors("sample/text_summary")] == [0]
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 2
+
+
+def test_a_run_without_a_step_has_curves(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.snapshot.write_text("seed: 1\n")
+    writer = MetricsWriter(run_dir, Monitor(), active=True)
+    writer.write({"step": 0, "tokens": 0, "eval_loss": 8.0})
+    writer.close()
+    assert list(run_dir.tensorboard.iterdir())

@@ -42,13 +42,16 @@ class ServerProcess:
 
     def suits(self, values: Mapping[str, str]) -> bool:
         """Whether it imports what a process would that were started now with these values."""
-        return self.values == values and self.ours == os.environ
+        same = self.values == values and self.ours == os.environ
+        return same and self.process.poll() is None
 
     def end(self) -> None:
         """End it, which has done nothing but import."""
         self.process.kill()
-        self.process.communicate()
-        self.log.close()
+        self.process.wait()
+        for file in (self.process.stdin, self.process.stdout, self.log):
+            if file is not None:
+                file.close()
 
 
 def start_server(values: Mapping[str, str]) -> ServerProcess:

@@ -55,7 +55,7 @@ class ForkServers:
     def __exit__(self, *error: object) -> None:
         for server in self._servers.values():
             server.end()
-        self._take_ahead({})
+        self._take_ahead(None)
 
     def warm_up(self, run: Run) -> None:
         """Have the imports of a run's ranks begin, where they are to be forked."""
@@ -64,7 +64,7 @@ class ForkServers:
             self.of_environment(values)
             remember(values)
         else:
-            self._take_ahead({})
+            self._take_ahead(None)
 
     def of_environment(self, values: Mapping[str, str]) -> "ForkServer":
         """The server whose environment is ours with these values; a new one where it has ended.
@@ -78,10 +78,11 @@ class ForkServers:
             server = self._servers[key] = ForkServer(values, label=self._label, ahead=ahead)
         return server
 
-    def _take_ahead(self, values: Mapping[str, str]) -> ServerProcess | None:
-        """What was begun on a guess, if that was right; it is ended otherwise."""
+    def _take_ahead(self, values: Mapping[str, str] | None) -> ServerProcess | None:
+        """What was begun on a guess, if that was right; it is ended otherwise. `None` = no ranks
+        are forked."""
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and not ahead.suits(values):
+        if ahead is not None and (values is None or not ahead.suits(values)):
             ahead.end()
             ahead = None
         return ahead

@@ -76,7 +76,7 @@ def show(label: str) -> None:
     room = len(sys.argv[-1].encode())
     end = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[46])  # arg_end
     if end and sys.argv[-1].isspace():
-        ctypes.memmove(end - room - 1, label.encode()[:room].ljust(room), room)
+        ctypes.memmove(end - room - 1, os.fsencode(label)[:room].ljust(room), room)
 
 
 class Server:
