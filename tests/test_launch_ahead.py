@@ -55,9 +55,16 @@ def test_the_guess_is_the_last_environment(folder: Path, started: list[dict[str,
 
 
 @pytest.mark.parametrize(
-    "words", [["-m", "seed=1,2"], ["task=evaluate"], ["sweep=lr"], ["hydra/launcher=joblib"]]
+    "words",
+    [
+        ["-m", "seed=1,2"],
+        ["task=evaluate"],
+        ["sweep=lr"],
+        ["hydra/launcher=joblib"],
+        ["seed=1", "launch.fork=false"],
+    ],
 )
-def test_commands_that_may_not_train(started: list[dict[str, str]], words: list[str]) -> None:
+def test_commands_that_may_fork_nothing(started: list[dict[str, str]], words: list[str]) -> None:
     remember({"A": "1"})
     assert start_ahead(words) is None
     assert started == []

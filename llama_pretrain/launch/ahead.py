@@ -25,8 +25,8 @@ LABEL_BYTES = 200
 """Room in a server's command line for what it works for."""
 FORKED = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 """The device is looked for through NVML: a process with a CUDA context can't be forked."""
-WITHOUT = ("-", "task=", "sweep=", "hydra/")
-"""How words begin of commands that may train nothing, or many runs."""
+WITHOUT = ("-", "task=", "sweep=", "hydra/", "launch.fork=")
+"""How words begin of commands that may train nothing, fork nothing, or do many runs."""
 
 
 @dataclass(frozen=True)
