@@ -1,8 +1,13 @@
-"""Predicted against measured peak memory, over real runs: python benchmarks/memory.py
+"""Predicted against measured peak memory, over real runs.
+
+    python benchmarks/memory.py [--allocator returns] [--steps 3] [--match TEXT]
 
 Each run is `python run.py` with a few steps on a CPU, in processes of its own. Measured is the
 largest resident memory of any rank above what it had after its imports; predicted is the plan's
 total without its framework part. The last line says how many of the runs agree within 10%.
+
+The allocator that `returns` all that is freed (launch.malloc_mmap_threshold) shows live tensors;
+`keep` and `plain` are kernels.allocator's, and with them memory grows for some tens of steps.
 """
 
 import argparse
@@ -22,7 +27,6 @@ MIB = 1 << 20
 BASE = (
     "data=stdlib",
     "tokenizer.vocab_size=2048",
-    "train.max_steps=3",
     "schedule.warmup_steps=2",
     "train.eval_rows=2",
     "train.eval_every_steps=null",
@@ -31,8 +35,13 @@ BASE = (
     "monitor=none",
     "launch.device=cpu",
     "launch.num_processes=2",
-    "launch.malloc_mmap_threshold=262144",
 )
+
+ALLOCATORS = {
+    "returns": "launch.malloc_mmap_threshold=262144",
+    "keep": "kernels.allocator=keep",
+    "plain": "kernels.allocator=plain",
+}
 
 MODELS = {
     "19M": (
@@ -77,7 +86,9 @@ def _run(
     return f"{name} {extra}".strip(), [*words, *more]
 
 
-def measure(overrides: list[str]) -> tuple[int, int, str]:
+def measure(
+    overrides: list[str], *, allocator: str = "returns", steps: int = 3
+) -> tuple[int, int, str]:
     """Predicted and measured bytes of one run, and the phase of the predicted peak.
 
     Raises:
@@ -85,7 +96,8 @@ def measure(overrides: list[str]) -> tuple[int, int, str]:
     """
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        words = [*BASE, *overrides, f"hydra.run.dir={run_dir}"]
+        words = [*BASE, ALLOCATORS[allocator], f"train.max_steps={steps}", *overrides]
+        words.append(f"hydra.run.dir={run_dir}")
         done = subprocess.run(
             [sys.executable, str(ROOT / "run.py"), *words],
             stdout=subprocess.PIPE,
@@ -102,7 +114,10 @@ def measure(overrides: list[str]) -> tuple[int, int, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
+    parser.add_argument("--allocator", choices=ALLOCATORS, default="returns")
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--match", default="", help="only runs whose name has this text")
     parser.add_argument("--json", type=Path, help="write the table here as well")
     arguments = parser.parse_args()
@@ -111,7 +126,9 @@ def main() -> int:
     for name, overrides in list_runs():
         if arguments.match not in name:
             continue
-        predicted, measured, phase = measure(overrides)
+        predicted, measured, phase = measure(
+            overrides, allocator=arguments.allocator, steps=arguments.steps
+        )
         error = predicted / measured - 1
         row = {"run": name, "predicted": predicted, "measured": measured, "phase": phase}
         rows.append({**row, "error": error, "overrides": overrides})

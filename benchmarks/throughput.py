@@ -6,7 +6,8 @@
 
 Every arm trains the same first weights on the same rows in the same order: bf16 with fp32 masters,
 AdamW, clipping, one micro batch a rank and step. On a CPU without instructions for bf16 all train
-in fp32, as our defaults do there. The loss of each step must agree, or nothing is reported. Arms:
+in fp32, as our defaults do there, unless --precision says otherwise. The loss of each step must
+agree, or nothing is reported. Arms:
 
     ours, ours_best                 run.py on its defaults, and with BEST_SETTINGS
     trainer, trainer_compile        transformers' Trainer with our run's DeepSpeed JSON
@@ -343,6 +344,7 @@ class Cell:
     num_ranks: int
     num_threads: int
     device: str
+    precision: str
     folder: Path
     site: Path | None
 
@@ -356,6 +358,7 @@ class Cell:
             f"launch.num_processes={self.num_ranks}",
             f"launch.threads_per_process={self.num_threads}",
             f"launch.device={self.device}",
+            f"precision={self.precision}",
             *SETTINGS,
         ]
 
@@ -770,6 +773,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["6m", "35m", "125m"])
     parser.add_argument("--device", choices=TOKENS_PER_STEP, default="cpu")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--rows", nargs="+", type=int, default=[512, 2048])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="whole steps a turn; about 5 s of them if absent")
@@ -796,6 +800,7 @@ def main() -> None:
                     num_ranks=options.ranks,
                     num_threads=options.threads,
                     device=options.device,
+                    precision=options.precision,
                     folder=Path(scratch),
                     site=None if options.site is None else options.site.resolve(),
                 )

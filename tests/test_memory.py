@@ -1,18 +1,21 @@
 """Memory, traffic, cost and what fits: against papers, DeepSpeed's estimators and autograd."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import pytest
 
+from llama_pretrain.config.compose import PROJECT_ROOT
 from llama_pretrain.config.fields import parse_size
 from llama_pretrain.config.schema import Run
 from llama_pretrain.plan.choices import resolve_choices
 from llama_pretrain.plan.cost import estimate_cost
 from llama_pretrain.plan.fit import list_fits
 from llama_pretrain.plan.kernels import LAYERS
+from llama_pretrain.plan.machine import Machine
 from llama_pretrain.plan.memory import MemoryPlan, estimate_memory, list_phases, states_memory
 from llama_pretrain.plan.model_size import count_parameters
 from llama_pretrain.plan.plan import build_plan
@@ -285,6 +288,57 @@ def test_70b_on_1024_gpus() -> None:
     assert plan.parameters_per_rank == -(-70_553_706_496 // 1024)
     assert plan.fits
     assert count_parameters(run.model).total == 70_553_706_496
+
+
+def measured_peaks() -> Iterator[tuple[str, Machine, list[str], int]]:
+    """Of each cell of benchmarks/throughput.py that was run: where, with which words, and bytes."""
+    machines = {
+        "results": replace(CLUSTER, num_gpus=0),
+        "xeon": replace(CLUSTER, num_gpus=0, cpu_intel=True, cpu_fast_bf16=False),
+        "avx2": replace(CLUSTER, num_gpus=0, cpu_bf16=False, cpu_fast_bf16=False),
+    }
+    for path in sorted((PROJECT_ROOT / "benchmarks" / "results").rglob("throughput-*.json")):
+        blocks = json.loads(path.read_text())["blocks"]
+        ours = blocks["defaults"]["arms"]["ours"]
+        name = f"{path.parent.name}/{path.stem}"
+        yield name, machines[path.parent.name], ours["words"], ours["peak_bytes"]
+
+
+@pytest.mark.parametrize(("name", "machine", "words", "peak_bytes"), list(measured_peaks()))
+def test_the_plan_is_near_what_benchmarks_measured(
+    name: str, machine: Machine, words: list[str], peak_bytes: int
+) -> None:
+    """With the allocator of the defaults, which keeps what was freed."""
+    run = resolve_choices(compose_run(["task=plan", *words]), machine)
+    assert build_plan(run, None).memory.total == pytest.approx(peak_bytes, rel=0.1), name
+
+
+@pytest.mark.parametrize(
+    ("stage", "rows", "allocator", "of_live", "of_reduction"),
+    [
+        (0, 2, "keep", 0.2, 0),
+        (1, 2, "keep", 0, 2.3),
+        (1, 64, "keep", 0.4, 0),
+        (2, 2, "plain", 0, 1.1),
+        (2, 64, "plain", 0.2, 0),
+        (3, 64, "keep", 1, 0),
+        (3, 2, "plain", 0.5, 0),
+    ],
+)
+def test_what_the_allocator_holds(
+    stage: int, rows: int, allocator: str, of_live: float, of_reduction: float
+) -> None:
+    """A share of live tensors, or of what the reduction allocates: gradients and their copy."""
+    words = ["launch.device=cpu", "launch.num_processes=2", "precision=fp32", f"zero=stage{stage}"]
+    words += [f"kernels.allocator={allocator}", f"batch.global_batch_size={rows}"]
+    run = resolved(*words)
+    memory = build_plan(run, None).memory
+    live = memory.total - memory.framework - memory.allocator
+    reduction = count_parameters(run.model).total * 4 * 2
+    expected = live * of_live + reduction * of_reduction
+    assert memory.allocator == pytest.approx(expected, rel=1e-3)
+    returned = resolved(*words[:-2], "launch.malloc_mmap_threshold=262144")
+    assert build_plan(returned, None).memory.allocator == 0
 
 
 @pytest.mark.parametrize(

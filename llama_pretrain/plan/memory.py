@@ -14,6 +14,7 @@ from typing import Any
 
 from llama_pretrain.config.deepspeed import OffloadDevice
 from llama_pretrain.config.schema import (
+    Allocator,
     AttentionKernel,
     CompiledPart,
     Device,
@@ -48,11 +49,18 @@ RUNTIME_BYTES = {Device.cpu: 48 << 20, Device.cuda: 0}
 """What a run adds on a CPU beside tensors: threads, generated kernels, gloo, the tokenizer; and of
 a forked rank pages of libraries, which count as its own once it reads them."""
 
-ALLOCATOR_SHARE = {Device.cpu: 0.6, Device.cuda: 0.05}
-"""What the allocator holds beside live tensors, as a share of them. On a CPU what was freed is kept
-(kernels.allocator), and of blocks that come and go in turns not all fits where one was; next to
-nothing with launch.malloc_mmap_threshold (docs/plan.md). On a GPU it is torch's caching allocator:
-an assumption until someone measures it."""
+ALLOCATOR_SHARES = {
+    Allocator.keep: {0: (0.2, 0.0), 1: (0.4, 2.3), 2: (0.4, 2.3), 3: (1.0, 0.0)},
+    Allocator.plain: {0: (0.2, 0.0), 1: (0.2, 1.1), 2: (0.2, 1.1), 3: (0.5, 0.0)},
+}
+"""What a CPU's allocator holds beside live tensors at a ZeRO stage, as shares of them and of what
+the reduction allocates; the larger counts. Blocks that come and go in turns don't fit where one
+was, those of the reduction don't fit between them, and at stage 3 parameters come and go as well
+(docs/plan.md)."""
+
+GPU_ALLOCATOR_SHARE = 0.05
+"""The same of torch's caching allocator, of live tensors: an assumption until someone measures it.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,13 +116,17 @@ def estimate_memory(run: Run, batch: BatchPlan, *, world_size: int) -> MemoryPla
     """The peak of one rank: the largest of the phases of a step. Choices are resolved."""
     states = states_memory(run, world_size=world_size)
     phases = list(list_phases(run, batch, states, world_size=world_size))
-    device = run.launch.device
-    if device is Device.cuda:
+    if run.launch.device is Device.cuda:
         phases = [_offload(run, phase, states) for phase in phases]
     peak = max(phases, key=lambda phase: phase.total)
-    returned = device is Device.cpu and run.launch.malloc_mmap_threshold is not None
-    share = 0.0 if returned else ALLOCATOR_SHARE[device]
-    return changed(peak, allocator=int((peak.total - peak.framework) * share))
+    live = peak.total - peak.framework
+    if run.launch.device is Device.cuda:
+        return changed(peak, allocator=int(live * GPU_ALLOCATOR_SHARE))
+    if run.launch.malloc_mmap_threshold is not None:  # what was freed goes back at once
+        return peak
+    of_live, of_reduction = ALLOCATOR_SHARES[run.kernels.allocator][run.zero.stage]
+    (reduction,) = (phase.total - states.total for phase in phases if phase.phase == "reduce")
+    return changed(peak, allocator=int(max(live * of_live, reduction * of_reduction)))
 
 
 def loss_chunk(*, wide: bool) -> int:
