@@ -297,6 +297,7 @@ def measured_peaks() -> Iterator[tuple[str, Machine, list[str], int]]:
         "xeon": replace(CLUSTER, num_gpus=0, cpu_intel=True, cpu_fast_bf16=False),
         "avx2": replace(CLUSTER, num_gpus=0, cpu_bf16=False, cpu_fast_bf16=False),
     }
+    machines["bf16"] = machines["avx2"]
     for path in sorted((PROJECT_ROOT / "benchmarks" / "results").rglob("throughput-*.json")):
         blocks = json.loads(path.read_text())["blocks"]
         ours = blocks["defaults"]["arms"]["ours"]
@@ -323,10 +324,12 @@ def test_the_plan_is_near_what_benchmarks_measured(
         (2, 64, "plain", 0.2, 0),
         (3, 64, "keep", 1, 0),
         (3, 2, "plain", 0.5, 0),
+        ("3_offload", 2, "plain", 0.5, 0),
+        ("3_offload", 2, "keep", 1.8, 0),
     ],
 )
 def test_what_the_allocator_holds(
-    stage: int, rows: int, allocator: str, of_live: float, of_reduction: float
+    stage: int | str, rows: int, allocator: str, of_live: float, of_reduction: float
 ) -> None:
     """A share of live tensors, or of what the reduction allocates: gradients and their copy."""
     words = ["launch.device=cpu", "launch.num_processes=2", "precision=fp32", f"zero=stage{stage}"]

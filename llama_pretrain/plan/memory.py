@@ -58,6 +58,9 @@ the reduction allocates; the larger counts. Blocks that come and go in turns don
 was, those of the reduction don't fit between them, and at stage 3 parameters come and go as well
 (docs/plan.md)."""
 
+OFFLOADED_KEEP_SHARE = 1.8
+"""The share of live tensors where stage 3 offloads the optimizer and what is freed is kept."""
+
 GPU_ALLOCATOR_SHARE = 0.05
 """The same of torch's caching allocator, of live tensors: an assumption until someone measures it.
 """
@@ -125,6 +128,8 @@ def estimate_memory(run: Run, batch: BatchPlan, *, world_size: int) -> MemoryPla
     if run.launch.malloc_mmap_threshold is not None:  # what was freed goes back at once
         return peak
     of_live, of_reduction = ALLOCATOR_SHARES[run.kernels.allocator][run.zero.stage]
+    if run.zero.stage == 3 and _offloads(run) and run.kernels.allocator is Allocator.keep:
+        of_live = OFFLOADED_KEEP_SHARE
     (reduction,) = (phase.total - states.total for phase in phases if phase.phase == "reduce")
     return changed(peak, allocator=int(max(live * of_live, reduction * of_reduction)))
 
