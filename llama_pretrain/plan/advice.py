@@ -21,8 +21,12 @@ OUT_OF_MEMORY = (
     "bad_alloc",
 )
 """What torch, CUDA, Python, the system and C++ say."""
-PERHAPS_OUT_OF_MEMORY = ("could not create a primitive", "could not execute a primitive")
-"""What oneDNN says of its own allocations, and of some other faults."""
+PERHAPS_OUT_OF_MEMORY = (
+    "could not create a primitive",
+    "could not execute a primitive",
+    "can't start new thread",
+)
+"""What oneDNN says of its own allocations, and Python of a thread's stack; of other faults too."""
 ON_THE_HOST = {
     OptimName.fused_adam: OptimName.cpu_adam,
     OptimName.torch_adamw: OptimName.cpu_adam,
@@ -65,7 +69,7 @@ def advise_memory(run: Run, plan: Plan, *, certain: bool = True) -> str:
     largest = sorted(memory.parts.items(), key=lambda part: -part[1])[:3]
     parts = ", ".join(f"{name} {_size(size)}" for name, size in largest)
     expected = f"the plan expects {_size(memory.total)} of a rank at its peak ({parts})"
-    about = "memory" if certain else "memory, if that was short (oneDNN doesn't say)"
+    about = "memory" if certain else "memory, if that was short (the error doesn't say)"
     lines = [f"  {about}: {expected}, and its device has {_size(plan.device_memory)}"]
     advices = list_advice(run, plan)
     if advices:
