@@ -314,7 +314,7 @@ def test_a_rank_that_hangs_is_found(runner: Runner) -> None:
 @pytest.mark.skipif(shutil.which("prlimit") is None, reason="needs util-linux")
 @pytest.mark.parametrize("allocator", ["plain", "keep"])
 def test_a_rank_without_memory_says_what_to_lower(runner: Runner, allocator: str) -> None:
-    """A save's thread, or oneDNN where freed memory stays, may be first without, and not say why."""
+    """A save's thread may be first without, or oneDNN where freed memory stays; neither tells."""
     settings = ("batch.global_batch_size=256", f"kernels.allocator={allocator}")
     words = ("train.max_steps=100000", *settings)
     with started(runner, *LONG, *words) as run:
