@@ -31,7 +31,7 @@ def read_run(run_dir: RunDir) -> tuple[Run, Plan]:
 
 
 def in_bf16(run: Run) -> bool:
-    """Whether a run of ours trains in bf16; on a CPU without instructions for it, it is in fp32."""
+    """Whether a run of ours trains in bf16; unasked, not on a CPU without instructions for it."""
     assert run.precision.name in (PrecisionName.bf16, PrecisionName.fp32)
     return run.precision.name == PrecisionName.bf16
 
