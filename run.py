@@ -20,10 +20,10 @@ def main() -> int:
 
         print(render_help())
         return 0
-    from llama_pretrain import endings
+    from llama_pretrain.cli import exit_codes as endings
 
     if any(word.startswith("import_deepspeed=") for word in argv):  # of files: nothing is composed
-        from llama_pretrain.plan.import_deepspeed import run_command
+        from llama_pretrain.cli.import_deepspeed import run_command
 
         try:
             print(run_command(argv))
@@ -45,7 +45,7 @@ def run_hydra(argv: list[str]) -> int:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig
 
-    from llama_pretrain import endings
+    from llama_pretrain.cli import exit_codes as endings
     from llama_pretrain.config.compose import (
         SNAPSHOT_NAME,
         read_config,
@@ -64,8 +64,8 @@ def run_hydra(argv: list[str]) -> int:
         phases = Phases(None if composed else began)  # a second job has begun now
         composed.append(config)
         requests.check()
-        from llama_pretrain.runs.rundir import RunDir
-        from llama_pretrain.tasks import run_task
+        from llama_pretrain.runs.layout import RunDir
+        from llama_pretrain.tasks.run import run_task
 
         own = HydraConfig.get()
         folder = Path(own.runtime.output_dir)
@@ -138,8 +138,8 @@ def plan_at_once(argv: list[str]) -> bool:
         trace_settings,
     )
     from llama_pretrain.config.problems import UserError
-    from llama_pretrain.runs.rundir import RunDir
-    from llama_pretrain.tasks import run_task
+    from llama_pretrain.runs.layout import RunDir
+    from llama_pretrain.tasks.run import run_task
 
     register()
     try:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from llama_pretrain.config.compose import PROJECT_ROOT, read_config, register
-from llama_pretrain.config.schema import Run
+from llama_pretrain.config.run import Run
 from llama_pretrain.data.corpus import prepare_corpus
 from llama_pretrain.data.encode import BATCH_CHARACTERS
 from llama_pretrain.data.order import SampleOrder
@@ -36,7 +36,7 @@ from llama_pretrain.data.sources import open_source
 from llama_pretrain.data.tokenizer import open_tokenizer
 from llama_pretrain.plan.plan import Corpus
 from llama_pretrain.plan.sampling import plan_sampling
-from llama_pretrain.runs.rundir import read_metrics
+from llama_pretrain.runs.metrics import read_metrics
 
 ROUNDS = 3
 MAX_BYTES = 30_000_000

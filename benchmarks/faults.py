@@ -24,16 +24,16 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llama_pretrain.launch.processes import list_processes
-from llama_pretrain.runs.checkpoints import (
+from llama_pretrain.checkpoint.manifest import (
     MANIFEST,
     checkpoint_name,
     find_fault,
     newest_complete,
     read_manifest,
 )
-from llama_pretrain.runs.heartbeat import STARTED, Beat, read_beats
-from llama_pretrain.runs.rundir import RunDir, read_metrics
+from llama_pretrain.process import STARTED, Beat, list_processes, read_beats
+from llama_pretrain.runs.layout import RunDir
+from llama_pretrain.runs.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 12
@@ -127,7 +127,7 @@ class Case:
         place = f"hydra.run.dir={self.run_dir.path}"
         words = [*BASE, *KINDS[self.kind], place]
         if self.run_dir.snapshot.is_file():
-            self._check_checkpoints()
+            self.validate_checkpoint()
             picked, _ = newest_complete(self.run_dir.checkpoints)
             if picked is None:
                 words.append("resume=auto")
@@ -146,7 +146,7 @@ class Case:
                 cwd=log.parent,
             )
 
-    def _check_checkpoints(self) -> None:
+    def validate_checkpoint(self) -> None:
         """Every folder of the name of a checkpoint must be one."""
         for folder in self.run_dir.checkpoints.glob("step-*"):
             self.tally.counts["checkpoints checked"] += 1
@@ -189,7 +189,7 @@ class Case:
         picked, _ = newest_complete(self.run_dir.checkpoints)
         if killed and picked is not None and picked.name == checkpoint_name(STEPS):
             self.tally.counts["killed behind the last save"] += 1
-            self._check_checkpoints()
+            self.validate_checkpoint()
             return True  # there is nothing left to train
         return not killed
 

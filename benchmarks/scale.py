@@ -23,7 +23,8 @@ from typing import Any
 
 from benchmarks.record import RESULTS, ROOT, train_alone, write_record
 from benchmarks.throughput import SIZES, TOKENS_PER_STEP
-from llama_pretrain.runs.rundir import RunDir, read_metrics
+from llama_pretrain.runs.layout import RunDir
+from llama_pretrain.runs.metrics import read_metrics
 
 PLOT = ROOT / "docs" / "img" / "scale.svg"
 STEPS = 10

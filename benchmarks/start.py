@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RESULTS, ROOT, write_record
-from llama_pretrain.config.schema import PrecisionName
+from llama_pretrain.config.precision import PrecisionName
 from llama_pretrain.config.snapshot import load_snapshot
 from llama_pretrain.launch.ahead import KEEP_IMPORTS
 from llama_pretrain.plan.plan import load_plan
-from llama_pretrain.runs.rundir import RunDir, read_metrics
+from llama_pretrain.runs.layout import RunDir
+from llama_pretrain.runs.metrics import read_metrics
 
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "hydra-core", "pydantic")
 SHORT = ("train.max_steps=1", "checkpoint.at_end=false", "checkpoint.export=false")

@@ -18,7 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from llama_pretrain.runs.rundir import RunDir, read_metrics
+from llama_pretrain.runs.layout import RunDir
+from llama_pretrain.runs.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN = f"""

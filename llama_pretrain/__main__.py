@@ -5,10 +5,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from llama_pretrain.commands.compare import add_compare
-from llama_pretrain.commands.leaderboard import add_leaderboard
-from llama_pretrain.commands.list_runs import add_list
-from llama_pretrain.commands.verify import add_verify
+from llama_pretrain.cli.compare import add_compare
+from llama_pretrain.cli.leaderboard import add_leaderboard
+from llama_pretrain.cli.list_runs import add_list
+from llama_pretrain.cli.verify import add_verify
 
 
 def build_parser() -> argparse.ArgumentParser:

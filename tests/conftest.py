@@ -16,7 +16,8 @@ import pytest
 
 from llama_pretrain.data.packed import TokenWriter
 from llama_pretrain.launch.ahead import KEEP_IMPORTS
-from llama_pretrain.runs.rundir import RunDir, read_metrics
+from llama_pretrain.runs.layout import RunDir
+from llama_pretrain.runs.metrics import read_metrics
 from tests.browser import browser, open_page  # noqa: F401  # fixtures for all tests
 
 ROOT = Path(__file__).resolve().parents[1]

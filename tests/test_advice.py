@@ -4,16 +4,16 @@ import shlex
 
 import pytest
 
-from llama_pretrain.config.schema import Run
+from llama_pretrain.config.run import Run
 from llama_pretrain.plan.advice import (
     advise_memory,
     is_out_of_memory,
     list_advice,
     may_be_out_of_memory,
 )
-from llama_pretrain.plan.choices import resolve_choices
 from llama_pretrain.plan.plan import Plan, build_plan
-from llama_pretrain.tasks import check_everything
+from llama_pretrain.plan.resolve import resolve_choices
+from llama_pretrain.tasks.run import check_everything
 from tests.conftest import compose_run
 from tests.test_conf import CLUSTER
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from llama_pretrain.config.batch import Batch
+from llama_pretrain.config.fields import divisors_near
 from llama_pretrain.config.problems import Problem, UserError
-from llama_pretrain.config.rules import divisors_near
-from llama_pretrain.config.schema import Batch
 from llama_pretrain.plan.batch import nearest_triples, solve_batch
 
 Triple = tuple[int, int, int]

@@ -11,17 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_pretrain.pieces import STATE, WEIGHT, piece_key, rank_file, write_bytes, write_tensors
-from llama_pretrain.runs.checkpoints import (
-    MANIFEST as MANIFEST_NAME,
-)
-from llama_pretrain.runs.checkpoints import (
+from llama_pretrain.checkpoint.manifest import MANIFEST as MANIFEST_NAME
+from llama_pretrain.checkpoint.manifest import (
     Manifest,
     checkpoint_name,
     find_fault,
     newest_complete,
     prune,
     write_manifest,
+)
+from llama_pretrain.checkpoint.tensors import (
+    STATE,
+    WEIGHT,
+    piece_key,
+    rank_file,
+    write_bytes,
+    write_tensors,
 )
 
 MANIFEST = Manifest(

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from llama_pretrain.config.schema import Run
+from llama_pretrain.config.run import Run
 from llama_pretrain.config.snapshot import render_snapshot
 from llama_pretrain.runs.compare import first_at, load_runs
 from llama_pretrain.runs.compare_page import render_comparison
 from llama_pretrain.runs.compare_text import render_text
-from llama_pretrain.runs.rundir import RunDir
+from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.runs.terminal import plot
 from tests.browser import DESK, PHONE, OpenPageFunction
 from tests.conftest import ROOT

@@ -19,14 +19,15 @@ from llama_pretrain.config.compose import (
     register,
     trace_settings,
 )
-from llama_pretrain.config.deepspeed import Zero
+from llama_pretrain.config.kernels import Kernels
 from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.config.rewrite import find_unfinished, rewrite_argv
-from llama_pretrain.config.rules import check_run
-from llama_pretrain.config.schema import Kernels, Run
+from llama_pretrain.config.run import Run
 from llama_pretrain.config.snapshot import load_snapshot, render_snapshot, to_plain
-from llama_pretrain.plan.choices import resolve_choices
+from llama_pretrain.config.validate import validate_run
+from llama_pretrain.config.zero import Zero
 from llama_pretrain.plan.machine import detect_machine
+from llama_pretrain.plan.resolve import resolve_choices
 from tests.conftest import ROOT, compose_run
 
 Started = Callable[..., Path]
@@ -72,7 +73,7 @@ def explain_words(tmp_path: Path, *words: str) -> list[str]:
 def resolved(run: Run) -> Run:
     """With choices made, and no rule broken."""
     run = resolve_choices(run, detect_machine())
-    assert list(check_run(run)) == []
+    assert list(validate_run(run)) == []
     return run
 
 
@@ -349,7 +350,7 @@ def test_export_and_generate_stay_in_the_run(started: Started, tmp_path: Path) -
 
 
 def problems_of(run: Run) -> list[Problem]:
-    return list(check_run(run))
+    return list(validate_run(run))
 
 
 def test_a_task_about_a_run_needs_one_and_no_other_task_takes_one(

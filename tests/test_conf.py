@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import yaml
 
+from llama_pretrain.config.batch import Batch
 from llama_pretrain.config.compose import PROJECT_ROOT
-from llama_pretrain.config.deepspeed import Zero
-from llama_pretrain.config.deepspeed_rules import EXTRA_KEYS, REFUSED_ZERO_KEYS, ZERO_EXTRA_KEYS
-from llama_pretrain.config.rules import check_run, schema_paths
-from llama_pretrain.config.schema import Batch
+from llama_pretrain.config.deepspeed_keys import EXTRA_KEYS, REFUSED_ZERO_KEYS, ZERO_EXTRA_KEYS
 from llama_pretrain.config.snapshot import load_snapshot, render_snapshot, to_plain
-from llama_pretrain.plan.choices import resolve_choices
+from llama_pretrain.config.validate import schema_paths, validate_run
+from llama_pretrain.config.zero import Zero
 from llama_pretrain.plan.ds_config import get_eval_ds_config, get_train_ds_config, source_of
 from llama_pretrain.plan.machine import Machine
 from llama_pretrain.plan.plan import build_plan, check_plan
+from llama_pretrain.plan.resolve import resolve_choices
 from tests.conftest import compose_run
 
 CLUSTER = Machine(
@@ -79,9 +79,9 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("option", options())
 def test_option_composes_and_plans(option: str, pretrained: Path, tmp_path: Path) -> None:
     run = compose_run(["task=plan", option, *needed_by(option, pretrained)])
-    assert list(check_run(run)) == []
+    assert list(validate_run(run)) == []
     run = resolve_choices(run, CLUSTER)
-    assert list(check_run(run)) == []
+    assert list(validate_run(run)) == []
     assert list(check_plan(run)) == []
     plan = build_plan(run, None)
     assert plan.world_size == ranks_of(option)

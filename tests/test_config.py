@@ -7,8 +7,8 @@ import pytest
 from llama_pretrain.config.compose import name_run
 from llama_pretrain.config.problems import UserError
 from llama_pretrain.config.rewrite import rewrite_argv
-from llama_pretrain.config.rules import unknown_key
 from llama_pretrain.config.snapshot import load_snapshot, render_snapshot
+from llama_pretrain.config.validate import unknown_key
 from tests.conftest import compose_run
 
 

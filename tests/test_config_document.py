@@ -18,9 +18,9 @@ from llama_pretrain.config.document import (
     render_reference,
     render_type,
 )
-from llama_pretrain.config.rules import flatten
-from llama_pretrain.config.schema import Run
+from llama_pretrain.config.run import Run
 from llama_pretrain.config.snapshot import to_plain
+from llama_pretrain.config.validate import flatten
 from tests.conftest import compose_run
 
 SMALL = '''

@@ -16,7 +16,7 @@ from llama_pretrain.data.meta import read_meta
 from llama_pretrain.data.sources import list_files
 from llama_pretrain.data.tokenizer import train_tokenizer
 from llama_pretrain.plan.plan import Corpus, build_plan, check_corpus
-from llama_pretrain.tasks import check_everything
+from llama_pretrain.tasks.run import check_everything
 from tests.conftest import Quiet, compose_run
 from tests.test_wrong_configs import MACHINES
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llama_pretrain.config.data import Tokenizer as TokenizerConfig
-from llama_pretrain.config.data import TokenizerName
 from llama_pretrain.config.problems import UserError
+from llama_pretrain.config.tokenizer import Tokenizer as TokenizerConfig
+from llama_pretrain.config.tokenizer import TokenizerName
 from llama_pretrain.data import encode, gather
 from llama_pretrain.data.corpus import prepare_corpus
 from llama_pretrain.data.encode import encode_texts

@@ -10,9 +10,15 @@ from typing import Any
 import pytest
 
 from llama_pretrain.config.problems import UserError
-from llama_pretrain.config.schema import DriftPolicy
 from llama_pretrain.config.snapshot import render_snapshot
-from llama_pretrain.reproduce import (
+from llama_pretrain.config.tasks import DriftPolicy
+from llama_pretrain.runs.agreement import Agreement, compare_rows, likeliest_cause
+from llama_pretrain.runs.drift import Drift, Group, Kind, Made, find_drift, list_unknown, unasked
+from llama_pretrain.runs.layout import RunDir
+from llama_pretrain.runs.provenance import render_provenance
+from llama_pretrain.runs.report import render_report
+from llama_pretrain.runs.status import Status
+from llama_pretrain.tasks.reproduce import (
     Reproduction,
     begin,
     find_reproduction,
@@ -20,11 +26,6 @@ from llama_pretrain.reproduce import (
     read_made,
     show_drift,
 )
-from llama_pretrain.runs.agreement import Agreement, compare_rows, likeliest_cause
-from llama_pretrain.runs.drift import Drift, Group, Kind, Made, find_drift, list_unknown, unasked
-from llama_pretrain.runs.provenance import render_provenance
-from llama_pretrain.runs.report import render_report
-from llama_pretrain.runs.rundir import RunDir, Status
 from tests.conftest import compose_run
 
 Row = dict[str, Any]

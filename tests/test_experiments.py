@@ -3,10 +3,10 @@
 import pytest
 
 from llama_pretrain.config.compose import PROJECT_ROOT
-from llama_pretrain.config.rules import check_run
-from llama_pretrain.config.schema import Run
-from llama_pretrain.plan.choices import resolve_choices
+from llama_pretrain.config.run import Run
+from llama_pretrain.config.validate import validate_run
 from llama_pretrain.plan.plan import build_plan
+from llama_pretrain.plan.resolve import resolve_choices
 from tests.conftest import compose_run
 from tests.test_conf import CLUSTER
 
@@ -40,7 +40,7 @@ DEVICES = {
 
 def planned(name: str) -> Run:
     run = compose_run(["task=plan", f"experiment={name}"])
-    assert list(check_run(run)) == []
+    assert list(validate_run(run)) == []
     return resolve_choices(run, CLUSTER)
 
 

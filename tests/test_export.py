@@ -14,20 +14,10 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from llama_pretrain.config.problems import UserError
-from llama_pretrain.config.schema import (
-    Export,
-    Generate,
-    Model,
-    Precision,
-    PrecisionName,
-    Run,
-    TorchAutocast,
-)
-from llama_pretrain.data.tokenizer import train_tokenizer
-from llama_pretrain.export import export_checkpoint, split_shards, write_weights
-from llama_pretrain.generate import continue_prompt
-from llama_pretrain.pieces import (
+from llama_pretrain.checkpoint.export import export_checkpoint, split_shards, write_weights
+from llama_pretrain.checkpoint.manifest import METRICS, Manifest, write_manifest
+from llama_pretrain.checkpoint.pretrained import validate_pretrained
+from llama_pretrain.checkpoint.tensors import (
     LOGITS,
     STATE,
     StoredState,
@@ -35,10 +25,16 @@ from llama_pretrain.pieces import (
     rank_file,
     write_tensors,
 )
-from llama_pretrain.plan.choices import resolve_choices
+from llama_pretrain.config.model import Model
+from llama_pretrain.config.precision import Precision, PrecisionName, TorchAutocast
+from llama_pretrain.config.problems import UserError, refuse
+from llama_pretrain.config.run import Run
+from llama_pretrain.config.tasks import Export, Generate
+from llama_pretrain.data.tokenizer import train_tokenizer
 from llama_pretrain.plan.machine import detect_machine
-from llama_pretrain.runs.checkpoints import METRICS, Manifest, write_manifest
-from llama_pretrain.runs.rundir import RunDir
+from llama_pretrain.plan.resolve import resolve_choices
+from llama_pretrain.runs.layout import RunDir
+from llama_pretrain.tasks.generation import continue_prompt
 from llama_pretrain.train.model import build_model
 from tests.conftest import compose_run
 
@@ -412,7 +408,7 @@ def test_weights_that_cannot_be_read_are_refused(
     touch(tmp_path, *names)
     run = compose_run(["model=pretrained", f"model.path={tmp_path}"])
     with pytest.raises(UserError) as caught:
-        resolve_choices(run, detect_machine())
+        refuse(validate_pretrained(run))
     assert text in str(caught.value)
     assert str(tmp_path) in str(caught.value)
 
@@ -423,7 +419,7 @@ def test_a_torn_checkpoint_is_refused(trained: Trained) -> None:
     write_manifest(folder, manifest_of("fp32", {"rank00001.safetensors": [17, ""]}))
     run = compose_run(["model=pretrained", f"model.path={folder}"])
     with pytest.raises(UserError, match=r"rank00001\.safetensors is missing, or not of 17 bytes"):
-        resolve_choices(run, detect_machine())
+        refuse(validate_pretrained(run))
 
 
 def test_continuations(trained: Trained) -> None:

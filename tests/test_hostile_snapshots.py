@@ -18,8 +18,8 @@ from llama_pretrain.config.compose import read_config, register
 from llama_pretrain.config.problems import UserError
 from llama_pretrain.config.rewrite import rewrite_argv
 from llama_pretrain.config.snapshot import DEFAULTS, load_snapshot, to_plain
-from llama_pretrain.plan.choices import resolve_choices
 from llama_pretrain.plan.machine import detect_machine
+from llama_pretrain.plan.resolve import resolve_choices
 from tests.conftest import compose_run
 
 NUMBER = 300

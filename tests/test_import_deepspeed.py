@@ -11,17 +11,18 @@ from typing import Any
 
 import pytest
 
+from llama_pretrain.cli import import_keys
+from llama_pretrain.cli.import_deepspeed import import_ds_config, run_command
+from llama_pretrain.cli.overrides import default_settings, render_overrides, render_value
 from llama_pretrain.config.compose import PROJECT_ROOT
+from llama_pretrain.config.optim import OptimName
 from llama_pretrain.config.problems import UserError
-from llama_pretrain.config.rules import check_run
-from llama_pretrain.config.schema import OptimName, Run
+from llama_pretrain.config.run import Run
 from llama_pretrain.config.snapshot import to_plain
-from llama_pretrain.plan import import_keys
+from llama_pretrain.config.validate import validate_run
 from llama_pretrain.plan.batch import count_replicas, solve_batch
-from llama_pretrain.plan.choices import resolve_choices
 from llama_pretrain.plan.ds_config import get_train_ds_config
-from llama_pretrain.plan.import_deepspeed import import_ds_config, run_command
-from llama_pretrain.plan.overrides import default_settings, render_overrides, render_value
+from llama_pretrain.plan.resolve import resolve_choices
 from tests.conftest import ROOT, compose_run
 from tests.test_conf import CLUSTER
 
@@ -75,7 +76,7 @@ def options(*groups: str) -> list[str]:
 def emit(overrides: list[str]) -> tuple[Run, dict[str, Any]]:
     """A run on the cluster, and its JSON as a file would hold it."""
     run = resolve_choices(compose_run(overrides), CLUSTER)
-    assert list(check_run(run)) == []
+    assert list(validate_run(run)) == []
     batch = solve_batch(
         run.batch, sequence_length=run.data.sequence_length, replicas=count_replicas(run)
     )
@@ -199,7 +200,7 @@ def test_defaults_of_optimizers_and_schedulers_are_deepspeeds() -> None:
 
 
 def test_default_settings_are_hydras() -> None:
-    from llama_pretrain.config.rules import flatten
+    from llama_pretrain.config.validate import flatten
 
     composed = dict(flatten(to_plain(compose_run([]))))
     ours = default_settings()
@@ -496,7 +497,7 @@ def test_sample(config: dict[str, Any], text: str, tmp_path: Path) -> None:
     assert printed == text.rstrip("\n")
     words = shlex.split(printed.splitlines()[0])
     assert words[:2] == ["python", "run.py"]
-    assert list(check_run(compose_run(words[2:]))) == []
+    assert list(validate_run(compose_run(words[2:]))) == []
 
 
 FUSED = {"train_batch_size": 8, "zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}

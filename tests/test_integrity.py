@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from llama_pretrain.cli.integrity import Result, iter_failures, verify_run
 from llama_pretrain.config.snapshot import load_snapshot
-from llama_pretrain.integrity import Result, iter_failures, verify_run
 from llama_pretrain.plan.ds_config import get_train_ds_config
 from llama_pretrain.plan.plan import load_plan
-from llama_pretrain.runs.rundir import RunDir, hold
+from llama_pretrain.runs.layout import RunDir, hold
 from tests.conftest import ROOT, Runner
 
 WORDS = (

@@ -16,19 +16,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from llama_pretrain.config.schema import (
+from llama_pretrain.config.kernels import (
     AttentionKernel,
     CompiledPart,
     Kernels,
     LayerKernel,
     Matmul,
 )
-from llama_pretrain.config.schema import LossKernel as Loss
+from llama_pretrain.config.kernels import LossKernel as Loss
 from llama_pretrain.data.dataset import IGNORED
 from llama_pretrain.launch.environment import worker_environment
 from llama_pretrain.plan import memory
-from llama_pretrain.plan.choices import resolve_choices
 from llama_pretrain.plan.machine import detect_machine
+from llama_pretrain.plan.resolve import resolve_choices
 from llama_pretrain.train.kernels import attention, cross_entropy, install
 from llama_pretrain.train.kernels.attention import blocked_attention, blocked_attention_backward
 from llama_pretrain.train.kernels.cross_entropy import linear_cross_entropy

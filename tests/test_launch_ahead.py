@@ -19,10 +19,11 @@ from llama_pretrain.launch.ahead import (
     start_server,
 )
 from llama_pretrain.launch.forks import ForkServers
-from llama_pretrain.launch.processes import PROC, is_alive, list_processes
 from llama_pretrain.plan.machine import detect_machine
-from llama_pretrain.runs.rundir import RunDir, read_metrics
-from llama_pretrain.tasks import check_everything
+from llama_pretrain.process import PROC, is_alive, list_processes
+from llama_pretrain.runs.layout import RunDir
+from llama_pretrain.runs.metrics import read_metrics
+from llama_pretrain.tasks.run import check_everything
 from tests.conftest import OPERATORS, ROOT, SMALL, Runner, compose_run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks are forked on Linux alone")

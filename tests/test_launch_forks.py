@@ -23,14 +23,15 @@ from llama_pretrain.launch.environment import worker_environment
 from llama_pretrain.launch.forks import ForkServers, ServerError
 from llama_pretrain.launch.kept import _address
 from llama_pretrain.launch.local import launch
-from llama_pretrain.launch.processes import is_alive, list_processes
 from llama_pretrain.launch.watch import RankError
 from llama_pretrain.plan.machine import detect_machine
 from llama_pretrain.plan.plan import build_plan
-from llama_pretrain.runs.heartbeat import STARTED, read_beats
+from llama_pretrain.process import STARTED, is_alive, list_processes, read_beats
+from llama_pretrain.runs.layout import RunDir
+from llama_pretrain.runs.metrics import read_metrics
 from llama_pretrain.runs.phases import NAMES
-from llama_pretrain.runs.rundir import RunDir, read_metrics
-from llama_pretrain.tasks import check_everything, pretrain
+from llama_pretrain.tasks.pretrain import pretrain
+from llama_pretrain.tasks.run import check_everything
 from tests.conftest import OPERATORS, ROOT, SMALL, Command, Quiet, Runner, compose_run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks are forked on Linux alone")
@@ -147,7 +148,7 @@ def test_a_rank_that_dies_takes_the_others_and_the_server_stays(
     killed: list[int] = []
 
     def kill_one(run_dir: RunDir) -> None:
-        from llama_pretrain.runs.heartbeat import read_beats
+        from llama_pretrain.process import read_beats
 
         beats = read_beats(run_dir.heartbeats, world_size=2)
         if not killed and all(beat.count > 8 for beat in beats):
@@ -169,7 +170,7 @@ def test_a_server_that_dies_ends_its_ranks_and_another_takes_its_place(
     ranks: list[int] = []
 
     def kill_server(run_dir: RunDir) -> None:
-        from llama_pretrain.runs.heartbeat import read_beats
+        from llama_pretrain.process import read_beats
 
         beats = read_beats(run_dir.heartbeats, world_size=2)
         if not ranks and all(beat.count > 8 for beat in beats):

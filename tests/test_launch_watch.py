@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from llama_pretrain.launch.failures import Failure, find_first
-from llama_pretrain.launch.processes import is_alive, kill_session, list_processes
 from llama_pretrain.launch.signals import Preempted, Requests, Stopped, how_to_go_on
 from llama_pretrain.launch.stacks import (
     Frame,
@@ -20,8 +19,15 @@ from llama_pretrain.launch.stacks import (
     read_stacks,
 )
 from llama_pretrain.launch.watch import RankError, Watch
-from llama_pretrain.runs.heartbeat import STARTED, Heartbeat, read_beats
-from llama_pretrain.runs.rundir import RunDir
+from llama_pretrain.process import (
+    STARTED,
+    Heartbeat,
+    is_alive,
+    kill_session,
+    list_processes,
+    read_beats,
+)
+from llama_pretrain.runs.layout import RunDir
 
 SLEEPER = """
 import faulthandler, signal, threading, time

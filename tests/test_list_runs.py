@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from llama_pretrain.__main__ import main
-from llama_pretrain.commands.list_runs import render_list
-from llama_pretrain.config.schema import Model, Run, Task
+from llama_pretrain.cli.list_runs import render_list
+from llama_pretrain.cli.listing import Kind, list_runs
+from llama_pretrain.config.model import Model
+from llama_pretrain.config.run import Run
 from llama_pretrain.config.snapshot import render_snapshot
-from llama_pretrain.runs.listing import Kind, list_runs
-from llama_pretrain.runs.rundir import RunDir, hold
+from llama_pretrain.config.tasks import Task
+from llama_pretrain.runs.layout import RunDir, hold
 from tests.conftest import ROOT
 
 

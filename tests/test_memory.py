@@ -10,8 +10,7 @@ import pytest
 
 from llama_pretrain.config.compose import PROJECT_ROOT
 from llama_pretrain.config.fields import parse_size
-from llama_pretrain.config.schema import Run
-from llama_pretrain.plan.choices import resolve_choices
+from llama_pretrain.config.run import Run
 from llama_pretrain.plan.cost import estimate_cost
 from llama_pretrain.plan.fit import list_fits
 from llama_pretrain.plan.kernels import LAYERS
@@ -19,6 +18,7 @@ from llama_pretrain.plan.machine import Machine
 from llama_pretrain.plan.memory import MemoryPlan, estimate_memory, list_phases, states_memory
 from llama_pretrain.plan.model_size import count_parameters
 from llama_pretrain.plan.plan import build_plan
+from llama_pretrain.plan.resolve import resolve_choices
 from llama_pretrain.plan.traffic import count_traffic
 from tests.conftest import compose_run
 from tests.test_conf import CLUSTER

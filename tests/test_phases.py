@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from llama_pretrain import console
+from llama_pretrain.console import progress
+from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.runs.phases import NAMES, Phases, process_start, read_phases
 from llama_pretrain.runs.report import _starts
-from llama_pretrain.runs.rundir import RunDir
 from tests.conftest import ROOT
 
 
@@ -78,7 +78,7 @@ ROW = {"step": 1, "tokens": 64, "start_seconds": {"compose": 0.5, "spawn": 1.25,
 
 def test_the_terminal_shows_each_phase_and_the_time_so_far() -> None:
     out = io.StringIO()
-    Console(file=out, width=100).print(console._start_table(ROW))
+    Console(file=out, width=100).print(progress._start_table(ROW))
     lines = [line.split() for line in out.getvalue().splitlines()]
     assert lines[-3:] == [
         [*NAMES["compose"].split(), "0.50", "0.50"],

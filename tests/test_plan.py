@@ -2,12 +2,13 @@
 
 import pytest
 
+from llama_pretrain.config.batch import Batch
+from llama_pretrain.config.model import Model
 from llama_pretrain.config.problems import UserError
-from llama_pretrain.config.schema import Batch, Model
 from llama_pretrain.plan.batch import BatchPlan, solve_batch
-from llama_pretrain.plan.choices import resolve_choices
 from llama_pretrain.plan.model_size import count_parameters, flops_per_token, with_vocabulary
 from llama_pretrain.plan.plan import build_plan, load_plan, render_plan
+from llama_pretrain.plan.resolve import resolve_choices
 from tests.conftest import compose_run
 from tests.test_conf import CLUSTER
 

@@ -25,6 +25,7 @@ from llama_pretrain.config.secrets import (
 from llama_pretrain.config.snapshot import render_snapshot
 from llama_pretrain.launch.operators import describe_operators
 from llama_pretrain.plan.machine import detect_machine
+from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.runs.provenance import (
     CHANGES,
     add_provenance,
@@ -38,7 +39,7 @@ from llama_pretrain.runs.provenance import (
     render_provenance,
     write_changes,
 )
-from llama_pretrain.runs.rundir import RunDir, Status, write_status
+from llama_pretrain.runs.status import Status, write_status
 from tests.conftest import ROOT, compose_run
 
 TOKENS = {

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.runs.report import render_report
-from llama_pretrain.runs.rundir import RunDir
 from tests.browser import DESK, PHONE, OpenPageFunction
 from tests.test_runs_report import HOSTILE, PLAN, PROVENANCE, ROWS, SNAPSHOT, write_metrics
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from llama_pretrain.runs.chart import thin
+from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.runs.report import render_report
-from llama_pretrain.runs.rundir import RunDir
 
 SECTIONS = [
     "What was asked",

@@ -9,8 +9,8 @@ from llama_pretrain.config.compose import register
 from llama_pretrain.config.problems import UserError
 from llama_pretrain.config.rewrite import is_sweep
 from llama_pretrain.plan.machine import Machine
-from llama_pretrain.runs.sweepdir import SweepDir, Verdict
 from llama_pretrain.sweep.command import run_sweep
+from llama_pretrain.sweep.directory import SweepDir, Verdict
 from llama_pretrain.sweep.points import (
     Command,
     Corpora,

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from llama_pretrain.config.schema import Objective
-from llama_pretrain.runs.rundir import Status, write_status
-from llama_pretrain.runs.sweep_report import Axis, render_sweep_report
-from llama_pretrain.runs.sweepdir import PointRecord, SweepDir, SweepRecord, Verdict, read_rows
+from llama_pretrain.config.sweep import Objective
+from llama_pretrain.runs.status import Status, write_status
+from llama_pretrain.sweep.directory import PointRecord, SweepDir, SweepRecord, Verdict, read_rows
+from llama_pretrain.sweep.report import Axis, render_sweep_report
 from tests.browser import PHONE, OpenPageFunction
 
 RATES = ("1e-4", "1e-3", "1e-2")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from llama_pretrain.plan.machine import Machine
-from llama_pretrain.runs.rundir import RunDir, Status, write_status
+from llama_pretrain.runs.layout import RunDir
+from llama_pretrain.runs.status import Status, write_status
 from llama_pretrain.sweep.placing import VISIBLE, claim_slot, count_slots, share
 from llama_pretrain.sweep.runner import falls_behind, has_finished
 from tests.conftest import ROOT

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from llama_pretrain.config.schema import Objective
-from llama_pretrain.runs.rundir import RunDir, Status, write_status
-from llama_pretrain.runs.sweepdir import (
+from llama_pretrain.config.sweep import Objective
+from llama_pretrain.runs.layout import RunDir
+from llama_pretrain.runs.status import Status, write_status
+from llama_pretrain.sweep.directory import (
     PointRecord,
     SweepDir,
     SweepRecord,

@@ -11,13 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from llama_pretrain.config.schema import Model, Optim, OptimName, Run, Schedule, ScheduleName
-from llama_pretrain.plan.choices import resolve_choices
+from llama_pretrain import distributed
+from llama_pretrain.config.model import Model
+from llama_pretrain.config.optim import Optim, OptimName
+from llama_pretrain.config.run import Run
+from llama_pretrain.config.schedule import Schedule, ScheduleName
 from llama_pretrain.plan.ds_config import get_train_ds_config
 from llama_pretrain.plan.machine import detect_machine
 from llama_pretrain.plan.model_size import count_parameters
 from llama_pretrain.plan.plan import Steps, build_plan
-from llama_pretrain.train import distributed
+from llama_pretrain.plan.resolve import resolve_choices
 from llama_pretrain.train.loss import token_losses
 from llama_pretrain.train.model import (
     build_llama_config,
@@ -327,7 +330,7 @@ def test_rotary_frequencies_stay_exact_in_bf16(stage: int) -> None:
 
 
 def test_print_rank_0_prints_once(capsys: pytest.CaptureFixture[str]) -> None:
-    from llama_pretrain.train.distributed import Rank, print_rank_0
+    from llama_pretrain.distributed import Rank, print_rank_0
 
     for index in range(2):
         device = torch.device("cpu")

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from llama_pretrain.config.schema import Run
-from llama_pretrain.plan.choices import resolve_choices
+from llama_pretrain.checkpoint.load import CheckpointError, load_checkpoint
+from llama_pretrain.checkpoint.manifest import find_fault, newest_complete
+from llama_pretrain.checkpoint.save import Saver
+from llama_pretrain.config.run import Run
 from llama_pretrain.plan.machine import detect_machine
 from llama_pretrain.plan.plan import Corpus, Plan, SourceTokens, build_plan
-from llama_pretrain.runs.checkpoints import find_fault, newest_complete
-from llama_pretrain.train.checkpoint import CheckpointError, Saver, load_checkpoint
+from llama_pretrain.plan.resolve import resolve_choices
 from tests.conftest import compose_run, small_disk
 from tests.test_train import own_linear, random_batches
 from tests.test_train_state import RANK, engine_at, step

@@ -9,7 +9,7 @@ import torch.nn.functional as functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_pretrain.data.dataset import IGNORED, document_positions
-from llama_pretrain.train.distributed import Rank
+from llama_pretrain.distributed import Rank
 from llama_pretrain.train.loss import token_losses
 from llama_pretrain.train.mask import prove_document_mask
 from llama_pretrain.train.step import cut_rows

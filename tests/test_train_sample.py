@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama_pretrain.config.schema import Monitor
-from llama_pretrain.runs.rundir import RunDir, read_metrics
+from llama_pretrain.config.monitor import Monitor
+from llama_pretrain.distributed import Rank
+from llama_pretrain.runs.layout import RunDir
+from llama_pretrain.runs.metrics import read_metrics
 from llama_pretrain.train import loop
-from llama_pretrain.train.distributed import Rank
 from llama_pretrain.train.metrics import CSV_COLUMNS, MetricsWriter
 from llama_pretrain.train.progress import Progress
 from llama_pretrain.train.sample import Prompt, continue_with_engine

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from llama_pretrain.config.schema import Optim, OptimName
-from llama_pretrain.pieces import (
+from llama_pretrain.checkpoint.engine_state import collect_tensors, collect_values, restore
+from llama_pretrain.checkpoint.tensors import (
     STATE,
     WEIGHT,
     StoredState,
@@ -18,13 +18,13 @@ from llama_pretrain.pieces import (
     write_bytes,
     write_tensors,
 )
-from llama_pretrain.train.distributed import Rank
+from llama_pretrain.config.optim import Optim, OptimName
+from llama_pretrain.distributed import Rank
 from llama_pretrain.train.engine import apply_update, undo_initial_step
 from llama_pretrain.train.loss import token_losses
 from llama_pretrain.train.model import build_model
 from llama_pretrain.train.optimizer import build_optimizer, get_optimizer_grouped_parameters
 from llama_pretrain.train.progress import Progress, spike_score
-from llama_pretrain.train.state import collect_tensors, collect_values, restore
 from tests.test_train import CONFIG, own_linear, random_batches
 
 __all__ = ["own_linear"]  # a fixture

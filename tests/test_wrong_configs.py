@@ -16,11 +16,12 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from llama_pretrain.config.compose import COMPOSE_ERRORS, explain, read_config, register
-from llama_pretrain.config.deepspeed_rules import check_deepspeed
+from llama_pretrain.config.optim import Optim, OptimName
 from llama_pretrain.config.problems import Problem, UserError
-from llama_pretrain.config.schema import Optim, OptimName, Run
+from llama_pretrain.config.run import Run
+from llama_pretrain.config.validate import validate_deepspeed
 from llama_pretrain.plan.machine import Machine
-from llama_pretrain.tasks import check_everything
+from llama_pretrain.tasks.run import check_everything
 from tests.conftest import ROOT, Runner
 from tests.test_conf import CLUSTER
 
@@ -274,7 +275,7 @@ def test_what_recipes_leave_is_no_mistake() -> None:
         for key, unread in (("eps", OptimName.lion), ("betas", OptimName.cpu_adagrad)):
             if key in values:
                 run = Run(optim=Optim(name=unread, **{key: values[key]}))
-                problems = [p for p in check_deepspeed(run) if p.path == f"optim.{key}"]
+                problems = [p for p in validate_deepspeed(run) if p.path == f"optim.{key}"]
                 assert problems == [], file
 
 

@@ -28,7 +28,7 @@ from benchmarks.arms.given import (
     read_run,
     read_words,
 )
-from llama_pretrain.runs.rundir import RunDir
+from llama_pretrain.runs.layout import RunDir
 
 
 class WithLoss(nn.Module):

@@ -17,12 +17,13 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
-from llama_pretrain.config.schema import PrecisionName, Run
+from llama_pretrain.config.precision import PrecisionName
+from llama_pretrain.config.run import Run
 from llama_pretrain.config.snapshot import load_snapshot
 from llama_pretrain.data.dataset import TrainSampler, build_loader, create_pretrain_dataset
 from llama_pretrain.data.order import SampleOrder
 from llama_pretrain.plan.plan import Plan, load_plan
-from llama_pretrain.runs.rundir import RunDir
+from llama_pretrain.runs.layout import RunDir
 
 
 def read_run(run_dir: RunDir) -> tuple[Run, Plan]:

@@ -23,9 +23,9 @@ from benchmarks.arms.given import (
     read_run,
     read_words,
 )
-from llama_pretrain.config.schema import Run
+from llama_pretrain.config.run import Run
 from llama_pretrain.plan.plan import Plan
-from llama_pretrain.runs.rundir import RunDir
+from llama_pretrain.runs.layout import RunDir
 
 
 class Batches(IterableDataset[dict[str, torch.Tensor]]):

@@ -11,14 +11,14 @@ from types import NoneType
 from typing import Any, get_args
 
 import yaml
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llama_pretrain.config import data, schema
+from llama_pretrain.config import data
 from llama_pretrain.config.problems import Problem, UserError, refuse
-from llama_pretrain.config.rules import flatten, parse_values, schema_paths, unknown_key
-from llama_pretrain.config.schema import Run
+from llama_pretrain.config.run import Run
 from llama_pretrain.config.secrets import (
     find_secrets,
     is_secret_name,
@@ -26,6 +26,7 @@ from llama_pretrain.config.secrets import (
     secret_problem,
 )
 from llama_pretrain.config.snapshot import NO_TEXT, YAML_LOADER
+from llama_pretrain.config.validate import flatten, parse_values, schema_paths, unknown_key
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
@@ -37,7 +38,7 @@ OVERLAYS = ("experiment", "sweep", "debug")
 
 def register() -> None:
     """Tell Hydra of the schema and of our resolvers; `oc.env` reads no secret."""
-    schema.register()
+    ConfigStore.instance().store(name="run_schema", node=Run)
     OmegaConf.register_new_resolver("oc.env", read_environment, replace=True)
     OmegaConf.register_new_resolver("project_root", lambda: str(PROJECT_ROOT), replace=True)
     OmegaConf.register_new_resolver("run_name", name_run, replace=True)

@@ -1,187 +1,18 @@
-"""DeepSpeed's sections, under its own names (0.19): what of it pretraining uses.
+"""DeepSpeed's settings that belong to no other config group, under its own names."""
 
-A field is emitted under its name into the section that its class stands for (plan/ds_config.py).
-Sizes are in elements unless a field says otherwise.
-"""
-
-from dataclasses import Field, dataclass, field
+from collections.abc import Iterator
+from dataclasses import field, fields
 from enum import Enum
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
-from annotated_types import Ge, Interval
+from annotated_types import Ge
 
-from llama_pretrain.config.fields import (
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    schema,
-)
+from llama_pretrain.config.fields import NonNegativeInt, PositiveFloat, PositiveInt, schema
+from llama_pretrain.config.problems import Problem
+from llama_pretrain.config.zero import OffloadDevice, Zero, stages_of, unread_offload_keys
 
-
-@dataclass(frozen=True)
-class Stages:
-    """Marks a field of zero_optimization that only some stages read."""
-
-    stages: tuple[int, ...]
-
-
-ONE_TWO = Stages((1, 2))
-SHARDED = Stages((1, 2, 3))
-THREE = Stages((3,))
-
-
-def stages_of(item: "Field[Any]") -> tuple[int, ...]:
-    """The stages that read a field of Zero; none for what is no plain setting."""
-    marks = [mark for mark in get_args(item.type) if isinstance(mark, Stages)]
-    return marks[0].stages if marks else ()
-
-
-class OffloadDevice(str, Enum):
-    none = "none"
-    cpu = "cpu"
-    nvme = "nvme"
-
-
-@schema
-class OffloadOptimizer:
-    """Optimizer state outside the accelerator."""
-
-    device: OffloadDevice = OffloadDevice.none
-    """`none`, `cpu`, or `nvme` (stage 3 only)."""
-    nvme_path: str | None = None
-    """Folder on a local disk, for `nvme`."""
-    pin_memory: bool = False
-    """Page-locked host memory: faster copies, cannot be swapped."""
-    buffer_count: PositiveInt = 4
-    """Buffers for `nvme`; at least the optimizer's states a parameter plus one."""
-    pipeline_read: bool = False
-    """`nvme`: read the next tile while this one is computed."""
-    pipeline_write: bool = False
-    """`nvme`: write the previous tile while this one is computed."""
-    fast_init: bool = False
-    """`nvme`: allocate the state without writing zeros first."""
-    ratio: Annotated[float, Interval(gt=0, le=1)] = 1.0
-    """Share of the parameters whose state is offloaded (stage 3)."""
-    super_offload: bool = False
-    """SuperOffload, for superchips such as GH200 (stage 3, `cpu`)."""
-    cpuadam_cores_perc: Annotated[float, Interval(gt=0, le=1)] = 0.8
-    """Share of the cores that SuperOffload's CPUAdam takes."""
-
-
-@schema
-class OffloadParam:
-    """Parameters outside the accelerator (stage 3)."""
-
-    device: OffloadDevice = OffloadDevice.none
-    """`none`, `cpu` or `nvme`."""
-    nvme_path: str | None = None
-    """Folder on a local disk, for `nvme`."""
-    pin_memory: bool = False
-    """Page-locked host memory: faster copies, cannot be swapped."""
-    buffer_count: PositiveInt = 5
-    """Buffers for `nvme`."""
-    buffer_size: PositiveInt = 100_000_000
-    """Size of a buffer in elements; at least the largest parameter's."""
-    max_in_cpu: NonNegativeInt = 1_000_000_000
-    """Elements kept in host memory with `nvme`."""
-
-
-DISK_KEYS = (
-    "nvme_path",
-    "buffer_count",
-    "buffer_size",
-    "max_in_cpu",
-    "pipeline_read",
-    "pipeline_write",
-    "fast_init",
-)
-
-
-def unread_offload_keys(offload: OffloadOptimizer | OffloadParam) -> dict[str, str]:
-    """Fields that DeepSpeed ignores with these others, and what would make it read them."""
-    unread = {}
-    if offload.device is not OffloadDevice.nvme:
-        unread = {key: "device=nvme" for key in DISK_KEYS if hasattr(offload, key)}
-    if offload.device is OffloadDevice.none:
-        unread["pin_memory"] = "device=cpu"
-    if isinstance(offload, OffloadOptimizer):
-        if offload.device is OffloadDevice.none:
-            unread["ratio"] = "device=cpu"
-        if not offload.super_offload:
-            unread["cpuadam_cores_perc"] = "super_offload"
-    return unread
-
-
-@schema
-class Zero:
-    """DeepSpeed's zero_optimization section, under its own names. Sizes are in elements."""
-
-    stage: Annotated[int, Interval(ge=0, le=3)] = 1
-    """0: nothing is sharded; 1: optimizer state; 2: + gradients; 3: + parameters."""
-    offload_optimizer: OffloadOptimizer = field(default_factory=OffloadOptimizer)
-    """Optimizer state outside the accelerator (stages 1 to 3)."""
-    offload_param: OffloadParam = field(default_factory=OffloadParam)
-    """Parameters outside the accelerator (stage 3)."""
-    overlap_comm: Annotated[bool | None, SHARDED] = None
-    """Reduce gradients while the backward pass runs; `null` = DeepSpeed's choice for the stage."""
-    contiguous_gradients: Annotated[bool, SHARDED] = True
-    """Copy gradients into one buffer as they are made, against fragmentation."""
-    reduce_scatter: Annotated[bool | None, SHARDED] = None
-    """Average gradients by reduce-scatter instead of all-reduce; `null` = yes, but for Muon at
-    stage 3, which needs whole gradients."""
-    reduce_bucket_size: Annotated[PositiveInt | None, SHARDED] = None
-    """Elements reduced at a time; `null` = hidden_size^2 at stage 3, else 5e8."""
-    use_multi_rank_bucket_allreduce: Annotated[bool, ONE_TWO] = True
-    """One all-reduce for the buckets of several ranks instead of one reduction each."""
-    allgather_partitions: Annotated[bool, ONE_TWO] = True
-    """Gather updated parameters by all-gather instead of broadcasts."""
-    allgather_bucket_size: Annotated[PositiveInt, ONE_TWO] = 500_000_000
-    """Elements gathered at a time."""
-    round_robin_gradients: Annotated[bool, ONE_TWO] = False
-    """Spread the copying of gradients to the host over ranks (with offload)."""
-    parameter_alignment: Annotated[bool, ONE_TWO] = False
-    """Pad flat buffers so that each parameter starts at a multiple of 16 bytes."""
-    ignore_unused_parameters: Annotated[bool, ONE_TWO] = True
-    """Whether a parameter without a gradient is no error."""
-    sub_group_size: Annotated[PositiveInt, THREE] = 1_000_000_000
-    """Elements that the optimizer updates at a time."""
-    stage3_prefetch_bucket_size: Annotated[NonNegativeInt | None, THREE] = None
-    """Elements fetched ahead of their use; `null` = 0.9 * hidden_size^2."""
-    stage3_param_persistence_threshold: Annotated[NonNegativeInt | None, THREE] = None
-    """Parameters with fewer elements stay gathered on every rank; `null` = 10 * hidden_size."""
-    stage3_model_persistence_threshold: Annotated[NonNegativeInt | None, THREE] = None
-    """Elements that may stay gathered in all; `null` = no limit."""
-    stage3_max_live_parameters: Annotated[NonNegativeInt, THREE] = 1_000_000_000
-    """Gathered elements allowed at a time."""
-    stage3_max_reuse_distance: Annotated[NonNegativeInt, THREE] = 1_000_000_000
-    """A parameter used again within this many elements is not released."""
-    stage3_module_granularity_threshold: Annotated[NonNegativeInt, THREE] = 0
-    """Modules with fewer parameters a submodule are fetched as one; 0 = none."""
-    stage3_use_all_reduce_for_fetch_params: Annotated[bool, THREE] = False
-    """Fetch parameters by all-reduce: less slicing on the host."""
-    stage3_allgather_sequential: Annotated[bool, THREE] = False
-    """Fetch parameters one after another without a flat buffer: less memory."""
-    stage3_gather_16bit_weights_on_model_save: Annotated[bool, THREE] = False
-    """For DeepSpeed's own save_16bit_model; our export gathers by itself."""
-    memory_efficient_linear: Annotated[bool, THREE] = True
-    """DeepSpeed's linear layer, which keeps no gathered weight for the backward pass."""
-    zero_hpz_partition_size: Annotated[PositiveInt | None, THREE] = 1
-    """ZeRO++ (arXiv 2306.10209): ranks that share a second copy of the weights; 1 = off, `null` =
-    all ranks of a machine."""
-    zero_quantized_weights: Annotated[bool, THREE] = False
-    """ZeRO++: gather weights in 8 bits."""
-    zero_quantized_nontrainable_weights: Annotated[bool, THREE] = False
-    """ZeRO++: keep weights that aren't trained in 8 bits."""
-    zero_quantized_gradients: Annotated[bool, THREE] = False
-    """ZeRO++: reduce gradients in 4 bits."""
-    save_muon_momentum_buffer_in_memory: Annotated[bool, THREE] = False
-    """Keep Muon's momentum in memory where other state goes to `nvme`."""
-    log_trace_cache_warnings: Annotated[bool, THREE] = False
-    """Log when the recorded order of modules is invalidated."""
-    enable_sanity_checks: Annotated[bool, THREE] = False
-    """DeepSpeed's internal checks, for debugging."""
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Keys of zero_optimization that have no field here, as DeepSpeed names them."""
+if TYPE_CHECKING:
+    from llama_pretrain.config.run import Run
 
 
 @schema
@@ -452,3 +283,156 @@ class DeepSpeed:
     """Collect Python's garbage between steps alone."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Top-level keys of DeepSpeed that have no field here, as DeepSpeed names them."""
+
+
+SWITCHES = {
+    "comet": "enabled",
+    "comms_logger": "enabled",
+    "compile": "deepcompile",
+    "csv_monitor": "enabled",
+    "flops_profiler": "enabled",
+    "hybrid_engine": "enabled",
+    "tensor_parallel": "autotp_size",
+    "tensorboard": "enabled",
+    "wandb": "enabled",
+}
+"""Sections that are emitted when this field of theirs is changed."""
+
+
+COMPILE_SWITCHES = {
+    "free_activation": "free_activation_threshold",
+    "offload_activation": "offload_activation_pin_memory",
+}
+"""Settings of DeepCompile that another of its settings makes it read."""
+
+
+def validate_sections(run: "Run") -> Iterator[Problem]:
+    deepspeed = run.deepspeed
+    kept = deepspeed.activation_checkpointing
+    path = "deepspeed.activation_checkpointing"
+    if kept != ActivationCheckpointing() and not run.train.gradient_checkpointing:
+        yield Problem(
+            path=path,
+            message="is read with train.gradient_checkpointing=true alone",
+            hint="add train.gradient_checkpointing=true, or leave it out",
+        )
+    if kept.partition_activations and deepspeed.tensor_parallel.autotp_size == 1:
+        yield Problem(
+            path=f"{path}.partition_activations",
+            message="shards over tensor-parallel ranks, and there are none",
+            hint="set it to false",
+        )
+    if kept.contiguous_memory_optimization and not kept.partition_activations:
+        yield Problem(
+            path=f"{path}.contiguous_memory_optimization",
+            message="needs partition_activations",
+            hint="set it to false",
+        )
+    if kept.number_checkpoints is not None and not kept.contiguous_memory_optimization:
+        yield Problem(
+            path=f"{path}.number_checkpoints",
+            message="is the size of the buffer of contiguous_memory_optimization, which is off"
+            f" (got {kept.number_checkpoints})",
+            hint="leave it out",
+        )
+    if deepspeed.gradient_predivide_factor != 1 and not deepspeed.prescale_gradients:
+        yield Problem(
+            path="deepspeed.gradient_predivide_factor",
+            message="is used with deepspeed.prescale_gradients=true alone"
+            f" (got {deepspeed.gradient_predivide_factor})",
+            hint="add deepspeed.prescale_gradients=true, or leave it out",
+        )
+    if deepspeed.prescale_gradients and run.zero.stage > 0:
+        yield Problem(
+            path="deepspeed.prescale_gradients",
+            message=f"is used at stage 0 alone (got stage {run.zero.stage})",
+            hint="set zero.stage=0, or leave it out",
+        )
+    profiler, steps = deepspeed.flops_profiler, run.train.max_steps
+    if profiler.enabled and steps is not None and profiler.profile_step >= steps:
+        yield Problem(
+            path="deepspeed.flops_profiler.profile_step",
+            message=f"no step comes after so many: the run has {steps}"
+            f" (got {profiler.profile_step})",
+            hint=f"set it to {steps - 1} at most",
+        )
+    moved = [
+        name
+        for name in ("offload_activation", "offload_opt_states", "offload_parameters")
+        if getattr(deepspeed.compile, name)
+    ]
+    if len(moved) > 1:
+        yield Problem(
+            path=f"deepspeed.compile.{moved[1]}",
+            message=f"excludes {moved[0]}",
+            hint="set it to false",
+        )
+    if deepspeed.compile.deepcompile and run.zero.stage == 0:
+        yield Problem(
+            path="deepspeed.compile.deepcompile",
+            message="has no passes for stage 0, where DeepSpeed leaves it out",
+            hint="set zero.stage=1, or leave it out",
+        )
+    logger = deepspeed.comms_logger
+    if logger.enabled and logger.prof_all is bool(logger.prof_ops):
+        yield Problem(
+            path="deepspeed.comms_logger.prof_ops",
+            message=f"is not used with prof_all=true (got {logger.prof_ops})"
+            if logger.prof_all
+            else "names no operation, and prof_all is false",
+            hint=f"set deepspeed.comms_logger.prof_all={str(not logger.prof_all).lower()}",
+        )
+    if run.precision.seq_parallel_communication_data_type and deepspeed.sequence_parallel_size == 1:
+        yield Problem(
+            path="precision.seq_parallel_communication_data_type",
+            message="is used with deepspeed.sequence_parallel_size above 1 alone"
+            f" (got {run.precision.seq_parallel_communication_data_type.value})",
+            hint="leave it out",
+        )
+
+
+def validate_unused(run: "Run") -> Iterator[Problem]:
+    """Settings that were changed and that nothing would read."""
+    for path, value, reader in _unused(run):
+        yield Problem(
+            path=path, message=f"is used by {reader} alone (got {value})", hint="leave it out"
+        )
+
+
+def _unused(run: "Run") -> Iterator[tuple[str, Any, str]]:
+    zero, default = run.zero, Zero()
+    for item in fields(Zero):
+        if item.name.startswith("zero_"):  # ZeRO++ has words of its own
+            continue
+        stages, value = stages_of(item), getattr(zero, item.name)
+        if stages and zero.stage not in stages and value != getattr(default, item.name):
+            names = ", ".join(str(stage) for stage in stages)
+            yield f"zero.{item.name}", value, f"stage{'s' * (len(stages) > 1)} {names}"
+    on_disk = OffloadDevice.nvme in (zero.offload_optimizer.device, zero.offload_param.device)
+    for name in ("offload_optimizer", "offload_param"):
+        offload = getattr(zero, name)
+        for key, reader in sorted(unread_offload_keys(offload).items()):
+            value = getattr(offload, key)
+            # Options such as zero=stage3_nvme set these two, whatever device is set beside them.
+            left = key == "pin_memory" or (key == "nvme_path" and on_disk)
+            if value != getattr(type(offload)(), key) and not left:
+                yield f"zero.{name}.{key}", value, f"zero.{name}.{reader}"
+    for item in () if on_disk else fields(Aio):
+        value = getattr(run.deepspeed.aio, item.name)
+        if value != item.default:
+            yield f"deepspeed.aio.{item.name}", value, "offload to nvme"
+    for name, switch in SWITCHES.items():
+        section = getattr(run.deepspeed, name)
+        off = type(section)()
+        if getattr(section, switch) == getattr(off, switch):
+            for item in fields(section):
+                value = getattr(section, item.name)
+                if value != getattr(off, item.name):
+                    path = f"deepspeed.{name}"
+                    yield f"{path}.{item.name}", value, f"{path}.{switch}"
+    compiled = run.deepspeed.compile
+    for switch, key in COMPILE_SWITCHES.items():
+        value = getattr(compiled, key)
+        off = compiled.deepcompile and not getattr(compiled, switch)
+        if off and value != getattr(Compile(), key):
+            yield f"deepspeed.compile.{key}", value, f"deepspeed.compile.{switch}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from llama_pretrain.config.rules import flatten
+from llama_pretrain.config.validate import flatten
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA_FILES = [

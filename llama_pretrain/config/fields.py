@@ -1,5 +1,7 @@
 """What every class of the schema is made with: the decorator, ranges that recur, and sizes."""
 
+import bisect
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Annotated, TypeVar, dataclass_transform
@@ -37,3 +39,19 @@ def parse_size(text: str) -> int:
         raise ValueError(text)
     base = 1024 if match[3] else 1000
     return int(float(match[1]) * base ** (" KMGT".index(match[2].upper())))
+
+
+def divisors_near(number: int, wanted: int) -> list[int]:
+    """The largest divisor up to `wanted` and the smallest above it, as far as there are any.
+
+    Above 10^12, where not every divisor is looked for, a nearer one may be missed.
+    """
+    small = [d for d in range(1, min(math.isqrt(number), 1_000_000) + 1) if number % d == 0]
+    divisors = sorted({*small, *(number // d for d in small)})
+    split = bisect.bisect_right(divisors, wanted)
+    return divisors[max(0, split - 1) : split + 1]
+
+
+def _name_near(number: int, wanted: int) -> str:
+    """The divisors near a number that is none."""
+    return ", ".join(str(divisor) for divisor in divisors_near(number, wanted))

@@ -17,7 +17,6 @@ from llama_pretrain.config.compose import (
     list_groups,
     settings_of_option,
 )
-from llama_pretrain.config.deepspeed import Zero, stages_of
 from llama_pretrain.config.problems import Problem, UserError, refuse
 from llama_pretrain.config.secrets import check_files, check_words, find_secrets, secret_problem
 from llama_pretrain.config.snapshot import (
@@ -27,13 +26,14 @@ from llama_pretrain.config.snapshot import (
     render_document,
     to_plain,
 )
+from llama_pretrain.config.zero import Zero, stages_of
 
 ABOUT_A_RUN = ("resume", "reproduce", "run")
 """Words of the command line that name a run's directory."""
 AUTO = "auto"
 MULTIRUN = {"-m", "--multirun"}
 COMPLETED = ("completed", "reproduced", "diverged")
-"""Statuses of runs with nothing left to do (runs/rundir.py)."""
+"""Statuses of runs with nothing left to do (runs/layout.py)."""
 FLAGS_WITH_VALUES = (
     *("--cfg", "-c", "--package", "-p", "--info", "-i"),
     *("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),

@@ -12,8 +12,10 @@ from typing import Any
 import yaml
 
 from llama_pretrain.config.problems import Problem, UserError, refuse
-from llama_pretrain.config.rules import parse_values
-from llama_pretrain.config.schema import DriftPolicy, Resume, Run, SweepSettings
+from llama_pretrain.config.run import Run
+from llama_pretrain.config.sweep import SweepSettings
+from llama_pretrain.config.tasks import DriftPolicy, Resume
+from llama_pretrain.config.validate import parse_values
 
 HEADER = "# A run as it was started, every value resolved. To go on: python run.py resume=DIR\n"
 DEFAULTS = ["run_schema", "_self_"]

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama_pretrain.config.data import Data, DataName, Packing, Source, TokenizerName
-from llama_pretrain.config.data_rules import IN_PLACE, named_sources
+from llama_pretrain.config.data import IN_PLACE, Data, DataName, Packing, Source, named_sources
 from llama_pretrain.config.problems import Problem, UserError
-from llama_pretrain.config.schema import Run
+from llama_pretrain.config.run import Run
 from llama_pretrain.config.snapshot import to_plain
+from llama_pretrain.config.tokenizer import TokenizerName
 from llama_pretrain.data.existing import prepare_existing
 from llama_pretrain.data.meta import HELDOUT, TRAIN, Split, TokensMeta, read_meta
 from llama_pretrain.data.packed import open_rows

@@ -23,7 +23,7 @@ from llama_pretrain.data.pool import Counter
 from llama_pretrain.data.read import MAX_DOCUMENT_BYTES, Document, Fault
 from llama_pretrain.data.sources import Span, TextSource
 from llama_pretrain.data.tokenizer import TrainedTokenizer, open_tokenizer
-from llama_pretrain.runs.rundir import write_text
+from llama_pretrain.files import write_text
 
 PART_BYTES = 1 << 26
 """Text of one part: what a process holds."""

@@ -20,7 +20,7 @@ from llama_pretrain.data.encode import PART_DTYPE, open_part
 from llama_pretrain.data.meta import HELDOUT, TRAIN
 from llama_pretrain.data.packed import TokenWriter
 from llama_pretrain.data.pool import Counter
-from llama_pretrain.runs.rundir import write_text
+from llama_pretrain.files import write_text
 
 SHARD_TOKENS = 1 << 25
 END_OF_KEYS = 1 << 64

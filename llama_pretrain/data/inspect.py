@@ -8,7 +8,7 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_pretrain.config.schema import Run
+from llama_pretrain.config.run import Run
 from llama_pretrain.data.corpus import Prepared
 from llama_pretrain.data.dataset import IGNORED, PretrainDataset
 from llama_pretrain.data.meta import HELDOUT, TRAIN, TokensMeta

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from llama_pretrain.config.problems import Problem, UserError
-from llama_pretrain.runs.rundir import write_text
+from llama_pretrain.files import write_text
 
 META = "meta.json"
 FORMAT = 3

@@ -48,7 +48,7 @@ from llama_pretrain.data.sources import File, TextSource, check_unchanged
 from llama_pretrain.data.tokenizer import (
     TrainedTokenizer,
 )
-from llama_pretrain.runs.rundir import write_text
+from llama_pretrain.files import write_text
 
 MIN_DOCUMENTS_TO_JUDGE = 1000
 """Before so many documents a share of unreadable ones says little."""

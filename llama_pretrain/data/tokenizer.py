@@ -12,8 +12,8 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from llama_pretrain.config.data import Tokenizer as TokenizerConfig
 from llama_pretrain.config.problems import Problem, UserError
+from llama_pretrain.config.tokenizer import Tokenizer as TokenizerConfig
 
 PAD, BOS, EOS = "[PAD]", "<s>", "</s>"
 FORMAT = 2

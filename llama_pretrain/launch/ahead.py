@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from llama_pretrain.train.signals import PARENT
+from llama_pretrain.process import PARENT
 
-SERVER = "llama_pretrain.train.forkserver"
+SERVER = "llama_pretrain.launch.forkserver"
 KEEP_IMPORTS = "LLAMA_PRETRAIN_KEEP_IMPORTS_S"
 LABEL_BYTES = 200
 """Room in a server's command line for what it works for."""
@@ -31,7 +31,7 @@ WITHOUT = ("-", "task=", "sweep=", "hydra/", "launch.fork=")
 
 @dataclass(frozen=True)
 class ServerProcess:
-    """A process of train/forkserver.py, whose requests and answers are pipes."""
+    """A process of launch/forkserver.py, whose requests and answers are pipes."""
 
     values: Mapping[str, str]
     """Of its environment, beside ours."""

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llama_pretrain.config.compose import PROJECT_ROOT
+from llama_pretrain.config.kernels import Allocator, CompiledPart
+from llama_pretrain.config.launch import Device
 from llama_pretrain.config.problems import Problem, UserError
-from llama_pretrain.config.schema import Allocator, CompiledPart, Device, Run
+from llama_pretrain.config.run import Run
 from llama_pretrain.launch.ahead import KEEP_IMPORTS
 
 KEEP = ":".join(

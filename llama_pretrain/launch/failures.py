@@ -7,11 +7,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama_pretrain.config.schema import Run
+from llama_pretrain.config.run import Run
 from llama_pretrain.launch.watch import RankError
 from llama_pretrain.plan.advice import advise_memory, is_out_of_memory, may_be_out_of_memory
 from llama_pretrain.plan.plan import Plan
-from llama_pretrain.runs.rundir import RunDir
+from llama_pretrain.runs.layout import RunDir
 
 LOST_PEER = (
     "Connection closed by peer",

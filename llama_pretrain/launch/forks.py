@@ -16,13 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from llama_pretrain.config.schema import Run
+from llama_pretrain.config.run import Run
 from llama_pretrain.launch.ahead import FORKED, SERVER, ServerProcess, remember, start_server
 from llama_pretrain.launch.environment import seconds_kept, worker_environment
 from llama_pretrain.launch.failures import Failure
 from llama_pretrain.launch.kept import ask_for_server
-from llama_pretrain.launch.processes import is_alive, kill_session
-from llama_pretrain.train.signals import PARENT
+from llama_pretrain.process import PARENT, is_alive, kill_session
 
 LAST_WORDS_S = 1.0
 """What the others have, when a rank has failed that never registered, to end by themselves."""
@@ -89,7 +88,7 @@ class ForkServers:
 
 
 class ForkServer:
-    """The process of train/forkserver.py: one of ours, or one whose imports were kept."""
+    """The process of launch/forkserver.py: one of ours, or one whose imports were kept."""
 
     def __init__(
         self, values: Mapping[str, str], *, label: str, ahead: ServerProcess | None = None

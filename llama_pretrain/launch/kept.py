@@ -23,7 +23,7 @@ from llama_pretrain.config.compose import PROJECT_ROOT
 from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.launch.ahead import KEEP_IMPORTS, LABEL_BYTES, own_folder
 from llama_pretrain.launch.environment import read_at_import
-from llama_pretrain.launch.processes import PROC
+from llama_pretrain.process import PROC
 
 LIBRARIES = ("torch", "transformers", "deepspeed", "numpy")
 LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]

@@ -12,16 +12,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_pretrain.config.schema import Run
+from llama_pretrain.config.run import Run
 from llama_pretrain.launch.environment import worker_environment
 from llama_pretrain.launch.failures import Failure, describe_failure
 from llama_pretrain.launch.forks import ForkAgent, ForkServers, ServerError, can_fork
-from llama_pretrain.launch.processes import PROC, list_processes
 from llama_pretrain.launch.signals import Preempted, receive_signals
 from llama_pretrain.launch.watch import RankError, Watch
 from llama_pretrain.plan.plan import Plan
-from llama_pretrain.runs.rundir import RunDir
-from llama_pretrain.train.signals import PARENT
+from llama_pretrain.process import PARENT, PROC, list_processes
+from llama_pretrain.runs.layout import RunDir
 
 WORKER = "llama_pretrain.train.worker"
 LOOK_EVERY_S = 0.1

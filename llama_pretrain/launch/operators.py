@@ -11,12 +11,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO
 
+from llama_pretrain.config.launch import Device
+from llama_pretrain.config.optim import OptimName
 from llama_pretrain.config.problems import Problem, UserError
-from llama_pretrain.config.schema import Device, OptimName, Run
+from llama_pretrain.config.run import Run
 from llama_pretrain.launch.environment import extensions_dir, worker_environment
-from llama_pretrain.launch.processes import kill_session
+from llama_pretrain.process import PARENT, kill_session
 from llama_pretrain.runs.provenance import cpu_name
-from llama_pretrain.train.signals import PARENT
 
 BUILDERS = {
     OptimName.cpu_adam: "CPUAdamBuilder",

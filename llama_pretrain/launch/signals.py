@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from llama_pretrain.train.signals import STOPPING
+from llama_pretrain.process import STOPPING
 
 PREEMPTED_CODE = 75
 """EX_TEMPFAIL of sysexits.h: try again. Slurm's RequeueExit acts on it."""

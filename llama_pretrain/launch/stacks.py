@@ -7,7 +7,7 @@ from dataclasses import dataclass
 FRAME = re.compile(r'  File "(.*)", line (\d+) in (.*)')
 COLLECTIVES = ("torch/distributed/distributed_c10d.py", "deepspeed/comm/")
 """A stack with such a file waits for other ranks."""
-WAITING = "llama_pretrain/train/distributed.py"
+WAITING = "llama_pretrain/distributed.py"
 """So does one in here: on a GPU a collective returns at once, and its result is waited for."""
 
 

@@ -7,12 +7,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from llama_pretrain.launch.processes import is_alive, kill_session
 from llama_pretrain.launch.signals import Preempted, Requests, Stopped
 from llama_pretrain.launch.stacks import RankState, describe_stack, find_hanging, read_stacks
-from llama_pretrain.runs.heartbeat import STARTED, Beat, read_beats
-from llama_pretrain.runs.rundir import RunDir
-from llama_pretrain.train.signals import DUMP
+from llama_pretrain.process import DUMP, STARTED, Beat, is_alive, kill_session, read_beats
+from llama_pretrain.runs.layout import RunDir
 
 LAST_WORDS_S = 1.0
 """What the others have when a rank has ended with an error, to write down their own."""

@@ -4,13 +4,15 @@ the plan expects of each."""
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from llama_pretrain.config.deepspeed import OffloadDevice, OffloadOptimizer
-from llama_pretrain.config.rules import check_run
-from llama_pretrain.config.schema import Device, OptimName, Run
+from llama_pretrain.config.launch import Device
+from llama_pretrain.config.optim import OptimName
+from llama_pretrain.config.run import Run
+from llama_pretrain.config.validate import validate_run
+from llama_pretrain.config.zero import OffloadDevice, OffloadOptimizer
 from llama_pretrain.plan.batch import count_ranks
-from llama_pretrain.plan.choices import resolve_zero
 from llama_pretrain.plan.memory import MemoryPlan, estimate_memory
 from llama_pretrain.plan.plan import Plan, check_plan
+from llama_pretrain.plan.resolve import resolve_zero
 
 OUT_OF_MEMORY = (
     "OutOfMemoryError",
@@ -180,7 +182,7 @@ def _of_allocator(run: Run, plan: Plan) -> Iterator[Advice]:
 
 def _advise(candidate: Run, plan: Plan, *, words: str, cost: str) -> Iterator[Advice]:
     """A changed run, unless a rule refuses it."""
-    if not any(check_run(candidate)) and not any(check_plan(candidate)):
+    if not any(validate_run(candidate)) and not any(check_plan(candidate)):
         memory = estimate_memory(candidate, plan.batch, world_size=count_ranks(candidate))
         yield Advice(words=words, cost=cost, memory=memory)
 

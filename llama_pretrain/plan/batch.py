@@ -5,9 +5,10 @@ A replica is what reads rows of its own: a rank, or the ranks that share a row o
 
 from dataclasses import dataclass
 
+from llama_pretrain.config.batch import Batch
+from llama_pretrain.config.fields import divisors_near
 from llama_pretrain.config.problems import Problem, UserError
-from llama_pretrain.config.rules import divisors_near
-from llama_pretrain.config.schema import Batch, Run
+from llama_pretrain.config.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from llama_pretrain.config.schema import Device, Run
+from llama_pretrain.config.launch import Device
+from llama_pretrain.config.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from llama_pretrain.config.deepspeed import (
-    DeepSpeed,
+from llama_pretrain.config.deepspeed import SWITCHES, DeepSpeed
+from llama_pretrain.config.optim import OptimName
+from llama_pretrain.config.precision import Precision, PrecisionName
+from llama_pretrain.config.run import Run
+from llama_pretrain.config.snapshot import to_plain
+from llama_pretrain.config.validate import flatten
+from llama_pretrain.config.zero import (
     OffloadDevice,
     OffloadOptimizer,
     OffloadParam,
@@ -18,10 +23,6 @@ from llama_pretrain.config.deepspeed import (
     stages_of,
     unread_offload_keys,
 )
-from llama_pretrain.config.deepspeed_rules import SWITCHES
-from llama_pretrain.config.rules import flatten
-from llama_pretrain.config.schema import OptimName, Precision, PrecisionName, Run
-from llama_pretrain.config.snapshot import to_plain
 from llama_pretrain.plan.batch import BatchPlan
 
 BF16_KEYS = (

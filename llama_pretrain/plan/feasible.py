@@ -4,16 +4,13 @@ import importlib.util
 import math
 from collections.abc import Iterator
 
-from llama_pretrain.config.deepspeed import OffloadDevice
+from llama_pretrain.config.launch import Device
+from llama_pretrain.config.optim import OptimName
+from llama_pretrain.config.precision import AutocastDtype, PrecisionName
 from llama_pretrain.config.problems import Problem
-from llama_pretrain.config.schema import (
-    AutocastDtype,
-    Device,
-    OptimName,
-    PrecisionName,
-    Run,
-    Task,
-)
+from llama_pretrain.config.run import Run
+from llama_pretrain.config.tasks import Task
+from llama_pretrain.config.zero import OffloadDevice
 from llama_pretrain.plan.batch import count_ranks
 from llama_pretrain.plan.kernels import check_kernels
 from llama_pretrain.plan.machine import Machine
@@ -35,7 +32,7 @@ def check_machine(run: Run, machine: Machine) -> Iterator[Problem]:
     for rule in (
         _check_processes,
         _check_numbers,
-        _check_optimizer,
+        validate_optim,
         _check_disk,
         _check_cuda_features,
         _check_packages,
@@ -87,7 +84,7 @@ def _check_numbers(run: Run, machine: Machine) -> Iterator[Problem]:
         )
 
 
-def _check_optimizer(run: Run, machine: Machine) -> Iterator[Problem]:
+def validate_optim(run: Run, machine: Machine) -> Iterator[Problem]:
     """Where the optimizer's kernel runs, and whether it can be compiled."""
     on_cpu, name = run.launch.device is Device.cpu, run.optim.name
     offloaded = run.zero.offload_optimizer.device is not OffloadDevice.none

@@ -4,8 +4,9 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from llama_pretrain.config.deepspeed import OffloadDevice, OffloadOptimizer, OffloadParam
-from llama_pretrain.config.schema import OptimName, Run
+from llama_pretrain.config.optim import OptimName
+from llama_pretrain.config.run import Run
+from llama_pretrain.config.zero import OffloadDevice, OffloadOptimizer, OffloadParam
 from llama_pretrain.plan.batch import BatchPlan, count_ranks, count_replicas
 from llama_pretrain.plan.memory import MemoryPlan, estimate_memory
 from llama_pretrain.plan.traffic import count_traffic
@@ -85,7 +86,7 @@ def _tried(run: Run, batch: BatchPlan, *, limit: int) -> Iterator[Fit]:
 
 
 def _with(run: Run, option: str, *, recompute: bool) -> Run:
-    """The run at another stage, with sizes as plan/choices.py derives them."""
+    """The run at another stage, with sizes as plan/resolve.py derives them."""
     stage, width = int(option[len("stage")]), run.model.hidden_size
     host = OffloadDevice.cpu if option.endswith("_offload") else OffloadDevice.none
     zero = replace(

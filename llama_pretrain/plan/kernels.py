@@ -5,19 +5,19 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
-from llama_pretrain.config.problems import Problem
-from llama_pretrain.config.schema import (
+from llama_pretrain.config.kernels import (
     Allocator,
     AttentionKernel,
     CompiledPart,
-    Device,
     Kernels,
     LayerKernel,
     LossKernel,
     Matmul,
-    PrecisionName,
-    Run,
 )
+from llama_pretrain.config.launch import Device
+from llama_pretrain.config.precision import PrecisionName
+from llama_pretrain.config.problems import Problem
+from llama_pretrain.config.run import Run
 from llama_pretrain.plan.machine import Machine
 
 LAYERS = ("rms_norm", "rotary", "swiglu")

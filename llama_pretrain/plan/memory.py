@@ -12,18 +12,18 @@ from dataclasses import dataclass, fields
 from dataclasses import replace as changed
 from typing import Any
 
-from llama_pretrain.config.deepspeed import OffloadDevice
-from llama_pretrain.config.schema import (
+from llama_pretrain.config.kernels import (
     Allocator,
     AttentionKernel,
     CompiledPart,
-    Device,
     LayerKernel,
     LossKernel,
     Matmul,
-    OptimName,
-    Run,
 )
+from llama_pretrain.config.launch import Device
+from llama_pretrain.config.optim import OptimName
+from llama_pretrain.config.run import Run
+from llama_pretrain.config.zero import OffloadDevice
 from llama_pretrain.plan.batch import BatchPlan
 from llama_pretrain.plan.model_size import ModelSize, count_parameters, head_width
 

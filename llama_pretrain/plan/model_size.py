@@ -5,7 +5,7 @@ Letters: D model width, F feed-forward width, V vocabulary, L layers, T tokens o
 
 from dataclasses import dataclass, replace
 
-from llama_pretrain.config.schema import Model
+from llama_pretrain.config.model import Model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from llama_pretrain.config.data import DataName
-from llama_pretrain.config.data_rules import check_data, named_sources
+from llama_pretrain.config.data import DataName, named_sources, validate_data
 from llama_pretrain.config.fields import parse_size
 from llama_pretrain.config.problems import Problem, UserError, refuse
-from llama_pretrain.config.schema import Run, ScheduleName
+from llama_pretrain.config.run import Run
+from llama_pretrain.config.schedule import ScheduleName
 from llama_pretrain.plan.batch import BatchPlan, count_ranks, count_replicas, solve_batch
 from llama_pretrain.plan.cost import CostPlan, estimate_cost
 from llama_pretrain.plan.feasible import check_scale
@@ -137,7 +137,7 @@ def check_plan(run: Run) -> Iterator[Problem]:
             yield Problem(path=path, message=message, hint="write it as 80GiB, 24GB or 500MiB")
     try:
         batch = _solve(run)
-        if not any(check_data(run)):
+        if not any(validate_data(run)):
             plan_sampling(run.data, global_batch_size=batch.global_batch_size)
     except UserError as error:
         yield from error.problems

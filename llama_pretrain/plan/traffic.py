@@ -8,7 +8,8 @@ sequence parallelism also exchange activations, which is not counted.
 
 from dataclasses import dataclass
 
-from llama_pretrain.config.schema import Dtype, Run
+from llama_pretrain.config.precision import Dtype
+from llama_pretrain.config.run import Run
 from llama_pretrain.plan.batch import BatchPlan
 from llama_pretrain.plan.model_size import count_parameters
 

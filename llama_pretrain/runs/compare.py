@@ -19,8 +19,9 @@ from llama_pretrain.runs.figures import (
     median,
     seconds_of_steps,
 )
+from llama_pretrain.runs.layout import RunDir
+from llama_pretrain.runs.metrics import read_metrics
 from llama_pretrain.runs.page import Point
-from llama_pretrain.runs.rundir import RunDir, read_metrics
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 RECENT = 20

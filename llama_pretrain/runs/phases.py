@@ -9,7 +9,8 @@ import os
 import time
 from pathlib import Path
 
-from llama_pretrain.runs.rundir import RunDir, write_text
+from llama_pretrain.files import write_text
+from llama_pretrain.runs.layout import RunDir
 
 NAMES = {
     "compose": "process started, config composed",

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from llama_pretrain.config.secrets import is_secret_file, known_secrets, redact, redact_values
-from llama_pretrain.runs.rundir import RunDir, read_metrics, write_text
+from llama_pretrain.files import write_text
+from llama_pretrain.runs.layout import RunDir
+from llama_pretrain.runs.metrics import read_metrics
 
 PACKAGES = (
     "torch",

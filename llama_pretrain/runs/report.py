@@ -16,9 +16,10 @@ import yaml
 
 from llama_pretrain.runs.chart import READOUT, chart, charts, curve, is_number
 from llama_pretrain.runs.figures import format_seconds, format_size, seconds_of_steps
+from llama_pretrain.runs.layout import RunDir
+from llama_pretrain.runs.metrics import read_metrics
 from llama_pretrain.runs.page import Point, folded, render_page, section, table
 from llama_pretrain.runs.phases import NAMES
-from llama_pretrain.runs.rundir import RunDir, read_metrics
 
 Row = dict[str, Any]
 

@@ -19,13 +19,13 @@ from omegaconf import DictConfig
 from llama_pretrain import console
 from llama_pretrain.config.compose import PROJECT_ROOT, read_config
 from llama_pretrain.config.problems import Problem, UserError
-from llama_pretrain.config.schema import Task
-from llama_pretrain.launch.processes import list_processes
+from llama_pretrain.config.tasks import Task
 from llama_pretrain.launch.signals import Preempted, Stopped, receive_signals
 from llama_pretrain.plan.machine import Machine, detect_machine
 from llama_pretrain.plan.plan import Point
-from llama_pretrain.runs.rundir import RunDir, hold
-from llama_pretrain.runs.sweepdir import (
+from llama_pretrain.process import list_processes
+from llama_pretrain.runs.layout import RunDir, hold
+from llama_pretrain.sweep.directory import (
     PointRecord,
     SweepDir,
     SweepRecord,

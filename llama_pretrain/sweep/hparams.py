@@ -3,9 +3,9 @@
 import shutil
 from collections.abc import Sequence
 
-from llama_pretrain.config.schema import Objective
-from llama_pretrain.runs.sweep_report import to_number, value_of
-from llama_pretrain.runs.sweepdir import Row, SweepDir, SweepRecord
+from llama_pretrain.config.sweep import Objective
+from llama_pretrain.sweep.directory import Row, SweepDir, SweepRecord
+from llama_pretrain.sweep.report import to_number, value_of
 
 NAMES = {
     Objective.eval_loss: "result/eval_loss",

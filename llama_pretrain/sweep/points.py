@@ -28,15 +28,16 @@ from llama_pretrain.config.compose import (
     trace_settings,
 )
 from llama_pretrain.config.problems import Problem, UserError, refuse
-from llama_pretrain.config.schema import Run
+from llama_pretrain.config.run import Run
 from llama_pretrain.config.snapshot import as_written, to_plain
 from llama_pretrain.data.cache import disk_problems
-from llama_pretrain.plan.choices import describe_choices
 from llama_pretrain.plan.machine import Machine
 from llama_pretrain.plan.plan import Corpus, Plan, build_plan, check_fits
-from llama_pretrain.runs.rundir import RunDir
-from llama_pretrain.runs.sweepdir import PointRecord, SweepDir, Verdict
-from llama_pretrain.tasks import check_everything, plan_training, snapshot_of
+from llama_pretrain.plan.resolve import describe_choices
+from llama_pretrain.runs.layout import RunDir
+from llama_pretrain.sweep.directory import PointRecord, SweepDir, Verdict
+from llama_pretrain.tasks.run import check_everything, plan_training
+from llama_pretrain.tasks.run_directory import snapshot_of
 
 BASIC = "basic"
 """Hydra's own launcher and sweeper, in whose place we run points one after another."""

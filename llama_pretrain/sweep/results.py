@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from llama_pretrain.config.problems import Problem, UserError
-from llama_pretrain.runs.rundir import FINISHED, write_text
-from llama_pretrain.runs.sweep_report import render_sweep_report
-from llama_pretrain.runs.sweepdir import (
+from llama_pretrain.files import write_text
+from llama_pretrain.runs.status import FINISHED
+from llama_pretrain.sweep.directory import (
     Row,
     SweepDir,
     Verdict,
@@ -15,6 +15,7 @@ from llama_pretrain.runs.sweepdir import (
     write_results,
 )
 from llama_pretrain.sweep.hparams import write_hparams
+from llama_pretrain.sweep.report import render_sweep_report
 from llama_pretrain.sweep.view import show_leaderboard
 
 

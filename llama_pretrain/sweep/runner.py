@@ -12,22 +12,21 @@ from typing import Any
 from llama_pretrain.config.compose import register
 from llama_pretrain.config.problems import UserError
 from llama_pretrain.config.rewrite import AUTO
-from llama_pretrain.config.schema import Resume, SweepSettings
+from llama_pretrain.config.sweep import SweepSettings
+from llama_pretrain.config.tasks import Resume
 from llama_pretrain.launch.forks import ForkServers
 from llama_pretrain.launch.local import launch
 from llama_pretrain.launch.watch import RankError
 from llama_pretrain.plan.machine import Machine
 from llama_pretrain.runs.agreement import DivergedError
-from llama_pretrain.runs.rundir import FINISHED, RunDir, Status, read_metrics, write_status
-from llama_pretrain.runs.sweepdir import (
-    PointRecord,
-    SweepDir,
-    read_row,
-    read_state,
-)
+from llama_pretrain.runs.layout import RunDir
+from llama_pretrain.runs.metrics import read_metrics
+from llama_pretrain.runs.status import FINISHED, Status, write_status
+from llama_pretrain.sweep.directory import PointRecord, SweepDir, read_row, read_state
 from llama_pretrain.sweep.placing import claim_slot
 from llama_pretrain.sweep.points import SweepPoint
-from llama_pretrain.tasks import BusyError, PrunedError, look_back, pretrain
+from llama_pretrain.tasks.pretrain import BusyError, PrunedError, pretrain
+from llama_pretrain.tasks.run import look_back
 
 LOG = "console.log"
 """What a point would print if it were run alone; in its run directory."""

@@ -12,10 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from llama_pretrain import console
-from llama_pretrain.config.schema import Objective
-from llama_pretrain.runs.listing import read_end
-from llama_pretrain.runs.rundir import FINISHED
-from llama_pretrain.runs.sweepdir import (
+from llama_pretrain.config.sweep import Objective
+from llama_pretrain.runs.metrics import read_end
+from llama_pretrain.runs.status import FINISHED
+from llama_pretrain.sweep.directory import (
     PointRecord,
     Row,
     SweepDir,

@@ -10,9 +10,9 @@ from deepspeed.utils.logging import set_log_level_from_string
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoTokenizer
 
-from llama_pretrain.config.schema import Run
+from llama_pretrain.config.run import Run
+from llama_pretrain.distributed import Rank, print_rank_0
 from llama_pretrain.plan.plan import Plan
-from llama_pretrain.train.distributed import Rank, print_rank_0
 from llama_pretrain.train.kernels.install import compile_layers, install_kernels
 from llama_pretrain.train.model import Digest, build_llama_config, build_model, restore_rotary
 from llama_pretrain.train.optimizer import (

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from llama_pretrain.checkpoint.tensors import LOGITS, tensor_parts
 from llama_pretrain.data.dataset import IGNORED, EvalSampler, PretrainDataset, build_loader
-from llama_pretrain.pieces import LOGITS, tensor_parts
+from llama_pretrain.distributed import Rank, signal_of_any, sum_over_ranks
 from llama_pretrain.plan.plan import SourceTokens
-from llama_pretrain.train.distributed import Rank, signal_of_any, sum_over_ranks
 from llama_pretrain.train.kernels.install import without_compilation
 from llama_pretrain.train.loss import token_losses
 

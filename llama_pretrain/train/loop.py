@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 
-from llama_pretrain.config.schema import Run, Spike
+from llama_pretrain.checkpoint.load import load_checkpoint
+from llama_pretrain.checkpoint.manifest import METRICS, newest_of, read_manifest
+from llama_pretrain.checkpoint.save import Saver
+from llama_pretrain.config.run import Run
+from llama_pretrain.config.train import Spike
 from llama_pretrain.data.dataset import (
     PretrainDataset,
     TrainSampler,
@@ -17,11 +21,9 @@ from llama_pretrain.data.dataset import (
     create_pretrain_dataset,
 )
 from llama_pretrain.data.order import SampleOrder, stretches
+from llama_pretrain.distributed import Rank, largest_over_ranks, signal_of_any
 from llama_pretrain.plan.plan import Plan
-from llama_pretrain.runs.checkpoints import METRICS, newest_of, read_manifest
-from llama_pretrain.runs.rundir import RunDir
-from llama_pretrain.train.checkpoint import Saver, load_checkpoint
-from llama_pretrain.train.distributed import Rank, largest_over_ranks, signal_of_any
+from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.train.evaluate import evaluate, probe_logits
 from llama_pretrain.train.metrics import (
     MetricsWriter,

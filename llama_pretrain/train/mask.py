@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from llama_pretrain.data.dataset import document_positions
-from llama_pretrain.train.distributed import Rank
+from llama_pretrain.distributed import Rank
 from llama_pretrain.train.kernels.install import without_compilation
 
 FIRST, SECOND = 12, 16

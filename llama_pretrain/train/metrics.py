@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from llama_pretrain.config.schema import Monitor
-from llama_pretrain.runs.rundir import RunDir, read_metrics
+from llama_pretrain.config.monitor import Monitor
+from llama_pretrain.runs.layout import RunDir
+from llama_pretrain.runs.metrics import read_metrics
 
 PEAK_TFLOPS = {
     "H200": 989.4,

@@ -20,9 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.initialization import no_init_weights
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from llama_pretrain.config.schema import Model
+from llama_pretrain.checkpoint.tensors import STATE, StoredState
+from llama_pretrain.config.model import Model
 from llama_pretrain.config.snapshot import to_plain
-from llama_pretrain.pieces import STATE, StoredState
 
 
 class Digest(Protocol):

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from llama_pretrain.config.schema import Optim, OptimName, Schedule, ScheduleName
+from llama_pretrain.config.optim import Optim, OptimName
+from llama_pretrain.config.schedule import Schedule, ScheduleName
 from llama_pretrain.plan.model_size import ModelSize
 from llama_pretrain.plan.plan import Steps
 

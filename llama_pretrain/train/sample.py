@@ -13,12 +13,12 @@ from torch.func import functional_call
 from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.initialization import no_init_weights
 
-from llama_pretrain.config.deepspeed import OffloadDevice
-from llama_pretrain.config.schema import Run
+from llama_pretrain.config.run import Run
+from llama_pretrain.config.zero import OffloadDevice
 from llama_pretrain.data.dataset import document_positions
+from llama_pretrain.distributed import Rank
 from llama_pretrain.plan.plan import Plan
-from llama_pretrain.runs.rundir import RunDir
-from llama_pretrain.train.distributed import Rank
+from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.train.kernels.install import without_compilation
 
 LENGTHS = 16

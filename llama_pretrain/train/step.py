@@ -11,20 +11,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llama_pretrain.config.schema import (
-    AutocastDtype,
-    Matmul,
-    OptimName,
-    PrecisionName,
-    Run,
-    Spike,
-)
+from llama_pretrain.checkpoint.save import Saver
+from llama_pretrain.config.kernels import Matmul
+from llama_pretrain.config.optim import OptimName
+from llama_pretrain.config.precision import AutocastDtype, PrecisionName
+from llama_pretrain.config.run import Run
+from llama_pretrain.config.train import Spike
 from llama_pretrain.data.dataset import IGNORED, PretrainDataset
 from llama_pretrain.data.order import SampleOrder, hash_samples
+from llama_pretrain.distributed import Rank
 from llama_pretrain.plan.plan import Plan
-from llama_pretrain.runs.rundir import RunDir
-from llama_pretrain.train.checkpoint import Saver
-from llama_pretrain.train.distributed import Rank
+from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.train.engine import apply_update
 from llama_pretrain.train.loss import sum_of_losses
 from llama_pretrain.train.metrics import peak_flops

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llama_pretrain.runs.heartbeat import Heartbeat
+from llama_pretrain.process import Heartbeat, StopRequest, die_with_parent
+from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.runs.phases import Phases, read_phases
-from llama_pretrain.runs.rundir import RunDir
-from llama_pretrain.train.signals import StopRequest, die_with_parent
 
 
 def begin(words: Sequence[str]) -> NoReturn:
@@ -80,10 +79,10 @@ def work(
     """Do what the run directory says: train, from the start or from a checkpoint, or evaluate."""
     import torch.distributed as dist
 
-    from llama_pretrain.config.schema import Task
     from llama_pretrain.config.snapshot import load_snapshot
+    from llama_pretrain.config.tasks import Task
+    from llama_pretrain.distributed import init_distributed, keep_to_cores
     from llama_pretrain.plan.plan import load_plan
-    from llama_pretrain.train.distributed import init_distributed, keep_to_cores
 
     run, plan = load_snapshot(run_dir.snapshot), load_plan(run_dir.plan)
     assert run.launch.threads_per_process is not None
@@ -116,8 +115,8 @@ def train_rank(run: Any, plan: Any, run_dir: RunDir, rank: Any, checkpoint: Path
     import torch
     import torch.distributed as dist
 
-    from llama_pretrain.train.checkpoint import load_checkpoint
-    from llama_pretrain.train.distributed import print_rank_0
+    from llama_pretrain.checkpoint.load import load_checkpoint
+    from llama_pretrain.distributed import print_rank_0
     from llama_pretrain.train.engine import build_engine
     from llama_pretrain.train.loop import prepare_training, train
     from llama_pretrain.train.mask import prove_document_mask
@@ -160,9 +159,9 @@ def evaluate_rank(run: Any, plan: Any, run_dir: RunDir, rank: Any, checkpoint: P
     import torch.distributed as dist
     from transformers import LlamaConfig
 
+    from llama_pretrain.checkpoint.manifest import read_manifest
     from llama_pretrain.data.dataset import create_pretrain_dataset
-    from llama_pretrain.runs.checkpoints import read_manifest
-    from llama_pretrain.runs.rundir import write_text
+    from llama_pretrain.files import write_text
     from llama_pretrain.train.evaluate import sum_losses
     from llama_pretrain.train.kernels.install import install_kernels
     from llama_pretrain.train.model import build_model, restore_rotary

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.faults import listening_sockets, numbers, pieces, processes_of, sockets_of
-from llama_pretrain.launch.processes import list_processes
-from llama_pretrain.runs.checkpoints import checkpoint_name
-from llama_pretrain.runs.heartbeat import Beat, read_beats
-from llama_pretrain.runs.rundir import RunDir, read_metrics
+from llama_pretrain.checkpoint.manifest import checkpoint_name
+from llama_pretrain.process import Beat, list_processes, read_beats
+from llama_pretrain.runs.layout import RunDir
+from llama_pretrain.runs.metrics import read_metrics
 from tests.conftest import OPERATORS, ROOT, SMALL, Runner
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="they are ended through /proc")

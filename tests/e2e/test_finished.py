@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from llama_pretrain.runs.rundir import RunDir, read_metrics
+from llama_pretrain.runs.layout import RunDir
+from llama_pretrain.runs.metrics import read_metrics
 from tests.conftest import ROOT, Command, Runner
 from tests.e2e.test_parity import at_stage
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llama_pretrain.plan.machine import detect_machine
-from llama_pretrain.runs.rundir import RunDir
+from llama_pretrain.runs.layout import RunDir
 from tests.conftest import Command, Runner
 from tests.e2e.test_parity import LONG, at_stage
 from tests.e2e.test_resume import forget_after, numbers

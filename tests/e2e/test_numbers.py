@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from llama_pretrain.checkpoint.manifest import read_manifest
 from llama_pretrain.data.order import SampleOrder
 from llama_pretrain.plan.plan import load_plan
-from llama_pretrain.runs.checkpoints import read_manifest
 from tests.conftest import Command, Runner
 from tests.e2e.test_parity import at_stage
 

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_pretrain.data.order import rows_at
 from llama_pretrain.plan.plan import load_plan
-from llama_pretrain.runs.rundir import RunDir
+from llama_pretrain.runs.layout import RunDir
 from tests.conftest import Command, Runner
 
 STEPS, GLOBAL_BATCH, LENGTH, SEED = 20, 4, 64, 1234

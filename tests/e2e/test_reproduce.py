@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from llama_pretrain.config.snapshot import load_snapshot
-from llama_pretrain.runs.rundir import RunDir, read_metrics
+from llama_pretrain.runs.layout import RunDir
+from llama_pretrain.runs.metrics import read_metrics
 from tests.conftest import OPERATORS, ROOT, SMALL, Command, Runner
 from tests.e2e.test_parity import at_stage
 from tests.e2e.test_resume import forget_after, numbers

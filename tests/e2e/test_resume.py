@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from llama_pretrain.config.snapshot import config_hash, load_snapshot
-from llama_pretrain.runs.checkpoints import (
+from llama_pretrain.checkpoint.manifest import (
     find_fault,
     newest_complete,
     read_manifest,
     write_manifest,
 )
-from llama_pretrain.runs.rundir import RunDir, read_metrics
+from llama_pretrain.config.snapshot import config_hash, load_snapshot
+from llama_pretrain.runs.layout import RunDir
+from llama_pretrain.runs.metrics import read_metrics
 from tests.conftest import Command, Runner, small_disk
 from tests.e2e.test_parity import at_stage
 from tests.test_checkpoints import KINDS, MANIFEST, damage
@@ -300,7 +301,7 @@ def test_verify_resume(runner: Runner) -> None:
 
 
 def test_verify_names_the_first_difference(tmp_path: Path) -> None:
-    from llama_pretrain.verify import compare
+    from llama_pretrain.tasks.verify_resume import compare
 
     folders = [RunDir(tmp_path / name) for name in ("whole", "cut")]
     for folder, norms in zip(folders, ((1.5, 2.5), (1.5, 2.25)), strict=True):

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from llama_pretrain.launch.ahead import KEEP_IMPORTS
-from llama_pretrain.runs.rundir import RunDir
+from llama_pretrain.runs.layout import RunDir
 from tests.conftest import ROOT, SMALL, Command, Runner
 from tests.e2e.test_parity import SHARD_ALL, at_stage
 from tests.test_conf import options

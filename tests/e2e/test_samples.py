@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from llama_pretrain.runs.rundir import read_metrics
+from llama_pretrain.runs.metrics import read_metrics
 from tests.browser import PHONE, OpenPageFunction
 from tests.conftest import Command, Runner
 from tests.e2e.test_parity import at_stage

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from llama_pretrain.launch.processes import list_processes
-from llama_pretrain.runs.rundir import RunDir, read_metrics
-from llama_pretrain.runs.sweepdir import SweepDir
+from llama_pretrain.process import list_processes
+from llama_pretrain.runs.layout import RunDir
+from llama_pretrain.runs.metrics import read_metrics
+from llama_pretrain.sweep.directory import SweepDir
 from tests.conftest import OPERATORS, ROOT, SMALL, Runner
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="they are ended through /proc")

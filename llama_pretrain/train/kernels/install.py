@@ -24,13 +24,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
-from llama_pretrain.config.schema import (
-    CompiledPart,
-    Kernels,
-    LayerKernel,
-    LossKernel,
-    Matmul,
-)
+from llama_pretrain.config.kernels import CompiledPart, Kernels, LayerKernel, LossKernel, Matmul
 from llama_pretrain.train.kernels.attention import blocked_attention
 from llama_pretrain.train.kernels.cross_entropy import linear_cross_entropy
 from llama_pretrain.train.kernels.elementwise import RmsNorm, Rotate, SwiGlu

@@ -1,0 +1,1 @@
+"""Checkpoints: manifest, tensors, engine state, save, load and export."""

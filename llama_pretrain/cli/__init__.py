@@ -1,0 +1,1 @@
+"""Console commands: list, compare, verify, leaderboard, import-deepspeed; exit codes."""

@@ -1,1 +1,0 @@
-"""Subcommands of `python -m llama_pretrain`: each module adds its arguments and does its work."""

@@ -1,0 +1,67 @@
+"""task=export: a checkpoint in Hugging Face format."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llama_pretrain import console
+from llama_pretrain.checkpoint.manifest import find_fault, newest_complete
+from llama_pretrain.config.problems import Problem, UserError
+from llama_pretrain.config.run import Run
+from llama_pretrain.runs.layout import RunDir
+
+
+def quiet_transformers() -> None:
+    """No progress bars, and no advice of transformers on standard error."""
+    from transformers.utils import logging
+
+    messages: Any = logging  # it has no types
+    messages.disable_progress_bar()
+    messages.set_verbosity_error()
+
+
+def pick_checkpoint(run: Run, source: RunDir) -> Path:
+    """The checkpoint that `export.checkpoint` names, or the newest complete one.
+
+    Raises:
+        UserError: if it isn't there, or is not as it was written.
+    """
+    name = run.export.checkpoint
+    if name is None:
+        folder, passed_over = newest_complete(source.checkpoints)
+        for line in passed_over:
+            console.note(line)
+        if folder is None:
+            message = f"no complete checkpoint in {source.checkpoints}"
+            raise UserError([Problem(path="run", message=message)])
+        return folder
+    folder = source.checkpoints / name
+    fault = find_fault(folder) if folder.is_dir() and Path(name).name == name else "is not there"
+    if fault is not None:
+        there = sorted(path.name for path in source.checkpoints.glob("step-*"))
+        hint = f"there are: {', '.join(there)}" if there else "the run has none"
+        problem = Problem(path="export.checkpoint", message=f"{fault} (got {name})", hint=hint)
+        raise UserError([problem])
+    return folder
+
+
+def export(
+    run: Run, source: RunDir, checkpoint: Path, target: Path, *, say: Callable[[str], None]
+) -> None:
+    """Export a checkpoint of `source`, and say how near it is to what was trained.
+
+    Raises:
+        UserError: if it isn't near enough, or can't be written.
+    """
+    from llama_pretrain.checkpoint.export import export_checkpoint  # torch and transformers
+
+    quiet_transformers()
+    try:
+        proof = export_checkpoint(checkpoint, target, run=run, run_dir=source)
+    except OSError as error:
+        message = f"{error.strerror or error}: {error.filename or target}"
+        raise UserError([Problem(path="export", message=message)]) from error
+    say(
+        f"export: {checkpoint.name} in {proof.precision}, largest difference of logits"
+        f" {proof.logit_difference:.1e} (tolerance {proof.logit_tolerance:g}): {target}"
+    )
