@@ -9,7 +9,6 @@ the seconds of all steps and saves, with a save every few steps, far more often 
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.record import ROOT, write_record
+from llama_pretrain.runs.metrics import curve, read_metrics, seconds_by_step
 
 STEPS, EVERY = 13, 4
 ARMS = {
@@ -47,11 +47,10 @@ def train(folder: Path, model: str, words: list[str]) -> tuple[list[float], floa
         *words,
     ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    stalls = [row["checkpoint_stall_seconds"] for row in rows if "checkpoint" in row]
-    tokens = 4 * 128
+    rows = read_metrics(folder / "metrics.jsonl")
+    stalls = [value for _, value in curve(rows, "checkpoint_stall_seconds")]
     # The first step warms up.
-    steps = [tokens / row["tokens_per_s"] for row in rows if "loss" in row][1:]
+    steps = list(seconds_by_step(rows, tokens_per_step=4 * 128).values())[1:]
     sizes = [path.stat().st_size for path in folder.glob("checkpoints/step-*/*")]
     saves = max(1, len(list(folder.glob("checkpoints/step-*"))))
     return stalls, sum(steps) + sum(stalls), sum(sizes) / saves

@@ -26,17 +26,20 @@ from typing import Any
 
 import numpy as np
 
-from llama_pretrain.config.compose import PROJECT_ROOT, read_config, register
-from llama_pretrain.config.run import Run
+from llama_pretrain.config.compose import PROJECT_ROOT, compose_run
+from llama_pretrain.config.resolved import ResolvedRun
+from llama_pretrain.data.cache import Cache
 from llama_pretrain.data.corpus import prepare_corpus
 from llama_pretrain.data.encode import BATCH_CHARACTERS
 from llama_pretrain.data.order import SampleOrder
 from llama_pretrain.data.prepare import sample_texts
 from llama_pretrain.data.sources import open_source
 from llama_pretrain.data.tokenizer import open_tokenizer
+from llama_pretrain.plan.machine import detect_machine
 from llama_pretrain.plan.plan import Corpus
+from llama_pretrain.plan.resolve import resolve
 from llama_pretrain.plan.sampling import plan_sampling
-from llama_pretrain.runs.metrics import read_metrics
+from llama_pretrain.runs.metrics import read_metrics, steps
 
 ROUNDS = 3
 MAX_BYTES = 30_000_000
@@ -54,14 +57,9 @@ class Quiet:
         yield lambda done, text: None
 
 
-def compose(*words: str) -> Run:
-    """A checked run."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-
-    register()
-    with initialize_config_dir(str(PROJECT_ROOT / "conf"), version_base="1.3"):
-        return read_config(hydra_compose("config", overrides=list(words)))
+def compose(*words: str) -> ResolvedRun:
+    """The resolved run that overrides compose to."""
+    return resolve(compose_run(words), detect_machine())
 
 
 def collect(folder: Path, words: list[str]) -> tuple[Path, int]:
@@ -70,10 +68,8 @@ def collect(folder: Path, words: list[str]) -> tuple[Path, int]:
     runs = [compose(*words)] if words else [compose("data=stdlib"), compose("data=docstrings")]
     with target.open("w", encoding="utf-8") as out:
         for run in runs:
-            cache = Path("~/.cache/llama_pretrain").expanduser()
-            source = open_source(
-                run.data, path="data", cache_dir=cache, heldout=False, report=Quiet()
-            )
+            cache = Cache(folder=Path("~/.cache/llama_pretrain").expanduser(), report=Quiet())
+            source = open_source(run.data, path="data", cache=cache)
             for text in sample_texts([(source, 0.0)], num_bytes=10**12):
                 if not words and size >= MAX_BYTES:
                     break
@@ -122,7 +118,7 @@ def prepare(path: Path, cache: Path, *, processes: int) -> tuple[float, Corpus]:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     shutil.rmtree(cache / "tokens", ignore_errors=True)
     started = time.perf_counter()
-    corpus = prepare_corpus(run, report=Quiet())
+    corpus = prepare_corpus(resolve(run, detect_machine()), report=Quiet())
     return time.perf_counter() - started, corpus
 
 
@@ -238,8 +234,8 @@ def measure_default_step(corpus: Corpus, folder: Path) -> None:
         times.append(time.perf_counter() - started)
     command = [sys.executable, str(PROJECT_ROOT / "run.py"), "task=probe", "plan.probe_steps=8"]
     subprocess.run([*command, f"hydra.run.dir={folder}/probe"], check=True, capture_output=True)
-    rows = [row for row in read_metrics(folder / "probe" / "metrics.jsonl") if "loss" in row]
-    step = statistics.median(16 * 256 / row["tokens_per_s"] for row in rows[2:])
+    rows = steps(read_metrics(folder / "probe" / "metrics.jsonl"))
+    step = statistics.median(16 * 256 / row.tokens_per_s for row in rows[2:])
     loading = statistics.mean(times)
     print(
         f"\na step of the default run: {loading * 1e3:.3f} ms of loading, {step * 1e3:.0f} ms in"
@@ -247,7 +243,7 @@ def measure_default_step(corpus: Corpus, folder: Path) -> None:
     )
 
 
-def measure_order(run: Run) -> None:
+def measure_order(run: ResolvedRun) -> None:
     """Print the time to open an order and take a step's ids, by the number of rows."""
     print("\norder: open it and take 1,024 ids")
     for rows in (10**3, 10**6, 10**9, 10**12):

@@ -33,7 +33,7 @@ from llama_pretrain.checkpoint.manifest import (
 )
 from llama_pretrain.process import STARTED, Beat, list_processes, read_beats
 from llama_pretrain.runs.layout import RunDir
-from llama_pretrain.runs.metrics import read_metrics
+from llama_pretrain.runs.metrics import read_metrics, steps
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 12
@@ -213,7 +213,7 @@ class Case:
         time.sleep(self.chance.uniform(0, 0.03))  # a save takes about so long
 
     def _step(self) -> int:
-        return max((row["step"] for row in read_metrics(self.run_dir.metrics)), default=0)
+        return max((row.step for row in read_metrics(self.run_dir.metrics)), default=0)
 
     def _being_saved(self) -> set[tuple[str, int]]:
         """Checkpoints that are not whole, by name and inode."""
@@ -281,7 +281,7 @@ def pieces(folder: Path) -> dict[str, list[int | str]]:
 def numbers(run_dir: RunDir) -> list[tuple[object, ...]]:
     """What must be equal, step by step."""
     keys = ("step", "loss", "grad_norm", "sample_hash")
-    rows = [row for row in read_metrics(run_dir.metrics) if "loss" in row]
+    rows = [row.to_json() for row in steps(read_metrics(run_dir.metrics))]
     return [tuple(row[key] for key in keys) for row in rows]
 
 

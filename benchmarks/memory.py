@@ -20,6 +20,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from llama_pretrain.runs.metrics import last_value, read_metrics
+
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 0.10
 MIB = 1 << 20
@@ -109,8 +111,8 @@ def measure(
         memory = json.loads((run_dir / "plan.json").read_text())["memory"]
         beside = ("phase", "framework", "host", "disk")
         predicted = sum(value for part, value in memory.items() if part not in beside)
-        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        return predicted, int(rows[-1]["peak_above_imports_bytes"]), memory["phase"]
+        measured = last_value(read_metrics(run_dir / "metrics.jsonl"), "peak_above_imports_bytes")
+        return predicted, int(measured or 0), memory["phase"]
 
 
 def main() -> int:

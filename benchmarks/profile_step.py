@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import train_alone, write_record
-from benchmarks.throughput import SIZES, TOKENS_PER_STEP
+from benchmarks.throughput_report import SIZES
+from benchmarks.turns import TOKENS_PER_STEP
 
 STEPS = 2
 PARTS: dict[str, tuple[str, ...]] = {

@@ -51,12 +51,17 @@ def write_record(
     name: str, values: Mapping[str, Any], *, packages: Sequence[str], folder: Path = RESULTS
 ) -> Path:
     """Write NAME.json into a folder. Returns its path."""
-    facts = collect_provenance(argv=sys.argv, root=ROOT, machine=asdict(detect_machine()))
-    provenance = {key: facts[key] for key in FACTS} | {"packages": find_versions(packages)}
+    provenance = describe_measurement(packages)
     path = folder / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"provenance": provenance, **values}, indent=1) + "\n")
     return path
+
+
+def describe_measurement(packages: Sequence[str]) -> dict[str, Any]:
+    """What a measurement was made with: command, commit, machine, versions of packages."""
+    facts = collect_provenance(argv=sys.argv, root=ROOT, machine=asdict(detect_machine()))
+    return {key: facts[key] for key in FACTS} | {"packages": find_versions(packages)}
 
 
 def find_versions(packages: Sequence[str]) -> dict[str, str]:

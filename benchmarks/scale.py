@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RESULTS, ROOT, train_alone, write_record
-from benchmarks.throughput import SIZES, TOKENS_PER_STEP
+from benchmarks.throughput_report import SIZES
+from benchmarks.turns import TOKENS_PER_STEP
 from llama_pretrain.runs.layout import RunDir
-from llama_pretrain.runs.metrics import read_metrics
+from llama_pretrain.runs.metrics import last_value, read_metrics
+from llama_pretrain.runs.metrics import steps as step_rows
 
 PLOT = ROOT / "docs" / "img" / "scale.svg"
 STEPS = 10
@@ -125,10 +127,10 @@ def measure(point: Point, folder: Path) -> dict[str, float]:
     steps = ("model.max_position_embeddings=4096", f"train.max_steps={STEPS}")
     train_alone(folder, *steps, *point.words)
     rows = read_metrics(RunDir(folder).metrics)
-    rates = [row["tokens_per_s"] for row in rows if "loss" in row]
+    rates = [row.tokens_per_s for row in step_rows(rows)]
     return {
         "tokens_per_s": statistics.median(rates[2:]),
-        "peak_bytes": rows[-1]["peak_memory_bytes"],
+        "peak_bytes": last_value(rows, "peak_memory_bytes") or 0.0,
     }
 
 

@@ -4,16 +4,14 @@ python benchmarks/start.py --rounds 5 [--site DIR]
 Ours is the default run, its data cached; the other is benchmarks/arms/start_trainer.py under
 torchrun, with as many ranks, the same model, the same DeepSpeed JSON and the same tokens. They take
 turns, after one start of each that fills caches. Ours evaluates before the first step, and lets the
-model write; Trainer doesn't: ours is told with and without that phase. Trainer needs `accelerate`;
+model write; Trainer does not: ours is told with and without that phase. Trainer needs `accelerate`;
 `--site DIR` names a folder that has it for Trainer alone. Where the environment has more than the
 README's first command installs, both import more: transformers takes in what it finds, as scipy.
-Of `imports kept` a command before has left what ranks import (LLAMA_PRETRAIN_KEEP_IMPORTS_S).
 """
 
 import argparse
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -26,33 +24,28 @@ from typing import Any
 from benchmarks.record import RESULTS, ROOT, write_record
 from llama_pretrain.config.precision import PrecisionName
 from llama_pretrain.config.snapshot import load_snapshot
-from llama_pretrain.launch.ahead import KEEP_IMPORTS
 from llama_pretrain.plan.plan import load_plan
 from llama_pretrain.runs.layout import RunDir
-from llama_pretrain.runs.metrics import read_metrics
+from llama_pretrain.runs.metrics import EventRow, read_metrics, select
 
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "hydra-core", "pydantic")
 SHORT = ("train.max_steps=1", "checkpoint.at_end=false", "checkpoint.export=false")
 """The default run, but for what comes after its first step."""
-FRESH, KEPT = "ours, fresh interpreters", "ours, imports kept"
-OURS = {"ours": (), FRESH: ("launch.fork=false",), KEPT: ()}
-KEEP_S = 600
+OURS = {"ours": (), "ours, fresh interpreters": ("launch.fork=false",)}
 TRAINER = "Trainer"
 
 
-def start_ours(words: Sequence[str], folder: Path, *, keep_s: int = 0) -> dict[str, float]:
-    """Seconds by phase of a run, whose imports are kept, or were, for `keep_s` seconds."""
+def start_ours(words: Sequence[str], folder: Path) -> dict[str, float]:
+    """Seconds by phase of a run."""
     subprocess.run(
         [sys.executable, "run.py", *SHORT, *words, f"hydra.run.dir={folder}"],
         check=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd=ROOT,
-        env=os.environ | {KEEP_IMPORTS: str(keep_s), "XDG_RUNTIME_DIR": str(folder.parent)},
     )
     rows = read_metrics(RunDir(folder).metrics)
-    seconds: dict[str, float] = next(r["start_seconds"] for r in rows if "start_seconds" in r)
-    return seconds
+    return next(row.start_seconds for row in select(rows, EventRow) if row.start_seconds)
 
 
 def write_recipe(run_dir: RunDir, recipe: Path) -> int:
@@ -113,15 +106,14 @@ def measure(
     """Our phases and everyone's seconds, by arm."""
     phases: dict[str, list[Any]] = {name: [] for name in OURS}
     seconds: dict[str, list[float]] = {name: [] for name in (*OURS, TRAINER)}
-    start_ours((), folder / "warm", keep_s=KEEP_S)
+    start_ours((), folder / "warm")
     recipe = folder / "recipe.json"
     world_size = write_recipe(RunDir(folder / "warm"), recipe)
     start_trainer(recipe, folder / "warm-trainer", world_size=world_size, site=site)
     for number in range(rounds):
         for place, (name, words) in enumerate(OURS.items()):
-            keep_s = KEEP_S if name == KEPT else 0
             run_dir = folder / f"{number}-{place}"
-            phases[name].append(start_ours(words, run_dir, keep_s=keep_s))
+            phases[name].append(start_ours(words, run_dir))
             seconds[name].append(sum(phases[name][-1].values()))
         done = folder / f"{number}-trainer"
         took = start_trainer(recipe, done, world_size=world_size, site=site)
@@ -145,11 +137,7 @@ def main() -> None:
     if site is not None:
         sys.path.append(str(site))  # for the record
     with tempfile.TemporaryDirectory() as scratch:
-        try:
-            phases, seconds = measure(options.rounds, Path(scratch), site)
-        finally:
-            for file in Path(scratch).glob("llama_pretrain-*/*.pid"):
-                os.kill(int(file.read_text()), signal.SIGKILL)
+        phases, seconds = measure(options.rounds, Path(scratch), site)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     for name in OURS:
         print(f"\n{name}, by phase:")

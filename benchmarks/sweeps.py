@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from llama_pretrain.runs.layout import RunDir
-from llama_pretrain.runs.metrics import read_metrics
+from llama_pretrain.runs.metrics import read_metrics, steps
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN = f"""
@@ -29,7 +29,7 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from llama_pretrain.config.compose import read_config, register
-from llama_pretrain.runs.rundir import RunDir
+from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.tasks import run_task
 
 @hydra.main(config_path={str(ROOT / "conf")!r}, config_name="config", version_base="1.3")
@@ -81,8 +81,8 @@ def run_way(way: str, folder: Path, *, points: int) -> tuple[float, float]:
 
 def seconds_of_steps(run_dir: RunDir) -> float:
     """Seconds that a run's steps took."""
-    rows = [row for row in read_metrics(run_dir.metrics) if "loss" in row]
-    return float(sum(row["tokens"] / row["step"] / row["tokens_per_s"] for row in rows))
+    rows = steps(read_metrics(run_dir.metrics))
+    return sum(row.tokens / row.step / row.tokens_per_s for row in rows)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`python -m llama_pretrain`: look at runs that there are. Runs are made by run.py."""
+"""`python -m llama_pretrain`: commands about existing runs. Runs are started by run.py."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ def build_parser() -> argparse.ArgumentParser:
     """All subcommands; each sets `do`, a function of the arguments that returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m llama_pretrain",
-        description="Look at runs that there are. To train: python run.py --help.",
+        description="Look at existing runs. To train: python run.py --help.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_list(commands)
@@ -26,12 +26,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Do what the command line says. Returns the exit code: 2 where it was used wrongly."""
+    """Do what the command line says. Returns the exit code: 2 for wrong usage."""
     arguments = build_parser().parse_args(words)
     try:
         code: int = arguments.do(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read has seen enough
+    except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:

@@ -4,13 +4,15 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 
-from llama_pretrain.process import Heartbeat, StopRequest
+from llama_pretrain.process import STORE_FD, Heartbeat, StopRequest
 from llama_pretrain.runs.phases import Phases
 
 CORES = Path("/sys/devices/system/cpu")
@@ -30,7 +32,7 @@ class Rank:
     """Of this start, until its first step is done."""
 
     def beat(self) -> None:
-        """Show the parent that this rank goes on."""
+        """Show the parent that this rank makes progress."""
         if self.heartbeat is not None:
             self.heartbeat.beat()
 
@@ -56,11 +58,13 @@ def init_distributed(
     else:
         torch.set_num_threads(threads)
         here = torch.device("cpu")
-        # On a CPU DeepSpeed would compile its shared-memory collectives at every first start;
-        # training doesn't use them (only inference_all_reduce does). Newer versions make the list
-        # when it is first read, with a compiler, and read nothing else of it.
+        # On a CPU DeepSpeed would compile its shared-memory collectives at the first start; only
+        # inference_all_reduce uses them. Newer versions build the list when it is first read, with
+        # a compiler, and read nothing else of it.
         compatible = vars(deepspeed.ops).setdefault("__compatible_ops__", {})
         compatible["deepspeed_shm_comm"] = False
+    if STORE_FD in os.environ:
+        _host_store()
     deepspeed.init_distributed(
         dist_backend="nccl" if device == "cuda" else "gloo",
         timeout=timedelta(seconds=timeout_s),
@@ -77,11 +81,23 @@ def init_distributed(
     )
 
 
-def keep_to_cores(index: int, *, num_ranks: int) -> None:
-    """Keep this rank to its share of the cores that it may use, with all threads yet to start.
+@cache  # it lives as long as the rank
+def _host_store() -> Any:
+    """Host the store on the socket that the launcher has bound, so that no port can be lost."""
+    return dist.TCPStore(  # type: ignore[attr-defined]  # torch does not list it
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=int(os.environ[STORE_FD]),
+    )
 
-    A share is of neighbours: threads of a core, then cores of a socket. With more ranks than cores
-    every rank keeps them all.
+
+def keep_to_cores(index: int, *, num_ranks: int) -> None:
+    """Bind this rank, and all threads yet to start, to its share of the available cores.
+
+    A share consists of neighbours: threads of a core, then cores of a socket. With more ranks than
+    cores every rank may use them all.
     """
     cores = sorted(os.sched_getaffinity(0), key=_place_of_core)
     share = len(cores) // num_ranks
@@ -89,14 +105,11 @@ def keep_to_cores(index: int, *, num_ranks: int) -> None:
         os.sched_setaffinity(0, cores[index * share : (index + 1) * share])
 
 
-def _place_of_core(number: int) -> tuple[int, int, int]:
-    """Its socket, its core there, and the system's own number."""
+def _place_of_core(number: int) -> tuple[int, ...]:
+    """The socket and the core on it, where known, and the system's own number."""
     topology = CORES / f"cpu{number}" / "topology"
-    socket, core = (
-        int((topology / name).read_text()) if (topology / name).is_file() else 0
-        for name in ("physical_package_id", "core_id")
-    )
-    return socket, core, number
+    files = [topology / name for name in ("physical_package_id", "core_id")]
+    return *(int(file.read_text()) for file in files if file.is_file()), number
 
 
 def print_rank_0(message: str, rank: Rank) -> None:
@@ -106,19 +119,19 @@ def print_rank_0(message: str, rank: Rank) -> None:
 
 
 def sum_over_ranks(values: Iterable[float], rank: Rank) -> list[float]:
-    """Sum plain numbers over all ranks: float64, so that hashes below 2^53 stay exact."""
+    """Sum plain numbers over all ranks, in float64: integers below 2^53 stay exact."""
     total = torch.tensor(list(values), dtype=torch.float64, device=rank.device)
     dist.all_reduce(total)
     return [float(value) for value in total.tolist()]
 
 
 def largest_over_ranks(value: float, rank: Rank) -> float:
-    """The largest of one number a rank."""
+    """Return the largest value that any rank passes."""
     largest = torch.tensor(value, dtype=torch.float64, device=rank.device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return float(largest.item())
 
 
 def signal_of_any(rank: Rank) -> int:
-    """The signal by which any rank was asked to stop; 0 if none was. Every rank calls it."""
+    """The signal by which any rank was asked to stop; 0 for none. A collective."""
     return int(largest_over_ranks(rank.stop.number, rank))

@@ -1,4 +1,4 @@
-"""Processes: signals of a rank, heartbeats, and process trees (Linux: /proc)."""
+"""Processes: the signals of a rank, heartbeats, and process trees (Linux: /proc)."""
 
 import contextlib
 import ctypes
@@ -7,25 +7,23 @@ import math
 import os
 import signal
 import struct
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-
-
 DUMP = signal.SIGUSR2
-"""Makes a rank write the stacks of all its threads to its log, even from within a collective."""
-
-
+"""Makes a rank write the stacks of all its threads to its log, even inside a collective."""
 PARENT = "LLAMA_PRETRAIN_PARENT"
-"""The environment variable with the launcher's process id."""
+"""The environment variable with the process id that a worker's parent must have."""
+STORE_FD = "LLAMA_PRETRAIN_STORE_FD"
+"""The environment variable with the listening socket on which rank 0 is to host the store."""
+PROC = Path("/proc")
 
 
 class StopRequest:
-    """Whether this rank has been asked to finish its step, save, and end."""
+    """Whether this rank has been asked to finish its step, save, and exit."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -42,20 +40,26 @@ class StopRequest:
 
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:
-    """Get a signal when the launcher dies, however it dies (Linux alone)."""
-    if sys.platform == "linux":
-        ctypes.CDLL("libc.so.6").prctl(1, number)  # PR_SET_PDEATHSIG
+    """Receive a signal when the parent process dies, however it dies."""
+    ctypes.CDLL("libc.so.6").prctl(1, number)  # PR_SET_PDEATHSIG
     parent = os.environ.get(PARENT)
-    if parent is not None and int(parent) != os.getppid():  # it was gone before we asked
+    if parent is not None and int(parent) != os.getppid():  # it died before the call above
         os._exit(1)
 
 
-PROC = Path("/proc")
+def end_session_with_parent() -> None:
+    """Kill this process and its session on SIGTERM, and when the parent dies."""
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        kill_session(os.getsid(0))
+
+    signal.signal(signal.SIGTERM, end)
+    die_with_parent(signal.SIGTERM)
 
 
 @dataclass(frozen=True)
 class Process:
-    """One line of the system's list."""
+    """One entry of the process table."""
 
     pid: int
     state: str
@@ -65,7 +69,7 @@ class Process:
 
 
 def read_process(pid: int) -> Process | None:
-    """A process by its id; `None` if there is none."""
+    """Look up a process; `None` if there is none with this id."""
     try:
         stat = (PROC / str(pid) / "stat").read_text()
     except OSError:
@@ -75,73 +79,51 @@ def read_process(pid: int) -> Process | None:
 
 
 def list_processes() -> list[Process]:
-    """All processes; none where there is no /proc."""
-    if not PROC.is_dir():
-        return []
-    numbers = [int(entry.name) for entry in PROC.iterdir() if entry.name.isdigit()]
-    return [process for pid in numbers if (process := read_process(pid)) is not None]
+    """List all processes."""
+    pids = [int(entry.name) for entry in PROC.iterdir() if entry.name.isdigit()]
+    return [process for pid in pids if (process := read_process(pid)) is not None]
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process is there and has not ended."""
-    if PROC.is_dir():
-        process = read_process(pid)
-        return process is not None and process.state not in "ZX"
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    """Whether a process exists and has not ended."""
+    process = read_process(pid)
+    return process is not None and process.state not in "ZX"
 
 
 def kill_session(leader: int) -> None:
-    """End every process of a session with SIGKILL: whoever starts others may put them into groups
-    of their own, as ninja does, but they stay in its session."""
-    if not PROC.is_dir():
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(leader, signal.SIGKILL)
-        return
+    """Send SIGKILL to every process of a session.
+
+    Programs may put their children into other process groups, as ninja does; the session stays.
+    """
     members = [process.pid for process in list_processes() if process.session == leader]
-    for pid in sorted(members, key=lambda pid: pid == os.getpid()):  # who asks for it comes last
+    for pid in sorted(members, key=lambda pid: pid == os.getpid()):  # this process comes last
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
 
 
-def end_session_with_parent() -> None:
-    """End this process and its session on SIGTERM, and when the launcher dies, however it dies."""
-
-    def end(_number: int, _frame: FrameType | None) -> None:
-        kill_session(os.getsid(0))
-
-    signal.signal(signal.SIGTERM, end)
-    die_with_parent(signal.SIGTERM)
-
-
 SLOT = struct.Struct("<qqd")
-
-
 STARTED = 3
-"""Beats before there is anything to lose: begun, met the others, built the engine."""
+"""Heartbeats before there is anything to lose: begun, process group joined, engine built."""
 
 
 @dataclass(frozen=True)
 class Beat:
-    """How far a rank has come."""
+    """The last heartbeat of a rank."""
 
     pid: int
     """0 before the rank has begun."""
     count: int
     at: float
-    """On this machine's monotonic clock, in seconds; infinite when the rank has done its work."""
+    """On this node's monotonic clock, in seconds; infinite once the rank has done its work."""
 
     @property
     def finished(self) -> bool:
-        """Whether the rank needs nothing any more."""
+        """Whether the rank has done its work."""
         return math.isinf(self.at)
 
 
 class Heartbeat:
-    """One rank's slot."""
+    """One rank's slot in the file of heartbeats."""
 
     def __init__(self, path: Path, rank: int):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,11 +132,11 @@ class Heartbeat:
         self.beat()
 
     def beat(self) -> None:
-        """Say that something has been done: a micro batch, a batch of an evaluation, a file."""
+        """Record progress: a micro batch, a batch of an evaluation, a file."""
         self._write(time.monotonic())
 
     def finish(self) -> None:
-        """Say that this rank has done its work, and that its end is no death."""
+        """Record that this rank has done its work, so that its exit is no failure."""
         self._write(math.inf)
 
     def _write(self, at: float) -> None:
@@ -163,7 +145,7 @@ class Heartbeat:
 
 
 def read_beats(path: Path, *, world_size: int) -> list[Beat]:
-    """Where each rank is."""
+    """Read the last heartbeat of each rank."""
     content = path.read_bytes() if path.is_file() else b""
     content = content.ljust(world_size * SLOT.size, b"\0")
     return [Beat(*SLOT.unpack_from(content, rank * SLOT.size)) for rank in range(world_size)]

@@ -1,12 +1,13 @@
 """What tests share: a small corpus, one cache for the session, and the public command."""
 
+import io
 import os
 import signal
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llama_pretrain.data.packed import TokenWriter
-from llama_pretrain.launch.ahead import KEEP_IMPORTS
+from llama_pretrain.config.run import Run
+from llama_pretrain.data.packed import write_packed
+from llama_pretrain.process import STOPPING
 from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.runs.metrics import read_metrics
 from tests.browser import browser, open_page  # noqa: F401  # fixtures for all tests
@@ -81,7 +83,8 @@ class Command:
 
     def rows(self, key: str) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl that have `key`."""
-        return [row for row in read_metrics(self.run_dir.metrics) if key in row]
+        rows = (row.to_json() for row in read_metrics(self.run_dir.metrics))
+        return [row for row in rows if key in row]
 
     @property
     def losses(self) -> list[float]:
@@ -129,31 +132,20 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 def write_tokens(prefix: Path, documents: Sequence[Sequence[int]], *, dtype: str) -> None:
     """PREFIX.bin and PREFIX.idx by our own writer."""
-    with TokenWriter(prefix, dtype=dtype) as writer:
+    with write_packed(prefix, dtype=dtype) as writer:
         for document in documents:
-            writer.add(np.asarray(document, dtype=dtype).tobytes())
-
-
-@pytest.fixture(scope="session")
-def kept_imports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Variables by which commands share what ranks import, half the time of a small run.
-
-    Commands that tests start by themselves (faults, signals) make their own, and so does the whole
-    run of tests/e2e/test_run.py.
-    """
-    folder = tmp_path_factory.mktemp("sockets")
-    yield {KEEP_IMPORTS: "60", "XDG_RUNTIME_DIR": str(folder)}
-    for file in folder.glob("*/*.pid"):
-        with suppress(ProcessLookupError):
-            os.kill(int(file.read_text()), signal.SIGKILL)
+            writer.add(np.asarray(document, dtype=dtype))
 
 
 class Runner:
-    """Calls run.py as a user does, with the session's cache and a run directory of its own."""
+    """Calls `python run.py` with the session's cache and a run directory of its own.
 
-    def __init__(self, *, cache_dir: Path, corpus: Path, folder: Path, variables: dict[str, str]):
+    By default in this process, where the server that workers are forked from stays warm; with
+    `process=True`, or with variables that must be there before Python starts, in a new one.
+    """
+
+    def __init__(self, *, cache_dir: Path, corpus: Path, folder: Path):
         self.cache_dir, self.corpus, self.folder = cache_dir, corpus, folder
-        self._variables = variables
         self._count = 0
 
     def __call__(self, *overrides: str, **options: Any) -> Command:
@@ -173,42 +165,63 @@ class Runner:
         run_dir: RunDir | None = None,
         expect: int | None = 0,
         variables: dict[str, str] | None = None,
-        timeout_s: int = 300,
+        process: bool = False,
     ) -> Command:
-        """`run.py` with these words alone."""
-        variables = self._variables | (variables or {})
-        done = run_cli(*words, variables=variables, timeout_s=timeout_s, cwd=self.folder)
-        result = Command(done.returncode, done.stdout, run_dir or RunDir(self.folder))
-        if expect is not None and done.returncode != expect:
+        """`run.py` with only these words."""
+        if process or variables:
+            done = run_cli(*words, variables=variables, cwd=self.folder)
+            code, output = done.returncode, done.stdout
+        else:
+            code, output = run_in_process(*words, cwd=self.folder)
+        result = Command(code, output, run_dir or RunDir(self.folder))
+        if expect is not None and code != expect:
             logs = "\n".join(
                 path.read_text(errors="replace")[-3000:] for path in self.folder.rglob("rank*.log")
             )
-            pytest.fail(f"exit code {done.returncode}\n{done.stdout}\n{logs}")
+            pytest.fail(f"exit code {code}\n{output}\n{logs}")
         return result
 
 
+def run_in_process(*words: str, cwd: Path) -> tuple[int, str]:
+    """`python run.py WORDS` in this process: the exit code, and its two outputs in one text."""
+    from llama_pretrain.cli.main import main
+
+    output = io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["run.py"])
+        for name, value in ({"COLUMNS": "200"} | OPERATORS).items():
+            patch.setenv(name, value)
+        patch.setenv("HYDRA_FULL_ERROR", "1")  # the command sets it for its process
+        try:
+            with redirect_stdout(output), redirect_stderr(output):
+                code = main(words)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return code, output.getvalue()
+
+
 def run_cli(
-    *words: str,
-    cwd: Path,
-    variables: dict[str, str] | None = None,
-    timeout_s: int = 300,
+    *words: str, cwd: Path, variables: dict[str, str] | None = None
 ) -> "subprocess.CompletedProcess[str]":
-    """`python run.py WORDS`, its two outputs in one text."""
+    """`python run.py WORDS` in a process of its own, its two outputs in one text."""
     return subprocess.run(
         [sys.executable, str(ROOT / "run.py"), *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
         text=True,
-        timeout=timeout_s,
+        timeout=900,
         cwd=cwd,
         env=os.environ | {"COLUMNS": "200"} | OPERATORS | (variables or {}),
     )
 
 
 @pytest.fixture
-def runner(cache_dir: Path, corpus: Path, tmp_path: Path, kept_imports: dict[str, str]) -> Runner:
-    return Runner(cache_dir=cache_dir, corpus=corpus, folder=tmp_path, variables=kept_imports)
+def runner(cache_dir: Path, corpus: Path, tmp_path: Path) -> Runner:
+    return Runner(cache_dir=cache_dir, corpus=corpus, folder=tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -216,19 +229,14 @@ def shared_runner(
     cache_dir: Path,
     corpus: Path,
     tmp_path_factory: pytest.TempPathFactory,
-    kept_imports: dict[str, str],
 ) -> Runner:
     """A runner for module-scoped fixtures: runs that several tests look at."""
     folder = tmp_path_factory.mktemp("runs")
-    return Runner(cache_dir=cache_dir, corpus=corpus, folder=folder, variables=kept_imports)
+    return Runner(cache_dir=cache_dir, corpus=corpus, folder=folder)
 
 
-def compose_run(overrides: Sequence[str]) -> Any:
-    """The checked `Run` that overrides compose to, in this process."""
-    from hydra import compose, initialize_config_dir
+def compose_run(overrides: Sequence[str]) -> Run:
+    """The checked `Run` that overrides compose to."""
+    from llama_pretrain.config.compose import compose_run
 
-    from llama_pretrain.config.compose import read_config, register
-
-    register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return read_config(compose("config", overrides=list(overrides)))
+    return compose_run(overrides)

@@ -6,20 +6,17 @@ from typing import Any
 
 import pytest
 
-from benchmarks import throughput
-from benchmarks.throughput import (
+from benchmarks.throughput import SKIPPED, check_losses
+from benchmarks.throughput_report import (
+    BLOCKS,
     SIZES,
-    ArmError,
-    Step,
-    StepLog,
-    check_losses,
     flops_per_token,
     lines_of,
     render_plot,
     render_table,
-    whole_steps,
     write_result,
 )
+from benchmarks.turns import ArmError, Step, StepLog, whole_steps
 
 
 def arm(*rates: float) -> dict[str, Any]:
@@ -115,6 +112,6 @@ def test_the_plot_names_every_bar() -> None:
 
 
 def test_each_arm_stands_in_one_block() -> None:
-    names = [name for block in throughput.BLOCKS.values() for name in block]
+    names = [name for block in BLOCKS.values() for name in block]
     assert len(names) == len(set(names))
-    assert not set(names) & set(throughput.SKIPPED)
+    assert not set(names) & set(SKIPPED)

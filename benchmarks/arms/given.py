@@ -22,11 +22,11 @@ from llama_pretrain.config.run import Run
 from llama_pretrain.config.snapshot import load_snapshot
 from llama_pretrain.data.dataset import TrainSampler, build_loader, create_pretrain_dataset
 from llama_pretrain.data.order import SampleOrder
-from llama_pretrain.plan.plan import Plan, load_plan
+from llama_pretrain.plan.plan import TrainingPlan, load_plan
 from llama_pretrain.runs.layout import RunDir
 
 
-def read_run(run_dir: RunDir) -> tuple[Run, Plan]:
+def read_run(run_dir: RunDir) -> tuple[Run, TrainingPlan]:
     """What a run of ours was told, and what follows."""
     return load_snapshot(run_dir.snapshot), load_plan(run_dir.plan)
 
@@ -37,9 +37,10 @@ def in_bf16(run: Run) -> bool:
     return run.precision.name == PrecisionName.bf16
 
 
-def batches_of(run: Run, plan: Plan, *, rank: int, world_size: int) -> Iterator[dict[str, Any]]:
+def batches_of(
+    run: Run, plan: TrainingPlan, *, rank: int, world_size: int
+) -> Iterator[dict[str, Any]]:
     """The micro batches of one rank, in the order in which our own run trains on them."""
-    assert plan.corpus is not None
     rows = create_pretrain_dataset(
         plan.corpus,
         "train",
@@ -57,7 +58,7 @@ def batches_of(run: Run, plan: Plan, *, rank: int, world_size: int) -> Iterator[
     yield from build_loader(rows, sampler, micro_batch_size=size, num_workers=0)
 
 
-def learning_rates(run: Run, plan: Plan) -> Callable[[int], float]:
+def learning_rates(run: Run, plan: TrainingPlan) -> Callable[[int], float]:
     """The share of the peak learning rate at each step, counted from 0, as our own run has it."""
     from llama_pretrain.train.optimizer import learning_rate_factor
 

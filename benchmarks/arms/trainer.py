@@ -24,14 +24,14 @@ from benchmarks.arms.given import (
     read_words,
 )
 from llama_pretrain.config.run import Run
-from llama_pretrain.plan.plan import Plan
+from llama_pretrain.plan.plan import TrainingPlan
 from llama_pretrain.runs.layout import RunDir
 
 
 class Batches(IterableDataset[dict[str, torch.Tensor]]):
     """The micro batches of this rank."""
 
-    def __init__(self, run: Run, plan: Plan):
+    def __init__(self, run: Run, plan: TrainingPlan):
         self._run, self._plan = run, plan
 
     def __iter__(self) -> Any:
@@ -45,7 +45,7 @@ class Batches(IterableDataset[dict[str, torch.Tensor]]):
 class TimedTrainer(Trainer):
     """Trainer on given batches and learning rates, that writes a line a step."""
 
-    def __init__(self, run: Run, plan: Plan, steps_file: Path, **words: Any):
+    def __init__(self, run: Run, plan: TrainingPlan, steps_file: Path, **words: Any):
         super().__init__(**words)
         self._run, self._plan, self._steps_file = run, plan, steps_file
         self._steps: StepFile | None = None

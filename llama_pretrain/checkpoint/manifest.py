@@ -1,6 +1,5 @@
-"""Which checkpoints of a run are whole: told by their manifests, without torch."""
+"""Which checkpoints of a run are complete, judged by their manifests; needs no torch."""
 
-import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass
@@ -9,83 +8,79 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from llama_pretrain.files import write_text
+from llama_pretrain.files import hash_file, hash_text, write_json
 
 MANIFEST = "manifest.json"
-
-
 LATEST = "latest"
-
-
 METRICS = "metrics.jsonl"
-"""A checkpoint's copy of what the run had measured by then."""
+"""A checkpoint's copy of the run's metrics at that step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a checkpoint holds; written last, so that a checkpoint without one is torn."""
+    """What a checkpoint holds. Written last, so a checkpoint without one is incomplete."""
 
     step: int
     consumed_samples: int
-    """Global positions of the data order that are behind it."""
+    """Global positions of the data order that have been consumed."""
     global_batch_size: int
     world_size: int
     zero_stage: int
     precision: str
     config_hash: str
-    """Of what a run must keep to be the same run."""
+    """Hash of the settings that must not change within a run."""
     data: dict[str, str]
     """The data's fingerprint: hashes of the tokenizer and of each source, and the settings that
     decide which tokens a position has."""
     sample_hash: str
-    """Of the last step's global batch."""
+    """Hash of the last step's global batch."""
     files: dict[str, list[int | str]]
     """Name -> size in bytes and SHA-256."""
 
 
 def checkpoint_name(step: int) -> str:
-    """The folder of a step's checkpoint."""
+    """The folder name of a step's checkpoint."""
     return f"step-{step:08d}"
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Make a checkpoint folder complete. The last line is a hash of what stands before it."""
+    """Make a checkpoint folder complete. The last key is a hash of the keys before it."""
     values = asdict(manifest)
-    values["sha256"] = _hash_of(values)
-    write_text(folder / MANIFEST, json.dumps(values, indent=2) + "\n")
+    values["sha256"] = _hash_values(values)
+    write_json(folder / MANIFEST, values)
 
 
-def _hash_of(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, indent=2).encode()).hexdigest()
+def _hash_values(values: dict[str, Any]) -> str:
+    return hash_text(json.dumps(values, indent=2))
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Read a manifest.
 
     Raises:
-        ValueError: if it is missing, cut short, or not ours.
+        ValueError: if it is missing, truncated, or written by another program.
     """
     path = folder / MANIFEST
     if not path.is_file():
         pickles = sorted(file.name for file in folder.rglob("*.pt"))
         if pickles:
-            raise ValueError(f"is from elsewhere: no manifest, and pickles such as {pickles[0]}")
-        raise ValueError("has no manifest: its save was cut short")
+            raise ValueError(f"was written by another program (found {pickles[0]}, no {MANIFEST})")
+        raise ValueError(f"is incomplete: it has no {MANIFEST}")
     try:
         values = json.loads(path.read_bytes())
-        if not isinstance(values, dict) or values.pop("sha256", None) != _hash_of(values):
+        if not isinstance(values, dict) or values.pop("sha256", None) != _hash_values(values):
             raise ValueError("its contents have changed")
         return TypeAdapter(Manifest).validate_python(values)
     except (ValueError, OSError) as error:
         lines = str(error).splitlines()
-        raise ValueError(f"its manifest can't be read: {' '.join(lines[:3])}") from error
+        raise ValueError(f"its manifest cannot be read: {' '.join(lines[:3])}") from error
 
 
 def find_fault(folder: Path, *, config_hash: str | None = None) -> str | None:
-    """Why a checkpoint can't be used, or `None` if every file is as it was written.
+    """Why a checkpoint cannot be used; `None` if every file is as it was written.
 
     Args:
-        config_hash: of the run that it should be of; `None` takes any run's.
+        config_hash: the hash of the run that it must belong to; `None` accepts any run.
     """
     try:
         manifest = read_manifest(folder)
@@ -94,25 +89,23 @@ def find_fault(folder: Path, *, config_hash: str | None = None) -> str | None:
         if folder.name != checkpoint_name(manifest.step):
             return f"is of step {manifest.step}"
         if not manifest.files:
-            return "its manifest names no files"
-        for name, (size, digest) in manifest.files.items():
-            if fault := _find_fault_of_file(folder, name, size, digest):
-                return fault
+            return "its manifest lists no files"
+        return find_damaged_file(folder, manifest)
     except (ValueError, OSError) as error:
         return str(error)
-    return None
 
 
-def _find_fault_of_file(folder: Path, name: str, size: int | str, digest: int | str) -> str | None:
-    path = folder / name
-    if Path(name).name != name or path.is_symlink():
-        return f"{name} lies outside of it"
-    if not path.is_file():
-        return f"{name} is missing"
-    if path.stat().st_size != size:
-        return f"{name} has {path.stat().st_size} bytes instead of {size}"
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+def find_damaged_file(folder: Path, manifest: Manifest, *, hashes: bool = True) -> str | None:
+    """The first file that differs from its manifest, and how; sizes only without `hashes`."""
+    for name, (size, digest) in manifest.files.items():
+        path = folder / name
+        if Path(name).name != name or path.is_symlink():
+            return f"{name} is outside of the checkpoint"
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} must have {size} bytes (got {path.stat().st_size})"
+        if hashes and hash_file(path) != digest:
             return f"the contents of {name} have changed"
     return None
 
@@ -120,41 +113,43 @@ def _find_fault_of_file(folder: Path, name: str, size: int | str, digest: int | 
 def newest_complete(
     checkpoints: Path, *, config_hash: str | None = None
 ) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, and a line for each newer one that was passed over."""
-    passed_over: list[str] = []
+    """The newest undamaged checkpoint, and a message for each newer one that was skipped."""
+    skipped: list[str] = []
     for folder in sorted(checkpoints.glob("step-*"), reverse=True):
         fault = find_fault(folder, config_hash=config_hash)
         if fault is None:
-            return folder, passed_over
-        passed_over.append(f"{folder.name} is passed over: {fault}")
-    return None, passed_over
+            return folder, skipped
+        skipped.append(f"{folder.name} is skipped: {fault}")
+    return None, skipped
+
+
+def _list_complete(checkpoints: Path) -> list[Path]:
+    return [path for path in sorted(checkpoints.glob("step-*")) if (path / MANIFEST).is_file()]
 
 
 def newest_of(checkpoints: Path) -> Path | None:
-    """The newest one that has a manifest; its files are not looked into."""
-    complete = [path for path in sorted(checkpoints.glob("step-*")) if (path / MANIFEST).is_file()]
-    return complete[-1] if complete else None
+    """The newest checkpoint that has a manifest; its files are not checked."""
+    return next(reversed(_list_complete(checkpoints)), None)
 
 
 def forget_after(checkpoints: Path, *, step: int) -> None:
-    """Delete checkpoints of steps that are about to be done again: passed over, or foreign."""
+    """Delete the checkpoints of steps that are about to be repeated."""
     for folder in checkpoints.glob("step-*"):
         if folder.name > checkpoint_name(step):
             discard(folder)
 
 
 def prune(checkpoints: Path, *, keep_last: int, keep_every_steps: int | None = None) -> None:
-    """Delete all but the newest complete checkpoints and those that are kept for good."""
-    complete = [path for path in sorted(checkpoints.glob("step-*")) if (path / MANIFEST).is_file()]
-    for folder in complete[:-keep_last]:
+    """Delete all but the newest complete checkpoints and every `keep_every_steps`-th step."""
+    for folder in _list_complete(checkpoints)[:-keep_last]:
         step = int(folder.name.removeprefix("step-"))
         if keep_every_steps is None or step % keep_every_steps:
             discard(folder)
 
 
 def discard(folder: Path) -> None:
-    """Delete a checkpoint. Its name goes first: killed in the middle, no half of one is left."""
-    doomed = folder.with_name(f".tmp-discarded-{folder.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+    """Delete a checkpoint. It is renamed first, so that no partial checkpoint remains if killed."""
+    renamed = folder.with_name(f".tmp-discarded-{folder.name}")
+    shutil.rmtree(renamed, ignore_errors=True)
+    folder.rename(renamed)
+    shutil.rmtree(renamed)

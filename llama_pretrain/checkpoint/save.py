@@ -1,4 +1,4 @@
-"""Save a checkpoint, all ranks together, in the background where asked."""
+"""Saves a checkpoint, all ranks together, in the background if configured."""
 
 import json
 import os
@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from llama_pretrain.checkpoint.engine_state import collect_tensors, collect_values
-from llama_pretrain.checkpoint.load import CheckpointError
 from llama_pretrain.checkpoint.manifest import (
     LATEST,
     Manifest,
@@ -23,19 +23,24 @@ from llama_pretrain.checkpoint.manifest import (
     prune,
     write_manifest,
 )
-from llama_pretrain.checkpoint.tensors import STATE, rank_file, write_bytes, write_tensors
+from llama_pretrain.checkpoint.tensors import STATE, rank_file, write_and_hash, write_tensors
 from llama_pretrain.config.checkpoint import OnError
-from llama_pretrain.config.run import Run
+from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.snapshot import config_hash
 from llama_pretrain.distributed import Rank, sum_over_ranks
 from llama_pretrain.files import write_text
-from llama_pretrain.plan.plan import Plan
+from llama_pretrain.plan.plan import TrainingPlan
+from llama_pretrain.runs.metrics import CheckpointRow
 
 Hashes = dict[str, list[int | str]]
 
 
+class CheckpointError(Exception):
+    """A checkpoint could not be written, and `checkpoint.on_error` is `stop`."""
+
+
 @dataclass
-class Save:
+class _Save:
     """A checkpoint that is being written."""
 
     step: int
@@ -46,27 +51,29 @@ class Save:
     files: Hashes = field(default_factory=dict)
     """What this rank has written."""
     fault: str = ""
-    """Why this rank could not."""
+    """Why this rank could not write."""
     thread: threading.Thread | None = None
 
     @property
     def written(self) -> bool:
-        """Whether this rank is done with it."""
+        """Whether this rank has written its files, or failed to."""
         return self.thread is None or not self.thread.is_alive()
 
 
 class Saver:
     """Writes checkpoints of one engine. Every rank calls each method at the same step."""
 
-    def __init__(self, engine: Any, run: Run, plan: Plan, rank: Rank, checkpoints: Path):
+    def __init__(
+        self, engine: Any, run: ResolvedRun, plan: TrainingPlan, rank: Rank, checkpoints: Path
+    ):
         self._engine, self._run, self._plan, self._rank = engine, run, plan, rank
         self._folder = checkpoints
-        self._pending: Save | None = None
-        self._copies: dict[str, torch.Tensor] = {}
+        self._pending: _Save | None = None
+        self._copies: dict[str, Tensor] = {}
 
     @property
     def written(self) -> bool:
-        """Whether this rank has written its part of a checkpoint that is not concluded yet."""
+        """Whether this rank has written its files of a checkpoint that is not finished yet."""
         return self._pending is not None and self._pending.written
 
     def begin(
@@ -77,15 +84,17 @@ class Saver:
         sample_hash: str,
         progress: Mapping[str, Any],
         files: Mapping[str, bytes],
-    ) -> list[dict[str, Any]]:
-        """Write the checkpoint of a step. Returns lines for the metrics: of what is concluded.
+    ) -> list[CheckpointRow]:
+        """Start the checkpoint of a step; a synchronous one is also finished.
 
         Args:
-            files: more files, from rank 0.
+            files: additional files, written by rank 0.
+
+        Returns:
+            What `finish` returns, or nothing while the checkpoint is written in the background.
         """
-        assert self._pending is None, "the checkpoint before has to be finished first"
+        assert self._pending is None, "finish() the previous checkpoint first"
         started = time.perf_counter()
-        assert self._plan.corpus is not None
         manifest = {
             "step": step,
             "consumed_samples": consumed_samples,
@@ -97,94 +106,108 @@ class Saver:
             "data": self._plan.corpus.fingerprint,
             "sample_hash": sample_hash,
         }
-        save = Save(step=step, manifest=manifest, started=started)
-        self._pending = save
+        save = self._pending = _Save(step=step, manifest=manifest, started=started)
         tensors = collect_tensors(self._engine, self._rank)
         values = {**collect_values(self._engine), "progress": progress}
-        more = dict(files) if self._rank.is_first else {}
-        more |= {STATE: json.dumps(values).encode()} if self._rank.is_first else {}
-        save.fault = self._make_room(step, tensors, more)
+        contents: dict[str, bytes] = {}
+        if self._rank.is_first:
+            contents = {**files, STATE: json.dumps(values).encode()}
+        save.fault = self._make_folder(step, tensors, contents)
         if save.fault:
             return self.finish()
-        temporary = self._temporary(step)
-        if self._run.checkpoint.asynchronous:
-            self._copies = {
-                key: _copy(tensor, self._copies.get(key)) for key, tensor in tensors.items()
-            }
-            save.thread = threading.Thread(
-                target=_write, args=(save, temporary, self._rank, self._copies, more), daemon=True
-            )
-            save.thread.start()
-            save.stall += time.perf_counter() - started
-            return []
-        _write(save, temporary, self._rank, tensors, more)
-        return self.finish()
+        if not self._run.checkpoint.asynchronous:
+            self._write(save, tensors, contents)
+            return self.finish()
+        self._copies = {
+            key: _copy(tensor, self._copies.get(key)) for key, tensor in tensors.items()
+        }
+        arguments = (save, self._copies, contents)
+        save.thread = threading.Thread(target=self._write, args=arguments, daemon=True)
+        save.thread.start()
+        save.stall += time.perf_counter() - started
+        return []
 
-    def finish(self) -> list[dict[str, Any]]:
-        """Wait for the checkpoint that is being written, and make it whole."""
+    def finish(self) -> list[CheckpointRow]:
+        """Wait for the checkpoint that is being written and complete it, if there is one.
+
+        Returns:
+            A row for the metrics: the checkpoint, or why it was not written.
+
+        Raises:
+            CheckpointError: if it could not be written and `checkpoint.on_error` is `stop`.
+        """
         save = self._pending
         if save is None:
             return []
-        began = time.perf_counter() if save.thread is not None else save.started
+        waited_since = save.started
         if save.thread is not None:
+            waited_since = time.perf_counter()
             save.thread.join()
-        fault = self._agree_on_faults(save)
+        fault = self._first_fault(save)
         if fault is None:
             files: list[Any] = [None] * self._rank.world_size
             dist.all_gather_object(files, save.files)
-            fault = self._conclude(
-                save, {key: value for part in files for key, value in part.items()}
-            )
+            merged = {key: value for part in files for key, value in part.items()}
+            fault = self._complete(save, merged)
         self._pending = None
         now = time.perf_counter()
-        row: dict[str, Any] = {
-            "step": save.step,
-            "tokens": save.step * self._plan.steps.tokens_per_step,
-        }
-        if fault is None:
-            row |= {
-                "checkpoint": checkpoint_name(save.step),
-                "checkpoint_seconds": now - save.started,
-                "checkpoint_stall_seconds": save.stall + now - began,
-            }
-        else:
-            row |= {"checkpoint_error": fault}
+        tokens = save.step * self._plan.steps.tokens_per_step
+        if fault is not None:
             if self._run.checkpoint.on_error is OnError.stop:
                 raise CheckpointError(fault)
-        return [row]
+            return [CheckpointRow(step=save.step, tokens=tokens, checkpoint_error=fault)]
+        return [
+            CheckpointRow(
+                step=save.step,
+                tokens=tokens,
+                checkpoint=checkpoint_name(save.step),
+                checkpoint_seconds=now - save.started,
+                checkpoint_stall_seconds=save.stall + now - waited_since,
+            )
+        ]
 
     def _temporary(self, step: int) -> Path:
         return self._folder / f".tmp-{checkpoint_name(step)}"
 
-    def _make_room(
-        self, step: int, tensors: Mapping[str, torch.Tensor], more: Mapping[str, bytes]
+    def _make_folder(
+        self, step: int, tensors: Mapping[str, Tensor], contents: Mapping[str, bytes]
     ) -> str:
-        """Make the folder, if its disk has room. Returns what is wrong; empty if nothing is."""
-        mine = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        mine += sum(len(content) for content in more.values())
-        (total,) = sum_over_ranks([mine], self._rank)
+        """Create the temporary folder if its disk has room. Returns the fault; empty for none."""
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        num_bytes += sum(len(content) for content in contents.values())
+        (total,) = sum_over_ranks([num_bytes], self._rank)
         fault = ""
         if self._rank.is_first:
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                for torn in self._folder.glob(".tmp-*"):
-                    shutil.rmtree(torn)
+                for incomplete in self._folder.glob(".tmp-*"):
+                    shutil.rmtree(incomplete)
                 free = shutil.disk_usage(self._folder).free
                 if free < 1.02 * total + (1 << 14):
-                    fault = (
-                        f"it takes {total / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free"
-                    )
+                    fault = f"it needs {total / 2**20:,.1f} MiB (got {free / 2**20:,.1f} MiB free)"
                 else:
                     self._temporary(step).mkdir()
             except OSError as error:
                 fault = _describe(error)
-        (bad,) = sum_over_ranks([float(bool(fault))], self._rank)
-        return fault or ("rank 0 could not begin" if bad else "")
+        (num_faults,) = sum_over_ranks([float(bool(fault))], self._rank)
+        return fault or ("rank 0 could not create the folder" if num_faults else "")
 
-    def _agree_on_faults(self, save: Save) -> str | None:
-        """What is wrong on any rank, told to all; `None` if nothing is."""
-        (bad,) = sum_over_ranks([float(bool(save.fault))], self._rank)
-        if not bad:
+    def _write(
+        self, save: _Save, tensors: Mapping[str, Tensor], contents: Mapping[str, bytes]
+    ) -> None:
+        """Write this rank's files. A disk error is recorded, for all ranks to act on."""
+        folder, name = self._temporary(save.step), rank_file(self._rank.index)
+        try:
+            save.files[name] = list(write_tensors(folder / name, tensors))
+            for name, content in contents.items():
+                save.files[name] = list(write_and_hash(folder / name, [content]))
+        except OSError as error:
+            save.fault = _describe(error)
+
+    def _first_fault(self, save: _Save) -> str | None:
+        """The first fault of any rank, on all ranks; `None` if there is none."""
+        (num_faults,) = sum_over_ranks([float(bool(save.fault))], self._rank)
+        if not num_faults:
             return None
         faults: list[Any] = [None] * self._rank.world_size
         dist.all_gather_object(faults, save.fault)
@@ -193,31 +216,29 @@ class Saver:
         first = next(number for number, text in enumerate(faults) if text)
         return f"{checkpoint_name(save.step)} was not written: {faults[first]} (rank {first})"
 
-    def _conclude(self, save: Save, files: Hashes) -> str | None:
-        """Rank 0: manifest, rename, `latest`, and old ones away."""
+    def _complete(self, save: _Save, files: Hashes) -> str | None:
+        """On rank 0: write the manifest, rename, update `latest`, delete old checkpoints."""
+        settings = self._run.checkpoint
         if self._rank.is_first:
             temporary, final = self._temporary(save.step), self._folder / checkpoint_name(save.step)
             try:
                 write_manifest(temporary, Manifest(**save.manifest, files=files))
-                if final.exists():  # left by a run that was resumed before it
+                if final.exists():  # from before the run was resumed at an earlier step
                     discard(final)
                 os.rename(temporary, final)
                 write_text(self._folder / LATEST, final.name + "\n")
-                prune(
-                    self._folder,
-                    keep_last=self._run.checkpoint.keep_last,
-                    keep_every_steps=self._run.checkpoint.keep_every_steps,
-                )
+                every = settings.keep_every_steps
+                prune(self._folder, keep_last=settings.keep_last, keep_every_steps=every)
             except OSError as error:
                 save.fault = _describe(error)
-        return self._agree_on_faults(save)
+        return self._first_fault(save)
 
 
-def _copy(tensor: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
-    """A copy in host memory that training doesn't change.
+def _copy(tensor: Tensor, into: Tensor | None) -> Tensor:
+    """A copy in host memory that training does not change.
 
     Args:
-        into: the copy of an earlier save: new memory costs more than the copying.
+        into: the copy of an earlier save: allocating memory costs more than copying.
     """
     if into is None:
         on_gpu = tensor.device.type == "cuda"
@@ -225,24 +246,6 @@ def _copy(tensor: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
     return into.copy_(tensor)
 
 
-def _write(
-    save: Save,
-    folder: Path,
-    rank: Rank,
-    tensors: Mapping[str, torch.Tensor],
-    more: Mapping[str, bytes],
-) -> None:
-    """One rank's files. What goes wrong with the disk is kept for the others."""
-    try:
-        save.files[rank_file(rank.index)] = list(
-            write_tensors(folder / rank_file(rank.index), tensors)
-        )
-        for name, content in more.items():
-            save.files[name] = list(write_bytes(folder / name, [content]))
-    except OSError as error:
-        save.fault = _describe(error)
-
-
 def _describe(error: OSError) -> str:
-    where = f": {error.filename}" if error.filename else ""
-    return f"{error.strerror or error}{where}"
+    file = f": {error.filename}" if error.filename else ""
+    return f"{error.strerror or error}{file}"

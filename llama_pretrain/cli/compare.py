@@ -1,25 +1,35 @@
 """`python -m llama_pretrain compare`: runs side by side."""
 
 import argparse
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
-from llama_pretrain.cli.terminal import say, say_problems, terminal_width
+from llama_pretrain.cli.plot import plot
+from llama_pretrain.cli.terminal import printable, say, say_problems, table_lines, terminal_width
 from llama_pretrain.config.problems import UserError
+from llama_pretrain.files import write_text
+from llama_pretrain.runs.comparison import Comparison, group, load_runs
+from llama_pretrain.runs.metrics import curve
+
+PLOT_WIDTH, PLOT_HEIGHT = 72, 14
+MAX_LENGTH = 160
+"""Characters of a value; JSON has the rest."""
 
 
 def add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """The subcommand and its arguments."""
+    """Add the subcommand."""
     parser = commands.add_parser(
         "compare",
         help="what differs between runs, their curves and their numbers",
-        description="Runs side by side: settings and provenance that differ, losses, time to a"
-        " loss, tokens/s, memory, and the curves laid over each other.",
+        description="Runs side by side: options and provenance that differ, losses, time to a"
+        " loss, tokens/s, memory, and overlaid curves.",
     )
     parser.add_argument("run", nargs="+", type=Path, help="run directories, two or more")
     parser.add_argument(
         "--loss",
         type=float,
-        help="the evaluation loss whose time is told (default: the worst of the runs' last ones)",
+        help="the evaluation loss whose time is compared (default: the worst of the runs' last)",
     )
     parser.add_argument(
         "--html",
@@ -35,33 +45,54 @@ def add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def compare_command(arguments: argparse.Namespace) -> int:
     """Print the comparison. Exit code 2 if there is nothing to compare."""
-    # YAML and more, which `list` does without.
-    from llama_pretrain.runs.compare import final_losses, load_runs
-    from llama_pretrain.runs.compare_text import render_json, render_text
-
     if len(arguments.run) < 2:
         say("error: name two runs or more", error=True)
         return 2
     try:
-        runs = load_runs(arguments.run)
+        comparison = Comparison(load_runs(arguments.run), loss=arguments.loss)
     except UserError as error:
         say_problems(error)
         return 2
-    losses = final_losses(runs)
-    loss = arguments.loss if arguments.loss is not None else max(losses, default=None)
     if arguments.json:
-        say(render_json(runs, loss=loss))
+        say(json.dumps(comparison.to_json(), indent=2))
     else:
-        for line in render_text(runs, loss=loss, width=terminal_width()):
+        for line in render_text(comparison, width=terminal_width()):
             say(line)
     if arguments.html is not None:
-        from llama_pretrain.files import write_text
-        from llama_pretrain.runs.compare_page import render_comparison
-
         try:
-            write_text(arguments.html, render_comparison(runs, loss=loss))
+            write_text(arguments.html, comparison.to_html())
         except OSError as error:
-            say(f"error: {arguments.html} can't be written: {error.strerror}", error=True)
+            say(f"error: {arguments.html} cannot be written: {error.strerror}", error=True)
             return 2
         say(f"page: {arguments.html}", error=arguments.json)
     return 0
+
+
+def render_text(comparison: Comparison, *, width: int | None) -> Iterator[str]:
+    """The comparison as lines; none but a path is wider than the terminal."""
+    letters = comparison.letters
+    for run in comparison.runs:
+        yield printable(f"{run.letter}  {run.contents.dir.path}")
+    yield from (f"note: {text}" for text in comparison.notes)
+    for title, found in (("config", comparison.config), ("provenance", comparison.provenance)):
+        yield ""
+        if not found:
+            yield f"{title}: nothing differs"
+            continue
+        rows = []
+        for name, differences in group(found):
+            rows.append([f"  {name}", *([""] * len(letters))])
+            rows += [
+                [f"    {texts[0]}", *(text[:MAX_LENGTH] for text in texts[1:])]
+                for texts in differences
+            ]
+        yield from table_lines([title, *letters], rows, fold=letters, width=width)
+    yield ""
+    yield from table_lines(
+        ["numbers", *letters], comparison.numbers(), numbers=letters, fold=letters, width=width
+    )
+    for title, name in (("evaluation loss", "eval_loss"), ("training loss", "loss")):
+        curves = {run.letter: curve(run.contents.rows, name) for run in comparison.runs}
+        drawn = plot(curves, width=min(width or PLOT_WIDTH, PLOT_WIDTH), height=PLOT_HEIGHT)
+        if drawn:
+            yield from ("", f"{title}, nats per token (# = several runs)", *drawn)

@@ -13,14 +13,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from llama_pretrain import console
 from llama_pretrain.cli import import_keys as ds
 from llama_pretrain.cli.overrides import build_run, default_settings, render_overrides
 from llama_pretrain.config import deepspeed_keys as rules
+from llama_pretrain.config.ignored import find_ignored
 from llama_pretrain.config.problems import Problem, UserError, refuse
 from llama_pretrain.config.validate import validate_run
 from llama_pretrain.config.zero import Zero, stages_of
-from llama_pretrain.plan.ds_config import source_of
-from llama_pretrain.plan.resolve import CHOSEN
+from llama_pretrain.plan.ds_config import setting_of
+from llama_pretrain.plan.resolve import REASONS
 
 COMMAND = "import_deepspeed="
 
@@ -48,7 +50,7 @@ class Import:
         value = ds.SPELLINGS.get(setting, {}).get(text, value)
         if value == "auto":
             self.open.add(setting)
-            chosen = f" ({CHOSEN[setting]})" if setting in CHOSEN else ""
+            chosen = f" ({REASONS[setting]})" if setting in REASONS else ""
             decides = f"was filled in elsewhere; {setting} decides here{chosen}"
             self.lose(path, value, ds.AUTO.get(setting, decides))
         elif "${" in text:
@@ -80,7 +82,17 @@ class Import:
             self.lost.append(Problem(path=self.origins[setting], message=message, hint=hint))
 
 
-def run_command(words: Sequence[str]) -> str:
+def run_import(words: Sequence[str]) -> int:
+    """`python run.py import_deepspeed=FILE`: print the command. Returns the exit code."""
+    try:
+        print(describe_import(words))
+    except UserError as error:
+        console.show_problems(error.problems)
+        return 1
+    return 0
+
+
+def describe_import(words: Sequence[str]) -> str:
     """What `python run.py import_deepspeed=FILE` prints.
 
     Raises:
@@ -88,8 +100,10 @@ def run_command(words: Sequence[str]) -> str:
     """
     word = next(word for word in words if word.startswith(COMMAND))
     if len(words) > 1:
-        message = f"stands alone (got {' '.join(other for other in words if other != word)})"
-        hint = "add other words to the command that it prints"
+        message = (
+            f"must be the only word (got {' '.join(other for other in words if other != word)})"
+        )
+        hint = "Add other words to the command that it prints"
         raise UserError([Problem(path=COMMAND.rstrip("="), message=message, hint=hint)])
     found = import_ds_config(read_ds_config(Path(word.removeprefix(COMMAND)).expanduser()))
     lines = [shlex.join(["python", "run.py", *render_overrides(found.wanted)])]
@@ -101,7 +115,7 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     """A JSON as DeepSpeed reads it: no key twice, and hjson where that is installed.
 
     Raises:
-        UserError: if it is not there or can't be read.
+        UserError: if it is not there or cannot be read.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -123,7 +137,7 @@ def read_ds_config(path: Path) -> dict[str, Any]:
                 raise
             values = import_module("hjson").loads(text, object_pairs_hook=unique)
     except (OSError, ValueError, RecursionError) as error:
-        message = f"can't be read as JSON: {' '.join(str(error).split())}"
+        message = f"cannot be read as JSON: {' '.join(str(error).split())}"
         raise UserError([Problem(path=str(path), message=message)]) from error
     if not isinstance(values, dict):
         message = f"should hold an object (got a {type(values).__name__})"
@@ -182,14 +196,14 @@ def _read(found: Import, path: str, value: Any) -> None:
     }.get(section, ("", (), {}))
     if name in ds.known_paths():
         if value == "auto" or name not in ("bf16.enabled", "fp16.enabled"):
-            found.want(source_of(name), value, path)
+            found.want(setting_of(name), value, path)
     elif key in passed:
         found.want(f"{extra}.{key}", value, path)
     elif extra and (key in refused or key in rules.LAST_VERSION_WITH):
         off = isinstance(value, Mapping) and value.get("enabled", not value) is False
         neutral = off or value == ds.NEUTRAL.get(key, False)
         if key in rules.LAST_VERSION_WITH or not neutral:
-            for problem in rules.check_key(key, path, known=passed, refused=refused):
+            for problem in rules.validate_key(key, path, passed, refused, {}):
                 found.lose(path, value, problem.message)
     elif any(known.startswith(f"{name}.") for known in ds.known_paths()):
         found.lose(path, value, "should be an object")
@@ -234,7 +248,7 @@ def _read_typed(found: Import, name: str, section: Any) -> None:
 def _read_scheduler(found: Import, kind: str, params: dict[str, Any]) -> str:
     """Ask for a schedule. Returns why there is none like it, if so."""
     if kind not in ds.SCHEDULERS:
-        return "there is no schedule like it here"
+        return "has no equivalent here"
     name, carried = ds.SCHEDULERS[kind]
     found.want("schedule.name", name, "scheduler.type", seen=kind)
     message = f"DeepSpeed's takes its first two steps at a learning rate of 0, schedule={name} none"
@@ -257,7 +271,7 @@ def _read_optimizer(found: Import, kind: str, params: dict[str, Any]) -> str:
         return "DeepSpeed 0.19.7 has removed it (the last with it is 0.19.6)"
     if name not in ds.OPTIMIZERS or (name == "adagrad" and not offloaded):
         where = " without offload" if name == "adagrad" else ""
-        return f"there is no optimizer like it here{where}"
+        return f"has no equivalent here{where}"
     option, carried = ds.OPTIMIZERS[name]
     if name.startswith("adam"):
         decoupled = name == "adamw" or params.get("adam_w_mode", True)
@@ -303,10 +317,10 @@ def _add_defaults(found: Import) -> None:
         if section == ds.ZERO:
             read = found.wanted.get("zero.stage") in stages[key]
         else:
-            on = found.wanted.get(source_of(f"{section}.{switch}"))
+            on = found.wanted.get(setting_of(f"{section}.{switch}"))
             read = not section or on not in (None, False, "none")
-        if read and source_of(path) not in found.origins.keys() | found.open:
-            found.want(source_of(path), value, path, given=False)
+        if read and setting_of(path) not in found.origins.keys() | found.open:
+            found.want(setting_of(path), value, path, given=False)
 
 
 def _drop_refused(found: Import) -> list[Problem]:
@@ -335,6 +349,7 @@ def _drop_refused(found: Import) -> list[Problem]:
 
 def _check(settings: Mapping[str, Any]) -> list[Problem]:
     try:
-        return list(validate_run(build_run(settings)))
+        run = build_run(settings)
+        return [*validate_run(run), *find_ignored(run, {})]
     except UserError as error:
         return error.problems

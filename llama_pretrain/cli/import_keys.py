@@ -12,8 +12,8 @@ from functools import cache
 from typing import Any
 
 from llama_pretrain.config.deepspeed import DeepSpeed
+from llama_pretrain.config.fields import walk_fields
 from llama_pretrain.config.precision import TorchAutocast
-from llama_pretrain.config.validate import schema_paths
 from llama_pretrain.config.zero import Zero
 from llama_pretrain.plan.ds_config import BF16_KEYS, FP16_KEYS, SOURCES
 
@@ -145,7 +145,7 @@ SCHEDULERS: Mapping[str, tuple[str, Parameters]] = {
 """DeepSpeed's type -> our option and its parameters."""
 
 
-NO_SETTING = "no setting here stands for it"
+NO_SETTING = "has no setting here"
 
 
 FIXED: Mapping[str, tuple[Any, str]] = {
@@ -169,7 +169,6 @@ FIXED: Mapping[str, tuple[Any, str]] = {
 
 REASONS = {
     "aio.thread_count": "DeepSpeed 0.19.8 reads deepspeed.aio.intra_op_parallelism instead",
-    "comet.api_key": "a key has no place in a config; Comet has settings of its own for it",
     "data_types.param_dtype": "precision decides the type of weights",
     f"{ZERO}.cpu_offload_use_pin_memory": (
         "DeepSpeed 0.19.8 ignores it; zero.offload_optimizer.pin_memory and"
@@ -207,15 +206,15 @@ MAX_SHOWN = 70
 def known_paths() -> frozenset[str]:
     """Every path of the JSON that a setting of ours stands for."""
     paths = [path for path in SOURCES if path != "zero_force_ds_cpu_optimizer"]
-    paths += [f"{ZERO}.{path}" for path, _ in schema_paths(Zero) if path != "extra"]
-    paths += [path for path, _ in schema_paths(DeepSpeed) if path != "extra"]
-    paths += [f"torch_autocast.{path}" for path, _ in schema_paths(TorchAutocast)]
+    paths += [f"{ZERO}.{path}" for path, _ in walk_fields(Zero) if path != "extra"]
+    paths += [path for path, _ in walk_fields(DeepSpeed) if path != "extra"]
+    paths += [f"torch_autocast.{path}" for path, _ in walk_fields(TorchAutocast)]
     paths += [f"data_types.{key}" for key in ("grad_accum_dtype", "buffer_dtype")]
     return frozenset([*paths, *(f"bf16.{k}" for k in BF16_KEYS), *(f"fp16.{k}" for k in FP16_KEYS)])
 
 
 def walk_config(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Values with their paths; a section that we don't know is one value."""
+    """Values with their paths; a section that we do not know is one value."""
     for key, value in config.items():
         path = f"{prefix}{key}"
         section = path if path == ZERO else present_name(path)

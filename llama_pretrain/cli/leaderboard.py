@@ -1,4 +1,4 @@
-"""`python -m llama_pretrain leaderboard`: the points of a sweep, the best first."""
+"""`python -m llama_pretrain leaderboard`: the jobs of a sweep, the best first."""
 
 import argparse
 from pathlib import Path
@@ -11,9 +11,9 @@ def add_leaderboard(commands: "argparse._SubParsersAction[argparse.ArgumentParse
     """Add the subcommand."""
     parser = commands.add_parser(
         "leaderboard",
-        help="the points of a sweep, the best first",
-        description="Show the points of a sweep, the best first, and write results.jsonl,"
-        " results.csv, report.html and hparams/ anew, while it runs too.",
+        help="the jobs of a sweep, the best first",
+        description="Show the jobs of a sweep, the best first, and rewrite results.jsonl,"
+        " results.csv, report.html and hparams/, even while it runs.",
     )
     parser.add_argument(
         "sweep",
@@ -27,8 +27,8 @@ def add_leaderboard(commands: "argparse._SubParsersAction[argparse.ArgumentParse
 
 
 def show_leaderboard(arguments: argparse.Namespace) -> int:
-    """Returns the exit code: 2 where there is no sweep."""
-    from llama_pretrain.sweep.results import conclude_newest  # torch's SummaryWriter: 2 s
+    """Returns the exit code: 2 if there is no sweep."""
+    from llama_pretrain.sweep.results import conclude_newest  # Hydra: not for other commands
 
     try:
         conclude_newest(arguments.sweep)

@@ -1,16 +1,16 @@
-"""All runs below a folder, from the ends of their files; nothing is written."""
+"""Find all runs below a folder, reading only the ends of their files."""
 
-import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from llama_pretrain.runs.layout import RunDir, is_held
-from llama_pretrain.runs.metrics import last_value, read_end
+from llama_pretrain.files import read_json
+from llama_pretrain.runs.layout import RunDir
+from llama_pretrain.runs.metrics import Row, SummaryRow, evaluations, last, last_value, read_tail
+from llama_pretrain.runs.status import CRASHED, read_state
 
 INSIDE = {
     "checkpoints",
@@ -21,37 +21,23 @@ INSIDE = {
     "tokenizer",
     "wandb",
 }
-"""Folders of a run in which no other run lies."""
-
-
-HEAD = 4096
-"""Bytes at the beginning of a snapshot in which its task and its model stand."""
-
-
+"""Folders of a run that contain no other run."""
+HEAD_BYTES = 4096
+"""Bytes at the beginning of a snapshot that hold its task and its model."""
 WITHOUT_STATUS = ("evaluate", "verify_resume")
-"""Tasks whose folders have no status.json."""
-
-
-OF_A_SWEEP = ("sweep.json", "multirun.yaml")
-"""In a folder of runs: what ours and Hydra's plain sweeps write."""
-
-
-RUNNING, CRASHED, UNREADABLE, UNKNOWN = "running", "crashed", "unreadable", "unknown"
-
-
-class Kind(str, Enum):
-    run = "run"
-    sweep = "sweep"
-    evaluation = "evaluation"
+"""Tasks that write no status.json."""
+SWEEP_FILES = ("sweep.json", "multirun.yaml")
+"""What a sweep writes beside its jobs' folders."""
+UNREADABLE, UNKNOWN = "unreadable", "unknown"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Listed:
-    """What a line of the table says."""
+    """One line of the table."""
 
     path: Path
-    kind: Kind = Kind.run
-    """`sweep` = a run of a sweep."""
+    kind: Literal["run", "sweep", "evaluation"] = "run"
+    """`sweep` = a job of a sweep."""
     status: str
     """As in status.json; or `crashed`, `unreadable`, `unknown`."""
     started: str | None = None
@@ -59,99 +45,75 @@ class Listed:
     model: str | None = None
     step: int | None = None
     steps: int | None = None
-    """Planned."""
+    """Planned steps."""
     loss: float | None = None
     eval_loss: float | None = None
     tokens_per_s: float | None = None
     checkpoint: str | None = None
-    """Of a run that has crashed: what it can go on from."""
+    """Where a crashed run can resume."""
     error: str | None = None
 
 
 def list_runs(root: Path) -> list[Listed]:
     """All runs below a folder, the newest last."""
-    found = [listed for folder in _find_runs(root) for listed in [_look_at(folder)]]
+    found = [_describe(folder) for folder in _find_runs(root)]
     return sorted(found, key=lambda listed: (listed.started or "", str(listed.path)))
 
 
 def _find_runs(root: Path) -> Iterator[Path]:
-    """Folders with a snapshot, and folders that can't be looked into. No link is followed."""
-    waiting = [root]
-    while waiting:
-        folder = waiting.pop()
-        try:
-            entries = list(os.scandir(folder))
-        except FileNotFoundError:  # it has gone since
-            continue
-        except OSError:
-            yield folder
-            continue
-        names = {entry.name for entry in entries}
-        is_run = "snapshot.yaml" in names
+    """Folders with a snapshot, and unreadable folders. Links are not followed."""
+    faults: list[OSError] = []
+    for folder, names, files in os.walk(root, onerror=faults.append):
+        is_run = "snapshot.yaml" in files
         if is_run:
-            yield folder
-        waiting += [
-            Path(entry.path)
-            for entry in entries
-            if entry.is_dir(follow_symlinks=False)
-            and not entry.name.startswith(".")
-            and not (is_run and entry.name in INSIDE)
+            yield Path(folder)
+        names[:] = [
+            name for name in names if not name.startswith(".") and not (is_run and name in INSIDE)
         ]
+    for fault in faults:
+        if not isinstance(fault, FileNotFoundError):  # deleted meanwhile
+            yield Path(fault.filename)
 
 
-def _look_at(folder: Path) -> Listed:
-    """One run; what its files don't tell is left open."""
+def _describe(folder: Path) -> Listed:
+    """One run; what its files do not record is left out."""
     run_dir = RunDir(folder)
     try:
         head = _read_head(run_dir.snapshot)
-        status = _load(run_dir.status)
-        plan, provenance = _load(run_dir.plan), _load(run_dir.provenance)
-        rows = read_end(run_dir.metrics)
-        evaluates = head.get("task") == "evaluate"
-        bare = head.get("task") in WITHOUT_STATUS
-        said = _status_of(rows) if bare else _status(run_dir, status)
-    except OSError as error:
-        return Listed(path=folder, status=UNREADABLE, error=error.strerror)
-    kind = Kind.evaluation if evaluates else Kind.run
-    if not evaluates and any((folder.parent / name).exists() for name in OF_A_SWEEP):
-        kind = Kind.sweep
+        rows = read_tail(run_dir.metrics)
+    except OSError as fault:
+        return Listed(path=folder, status=UNREADABLE, error=fault.strerror)
+    plan, provenance = read_json(run_dir.plan) or {}, read_json(run_dir.provenance) or {}
+    task = head.get("task")
+    evaluates = task == "evaluate"
+    state, error = read_state(run_dir)
+    if task in WITHOUT_STATUS:
+        state = _state_of(rows)
+    in_sweep = any((folder.parent / name).exists() for name in SWEEP_FILES)
     steps = plan.get("steps")
     time = provenance.get("time")
     return Listed(
         path=folder,
-        kind=kind,
-        status=said,
+        kind="evaluation" if evaluates else "sweep" if in_sweep else "run",
+        status=state or UNKNOWN,
         started=time if isinstance(time, str) else None,
         model=head.get("model"),
-        step=last_value(rows, "step"),
+        step=rows[-1].step if rows else None,
         steps=steps.get("total") if isinstance(steps, dict) and not evaluates else None,
         loss=last_value(rows, "loss"),
         eval_loss=last_value(rows, "eval_loss"),
         tokens_per_s=last_value(rows, "median_tokens_per_s") or last_value(rows, "tokens_per_s"),
-        checkpoint=_newest_checkpoint(run_dir) if said == CRASHED else None,
-        error=status.get("error"),
+        checkpoint=_newest_checkpoint(run_dir) if state == CRASHED else None,
+        error=error or None,
     )
-
-
-def _load(path: Path) -> dict[str, Any]:
-    """A JSON file's mapping; empty where there is none that can be parsed.
-
-    Raises:
-        OSError: if it is there and can't be read.
-    """
-    try:
-        values = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _read_head(path: Path) -> dict[str, str]:
     """The task and the model of a snapshot, without parsing all of its YAML."""
     try:
         with path.open("rb") as file:
-            text = file.read(HEAD).decode("utf-8", errors="replace")
-    except FileNotFoundError:  # a folder that could not be looked into, or a run that has gone
+            text = file.read(HEAD_BYTES).decode("utf-8", errors="replace")
+    except FileNotFoundError:  # unreadable folder, or deleted meanwhile
         os.scandir(path.parent).close()
         return {}
     found = {}
@@ -161,20 +123,10 @@ def _read_head(path: Path) -> dict[str, str]:
     return found
 
 
-def _status_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Where there is no status.json: whether the last line is there."""
-    return "completed" if any("finished" in row for row in rows) else "unfinished"
-
-
-def _status(run_dir: RunDir, status: Mapping[str, Any]) -> str:
-    """What status.json says; `crashed` where it says `running` and nobody trains there."""
-    said = status.get("status")
-    if not isinstance(said, str):
-        return UNKNOWN
-    if said == RUNNING and not is_held(run_dir, status.get("pid")):
-        now = _load(run_dir.status).get("status")  # it may have ended in between
-        return CRASHED if now == RUNNING else str(now)
-    return said
+def _state_of(rows: Sequence[Row]) -> str:
+    """Without a status.json: whether the last line is there."""
+    done = last(rows, SummaryRow) or any(row.finished for row in evaluations(rows))
+    return "completed" if done else "unfinished"
 
 
 def _newest_checkpoint(run_dir: RunDir) -> str | None:

@@ -46,7 +46,7 @@ def build_run(settings: Mapping[str, Any]) -> Run:
     """The run that dotted settings make.
 
     Raises:
-        UserError: if they don't fit the schema.
+        UserError: if they do not fit the schema.
     """
     values: dict[str, Any] = {}
     for path, value in settings.items():
@@ -55,14 +55,14 @@ def build_run(settings: Mapping[str, Any]) -> Run:
         for section in sections:
             place = place.setdefault(section, {})
         place[key] = dict(value) if isinstance(value, dict) else value
-    return parse_values(values)
+    return parse_values(values, Run)
 
 
 def render_overrides(wanted: Mapping[str, Any]) -> list[str]:
     """Overrides that turn the default run into one with these settings.
 
     Raises:
-        UserError: if they don't fit the schema.
+        UserError: if they do not fit the schema.
     """
     default = default_settings()
     run = build_run(default | dict(wanted))
@@ -88,7 +88,7 @@ def render_overrides(wanted: Mapping[str, Any]) -> list[str]:
 
 
 def _meant_by_null(run: Run) -> Iterator[tuple[str, Any]]:
-    """What plan/resolve.py makes of a null, where that doesn't depend on the model."""
+    """What plan/resolve.py makes of a null, where that does not depend on the model."""
     muon, stage = run.optim.name is OptimName.muon, run.zero.stage
     yield "train.gradient_clipping", 0.0 if muon else 1.0
     yield "zero.reduce_scatter", not (muon and stage == 3)

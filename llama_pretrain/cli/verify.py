@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from llama_pretrain.cli.terminal import say
+from llama_pretrain.cli.terminal import say, table_lines, terminal_width
 
 MARKS = {"pass": "ok", "fail": "FAIL", "absent": "-"}
 
@@ -35,19 +35,15 @@ def verify_command(arguments: argparse.Namespace) -> int:
     if not any((arguments.run / name).is_file() for name in FILES):
         say(f"error: {arguments.run} is no run directory", error=True)
         return 2
-    from llama_pretrain.cli.integrity import (
-        iter_failures,  # pydantic and more
-        verify_run,  # pydantic and more
-    )
-    from llama_pretrain.runs.terminal import printable, text_table
+    from llama_pretrain.cli.integrity import iter_failures, verify_run  # pydantic, numpy
 
     checks = verify_run(arguments.run, deep=arguments.deep)
     failures = list(iter_failures(checks))
     if arguments.json:
         say(json.dumps([asdict(check) for check in checks], indent=2))
         return 1 if failures else 0
-    rows = [(MARKS[check.result.value], check.name, printable(check.told)) for check in checks]
-    for line in text_table(("", "what", "found"), rows):
+    rows = [(MARKS[check.result.value], check.name, check.text) for check in checks]
+    for line in table_lines(("", "what", "found"), rows, fold=("found",), width=terminal_width()):
         say(line)
     say("")
     fail = "fails" if len(failures) == 1 else "fail"

@@ -8,11 +8,11 @@ class Batch:
     """global_batch_size = micro_batch_size x gradient_accumulation_steps x ranks, exactly."""
 
     global_batch_size: PositiveInt | None = None
-    """Rows of one optimizer step, over all ranks; `null` = derived from the others; all four
+    """Sequences of one optimizer step, over all ranks; `null` = derived from the others; all four
     `null` = 16, or the next number that the ranks divide."""
     global_batch_tokens: PositiveInt | None = None
     """The same in tokens: a multiple of data.sequence_length."""
     micro_batch_size: PositiveInt | None = None
-    """Rows of one forward pass on one rank; `null` = derived."""
+    """Sequences of one forward pass on one rank; `null` = derived."""
     gradient_accumulation_steps: PositiveInt | None = None
-    """Forward passes of one rank before an optimizer step; `null` = derived, 1 where open."""
+    """Forward passes of one rank before an optimizer step; `null` = derived, or 1."""

@@ -1,7 +1,7 @@
 """The config group `data`: sources, sequences, stages and how documents become tokens."""
 
 from collections.abc import Iterator
-from dataclasses import field, fields
+from dataclasses import field
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +13,7 @@ from llama_pretrain.config.fields import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    UsedWhen,
     schema,
 )
 from llama_pretrain.config.problems import Problem
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 class DataName(str, Enum):
     stdlib = "stdlib"
+    stdlib_small = "stdlib_small"
     docstrings = "docstrings"
     text = "text"
     huggingface = "huggingface"
@@ -50,41 +52,55 @@ class OnError(str, Enum):
     skip = "skip"
 
 
+IN_PLACE = (DataName.megatron, DataName.tokens, DataName.prepared)
+"""Existing tokens, read where they are."""
+READS_PATHS = (DataName.text, *IN_PLACE)
+
+HUGGINGFACE = UsedWhen(".name", ("huggingface",))
+FROM_TEXT = UsedWhen(
+    ".name", ("stdlib", "stdlib_small", "docstrings", "text", "huggingface", "mixture")
+)
+NOT_PREPARED = UsedWhen(".name", tuple(k.value for k in DataName if k.value != "prepared"))
+MIXTURE = UsedWhen("data.name", ("mixture",))
+NOT_MIXTURE = UsedWhen(".name", tuple(kind.value for kind in DataName if kind.value != "mixture"))
+
+
 @schema
 class Source:
     """One source of documents or of tokens."""
 
     name: DataName = DataName.stdlib
-    """Text: `stdlib` (the Python standard library's sources where they are installed),
-    `docstrings` (English prose from the installed packages), `text` (your files in `paths`),
-    `huggingface` (a dataset). Tokens that exist already, read where they lie: `megatron` (.bin with
-    .idx), `tokens` (headerless files), `prepared` (a folder that task=prepare wrote). `mixture`:
-    several of these, in `data.sources`."""
+    """Text: `stdlib` (the sources of the installed Python standard library), `stdlib_small` (those
+    of its package email, for quick checks), `docstrings` (English prose from the installed
+    packages), `text` (your files in `paths`), `huggingface` (a dataset).
+    Existing tokens, read where they are: `megatron` (.bin with .idx), `tokens` (headerless files),
+    `prepared` (a directory written by task=prepare). `mixture`: several of these, in
+    `data.sources`."""
     paths: list[str] = field(default_factory=list)
     """`text`: files and globs of .txt (one file = one document), .jsonl and .parquet; .txt and
-    .jsonl may end in .gz or .zst. `megatron`: .bin files; `tokens`: files; `prepared`: one folder.
-    `**` recurses."""
+    .jsonl may end in .gz or .zst. `megatron`: .bin files; `tokens`: files; `prepared`: one
+    directory. `**` recurses."""
     heldout_paths: list[str] = field(default_factory=list)
-    """The same for evaluation, as in nanoGPT's val.bin; then nothing is held out of `paths`."""
-    text_field: str = "text"
+    """The same for evaluation, as in nanoGPT's val.bin; then nothing of `paths` is held out."""
+    text_field: Annotated[str, UsedWhen(".name", ("text", "huggingface"))] = "text"
     """Field of a .jsonl record, or column of a .parquet file or a dataset, that holds the text."""
-    delimiter: str | None = None
-    """`text`: what separates documents inside a .txt, `\\n` and `\\t` standing for line feed and
-    tab; `null` = one file is one document."""
+    delimiter: Annotated[str | None, UsedWhen(".name", ("text",))] = None
+    """`text`: what separates documents inside a .txt, with `\\n` and `\\t` for line feed and tab;
+    `null` = one file is one document."""
     dataset: str | None = None
-    """`huggingface`: a folder that save_to_disk wrote, a folder of data files, or a name on the
-    hub, which is streamed."""
-    dataset_config: str | None = None
-    """`huggingface`: the configuration (subset) of the dataset."""
-    dataset_split: str = "train"
-    """`huggingface`: the split of the dataset."""
-    dataset_revision: str | None = None
-    """`huggingface`: a commit or tag of the hub's repository; `null` = its newest commit."""
-    dtype: TokenDtype | None = None
+    """`huggingface`: a directory written by save_to_disk, a directory of data files, or a name on
+    the hub, which is streamed."""
+    dataset_config: Annotated[str | None, HUGGINGFACE] = None
+    """`huggingface`: configuration (subset) of the dataset."""
+    dataset_split: Annotated[str, HUGGINGFACE] = "train"
+    """`huggingface`: split of the dataset."""
+    dataset_revision: Annotated[str | None, HUGGINGFACE] = None
+    """`huggingface`: commit or tag of the hub's repository; `null` = its newest commit."""
+    dtype: Annotated[TokenDtype | None, UsedWhen(".name", ("tokens",))] = None
     """`tokens`: type of the ids in the files (nanoGPT: uint16)."""
-    weight: PositiveFloat = 1.0
-    """In a mixture: this source's share of the rows, beside the other sources' weights."""
-    max_epochs: PositiveFloat | None = None
+    weight: Annotated[PositiveFloat, MIXTURE] = 1.0
+    """In a mixture: this source's share of the sequences, relative to the other weights."""
+    max_epochs: Annotated[PositiveFloat | None, NOT_MIXTURE] = None
     """A run that would read this source more often than this is refused."""
 
 
@@ -93,270 +109,177 @@ class Stage:
     """What changes at a point of the run."""
 
     from_tokens: NonNegativeInt = 0
-    """The stage begins with the first step that has at least so many training tokens before it."""
+    """The stage begins with the first step that has at least this many training tokens before it.
+    """
     weights: dict[str, NonNegativeFloat] = field(default_factory=dict)
-    """Weights of the mixture's sources from here on, each one named; empty = as before."""
+    """Weights of the mixture's sources from here on, each one named; empty = unchanged."""
     sequence_length: Annotated[int, Ge(2)] | None = None
-    """Rows are cut into rows of this length, a divisor of data.sequence_length, that attend to
-    themselves alone; `null` = not cut."""
+    """Sequences are cut into shorter ones of this length, a divisor of data.sequence_length, that
+    attend only to themselves; `null` = not cut."""
 
 
 @schema
 class Data(Source):
-    """The corpus and how it becomes rows: of one source, or of those in `sources`."""
+    """The corpus and how it becomes sequences: of one source, or of those in `sources`."""
 
     sources: dict[str, Source] = field(default_factory=dict)
-    """`mixture`: the sources by name, each with the settings above (of `name` to `max_epochs`)."""
-    mixture_block: PositiveInt = 1000
-    """Each block of so many consecutive rows has exactly its share of every source."""
+    """`mixture`: the sources by name, each with the settings above (`name` to `max_epochs`)."""
+    mixture_block: Annotated[PositiveInt, MIXTURE] = 1000
+    """Each block of this many consecutive sequences has exactly its share of every source."""
     stages: list[Stage] = field(default_factory=list)
-    """Changes on the way, in order, each from the first step on that has at least `from_tokens`
-    training tokens before it: {from_tokens: 0, sequence_length: 64} cuts rows into rows of 64
-    tokens (a divisor), {from_tokens: 1_000_000, weights: {web: 1, code: 3}} changes the mixture."""
+    """Changes during the run, in order, each from the first step that has at least `from_tokens`
+    training tokens before it: {from_tokens: 0, sequence_length: 64} cuts sequences into 64 tokens
+    each (a divisor), {from_tokens: 1_000_000, weights: {web: 1, code: 3}} changes the mixture."""
     sequence_length: Annotated[int, Ge(2)] = 512
-    """Tokens of a row."""
+    """Tokens of a sequence."""
     packing: Packing = Packing.concatenate
     """`concatenate`: documents one after another, cut every sequence_length tokens; `best_fit`:
     whole documents are put where they fit (arXiv 2404.10830), and only longer ones are cut."""
     document_mask: bool = False
-    """Documents in a row don't see each other, and no document's first token is a target."""
-    heldout_fraction: Annotated[float, Interval(gt=0, lt=1)] = 0.02
+    """Documents in a sequence do not attend to each other, and no document's first token is a
+    target."""
+    heldout_fraction: Annotated[float, Interval(gt=0, lt=1), NOT_PREPARED] = 0.02
     """Share of documents held out for evaluation, chosen by a hash of each document's text; of
-    tokens that exist already, the end of each file."""
-    shuffle_seed: NonNegativeInt | None = 0
-    """Documents are shuffled with this seed when they are prepared; `null` = as they come."""
-    deduplicate: bool = False
-    """Whether only the first of documents with the same text is kept."""
-    on_error: OnError = OnError.stop
-    """What a document that can't be read does: `stop`, or `skip`, which counts and lists it."""
-    max_error_fraction: Fraction = 0.001
-    """`skip`: above this share of documents that can't be read, preparing stops."""
+    existing tokens, the end of each file."""
+    shuffle_seed: Annotated[NonNegativeInt | None, FROM_TEXT] = 0
+    """Documents are shuffled with this seed when they are prepared; `null` = not shuffled."""
+    deduplicate: Annotated[bool, FROM_TEXT] = False
+    """Whether only the first of several documents with the same text is kept."""
+    on_error: Annotated[OnError, FROM_TEXT] = OnError.stop
+    """What happens at a document that cannot be read: `stop`, or `skip`, which counts and lists it.
+    """
+    max_error_fraction: Annotated[Fraction, UsedWhen("data.on_error", ("skip",))] = 0.001
+    """`skip`: preparation stops above this share of documents that cannot be read."""
     prepare_processes: PositiveInt | None = None
-    """Processes that prepare; `null` = one a core. The tokens don't depend on it."""
+    """Processes that prepare data; `null` = one a core. The tokens do not depend on it."""
     limit_train_rows: PositiveInt | None = None
-    """Use only the first rows of each source's training split; `null` = all."""
+    """Use only the first sequences of each source's training split; `null` = all."""
     hash: str | None = None
     """What the data must be: SHA-256 of its tokens' hashes and the tokenizer's. A snapshot records
-    it, so that a run is not reproduced on other data unnoticed; `null` = whatever is there."""
+    it, so that a run cannot be reproduced on other data unnoticed; `null` = any data."""
     cache_dir: str = "~/.cache/llama_pretrain"
-    """Where tokenizers and tokens are kept, each under the hash of what it was made from."""
+    """Where tokenizers and tokens are cached, each under the hash of what it was made from."""
     num_workers: NonNegativeInt = 0
     """Loader processes a rank; 0 is the fastest here (docs/log.md)."""
 
 
-IN_PLACE = (DataName.megatron, DataName.tokens, DataName.prepared)
-"""Tokens that exist already."""
-
-
-READS_PATHS = (DataName.text, *IN_PLACE)
-
-
-OF_A_DATASET = ("dataset_config", "dataset_split", "dataset_revision")
-
-
 def named_sources(data: Data) -> dict[str, Source]:
-    """The sources by name; a single one is called after its kind."""
+    """The sources by name; a single one is named after its kind."""
     return data.sources if data.name is DataName.mixture else {data.name.value: data}
 
 
 def validate_data(run: "Run") -> Iterator[Problem]:
-    """Rules of the section `data`."""
-    data = run.data
-    if data.name is DataName.mixture:
-        yield from _check_mixture(data)
-        for name, source in data.sources.items():
-            yield from _check_source(source, f"data.sources.{name}", run)
-    else:
-        yield from _check_source(data, "data", run)
-        if data.sources:
-            yield Problem(
-                path="data.sources",
-                message=f"are not read with data={data.name.value} (got {', '.join(data.sources)})",
-                hint="add data=mixture",
-            )
-        if data.weight != Source().weight:
-            yield Problem(
-                path="data.weight",
-                message=f"is for the sources of a mixture (got {data.weight})",
-                hint="leave it out, or add data=mixture",
-            )
-    yield from _check_stages(run)
-    yield from _check_making(data)
-
-
-def _check_mixture(data: Data) -> Iterator[Problem]:
-    if not data.sources:
+    """Sources must name what they read, and stages must follow each other."""
+    data, mixed = run.data, run.data.name is DataName.mixture
+    if mixed and not data.sources:
         yield Problem(
             path="data.sources",
-            message="data=mixture needs sources",
-            hint="add '+data.sources={web:{name:text,paths:[web/*.jsonl],weight:3},"
+            message="is required with data=mixture",
+            hint="Add '+data.sources={web:{name:text,paths:[web/*.jsonl],weight:3},"
             "code:{name:stdlib}}'",
         )
-    for item in fields(Source):
-        value = getattr(data, item.name)
-        if item.name != "name" and value != getattr(Source(), item.name):
-            yield Problem(
-                path=f"data.{item.name}",
-                message=f"is not read with data=mixture (got {value})",
-                hint=f"set it for a source: data.sources.NAME.{item.name}",
-            )
+    if data.sources and not mixed:
+        yield Problem(
+            path="data.sources",
+            message=f"requires data=mixture (got data={data.name.value})",
+            hint="Add data=mixture",
+        )
+    yield from _validate_source(data, "data", run)
     for name, source in data.sources.items():
         if source.name is DataName.mixture:
-            message = "a mixture's sources are no mixtures (got mixture)"
-            yield Problem(path=f"data.sources.{name}.name", message=message)
+            path = f"data.sources.{name}.name"
+            yield Problem(path=path, message="must not be a mixture itself (got mixture)")
+        yield from _validate_source(source, f"data.sources.{name}", run)
+    yield from _validate_stages(data)
 
 
-def _check_source(source: Source, path: str, run: "Run") -> Iterator[Problem]:
-    kind, default, planned = source.name, Source(), run.task is Task.plan
-    called = f"data={kind.value}" if path == "data" else f"{path}.name={kind.value}"
-    if kind in READS_PATHS and not source.paths and not planned:
-        files = {DataName.text: "corpus/*.txt", DataName.megatron: "tokens/*.bin"}
-        example = files.get(kind, "DIR" if kind is DataName.prepared else "train.bin")
-        what = "a folder" if kind is DataName.prepared else "files"
-        yield Problem(
-            path=f"{path}.paths",
-            message=f"{called} needs {what}",
-            hint=f"add {path}.paths=[{example}]",
-        )
-    for name in ("paths", "heldout_paths"):
+def _validate_source(source: Source, path: str, run: "Run") -> Iterator[Problem]:
+    kind, planned = source.name, run.task is Task.plan
+    label = f"data={kind.value}" if path == "data" else f"{path}.name={kind.value}"
+    example = {DataName.text: "corpus/*.txt", DataName.megatron: "tokens/*.bin"}
+    required = {
+        "paths": kind in READS_PATHS,
+        "dataset": kind is DataName.huggingface,
+        "dtype": kind is DataName.tokens,
+    }
+    hints = {
+        "paths": f"[{example.get(kind, 'DIR' if kind is DataName.prepared else 'train.bin')}]",
+        "dataset": "DIR, or a name on the hub",
+        "dtype": "uint16 (nanoGPT's), or uint32",
+    }
+    for name, is_required in required.items():
         value = getattr(source, name)
-        if value and (kind not in READS_PATHS or (name != "paths" and kind is DataName.prepared)):
+        if is_required and not value and not planned:
             yield Problem(
                 path=f"{path}.{name}",
-                message=f"is not read with {called} (got {value})",
-                hint="add data=text" if path == "data" and name == "paths" else "leave it out",
+                message=f"is required with {label}",
+                hint=f"Add {path}.{name}={hints[name]}",
             )
-    plain = all(p.removesuffix(".gz").removesuffix(".zst").endswith(".txt") for p in source.paths)
-    fielded = kind is DataName.huggingface or (kind is DataName.text and not plain)
-    if source.text_field != default.text_field and not fielded:
-        why = f"and {path}.paths names none" if kind is DataName.text else "and none are read"
-        yield Problem(
-            path=f"{path}.text_field",
-            message=f"is for .jsonl and .parquet, {why} (got {source.text_field})",
-            hint="leave it out",
-        )
-    if source.delimiter is not None and (kind is not DataName.text or not source.delimiter):
-        yield Problem(
-            path=f"{path}.delimiter",
-            message=f"is for text files, and not empty (got {source.delimiter!r}, {called})",
-            hint="leave it out",
-        )
-    if kind is DataName.huggingface and source.dataset is None and not planned:
-        yield Problem(
-            path=f"{path}.dataset",
-            message=f"{called} needs a dataset",
-            hint=f"add {path}.dataset=DIR, or a name on the hub",
-        )
-    for name in ("dataset", *OF_A_DATASET):
+    # Not a warning: the run would train on other data than the user named.
+    for name, reads in (
+        ("paths", READS_PATHS),
+        ("heldout_paths", READS_PATHS[:-1]),
+        ("dataset", (DataName.huggingface,)),
+    ):
         value = getattr(source, name)
-        if kind is not DataName.huggingface and value != getattr(default, name):
+        if value and kind not in reads:
+            option = "huggingface" if name == "dataset" else "text"
             yield Problem(
                 path=f"{path}.{name}",
-                message=f"is not read with {called} (got {value})",
-                hint="add data=huggingface" if path == "data" else "leave it out",
+                message=f"names data, but {label} does not read it (got {value})",
+                hint=f"Set it for a source: data.sources.NAME.{name}"
+                if kind is DataName.mixture
+                else (f"Add data={option}" if path == "data" else "Remove it"),
             )
-    yield from _check_tokens(source, path, called, run)
-
-
-def _check_tokens(source: Source, path: str, called: str, run: "Run") -> Iterator[Problem]:
-    """Rules for tokens that exist already."""
-    kind, data = source.name, run.data
-    if (kind is DataName.tokens) != (source.dtype is not None) and run.task is not Task.plan:
-        given = source.dtype is not None
-        seen = f" (got {source.dtype.value})" if source.dtype is not None else ""
-        yield Problem(
-            path=f"{path}.dtype",
-            message=f"is not read with {called}{seen}" if given else f"{called} needs a type",
-            hint="leave it out" if given else f"add {path}.dtype=uint16 (nanoGPT's), or uint32",
-        )
-    if kind not in IN_PLACE:
+    if source.delimiter == "":
+        yield Problem(path=f"{path}.delimiter", message="must not be empty", hint="Remove it")
+    if kind not in (DataName.megatron, DataName.tokens):
         return
-    others = [source.name for source in named_sources(data).values()]
+    kinds = [other.name for other in named_sources(run.data).values()]
     trained = run.tokenizer.name is TokenizerName.train
-    found = DataName.prepared in others or run.task is Task.plan
-    if kind is not DataName.prepared and trained and not found:
+    if trained and DataName.prepared not in kinds and not planned:
         yield Problem(
             path="tokenizer",
-            message=f"{called} needs the tokenizer that made the tokens (got train)",
-            hint="add tokenizer=pretrained tokenizer.path=DIR",
+            message=f"must be the tokenizer that made the tokens with {label} (got train)",
+            hint="Add tokenizer=pretrained tokenizer.path=DIR",
         )
-    if kind is not DataName.prepared and data.packing is Packing.best_fit:
+    if run.data.packing is Packing.best_fit:
         yield Problem(
             path="data.packing",
-            message=f"{called} is read where it lies, and not packed again (got best_fit)",
-            hint="set data.packing=concatenate",
+            message=f"best_fit is not supported with {label}, which is not packed again",
+            hint="Set data.packing=concatenate",
         )
 
 
-def _check_stages(run: "Run") -> Iterator[Problem]:
-    data = run.data
+def _validate_stages(data: Data) -> Iterator[Problem]:
     before = -1
     for number, stage in enumerate(data.stages):
-        path = f"data.stages.{number}"
+        path, length = f"data.stages.{number}", stage.sequence_length
         if stage.from_tokens <= before:
-            message = f"is not after the stage before (got {stage.from_tokens})"
-            yield Problem(path=f"{path}.from_tokens", message=message, hint="put them in order")
+            message = f"must be greater than that of the stage before (got {stage.from_tokens})"
+            yield Problem(path=f"{path}.from_tokens", message=message, hint="Sort the stages")
         before = stage.from_tokens
-        length = stage.sequence_length
-        if length is not None and (data.sequence_length % length or length > data.sequence_length):
-            message = f"does not divide data.sequence_length={data.sequence_length} (got {length})"
+        if length is not None and data.sequence_length % length:
             near = [n for n in range(length, 1, -1) if data.sequence_length % n == 0][:1]
-            hint = f"nearest that does: {near[0]}" if near else ""
-            yield Problem(path=f"{path}.sequence_length", message=message, hint=hint)
-        if length is not None and run.deepspeed.sequence_parallel_size > 1:
-            message = "is not supported with deepspeed.sequence_parallel_size above 1"
-            yield Problem(path=f"{path}.sequence_length", message=message)
+            yield Problem(
+                path=f"{path}.sequence_length",
+                message=f"must divide data.sequence_length={data.sequence_length} (got {length})",
+                hint=f"Nearest divisor: {near[0]}" if near else "",
+            )
         if not stage.weights:
             continue
+        names = ", ".join(stage.weights)
         if data.name is not DataName.mixture:
-            message = f"are for the sources of a mixture (got {', '.join(stage.weights)})"
-            yield Problem(path=f"{path}.weights", message=message, hint="leave them out")
-        elif set(stage.weights) != set(data.sources):
-            names = ", ".join(data.sources)
-            message = f"should name each source of the mixture (got {', '.join(stage.weights)})"
-            yield Problem(path=f"{path}.weights", message=message, hint=f"sources: {names}")
-        elif not any(stage.weights.values()):
-            yield Problem(path=f"{path}.weights", message="are all 0")
-    if data.document_mask and run.deepspeed.sequence_parallel_size > 1:
-        yield Problem(
-            path="data.document_mask",
-            message="is not supported with deepspeed.sequence_parallel_size above 1 (got true)",
-            hint="leave one of them out",
-        )
-
-
-def _check_making(data: Data) -> Iterator[Problem]:
-    """Settings of preparing that would change nothing."""
-    default = Data()
-    if data.on_error is OnError.stop and data.max_error_fraction != default.max_error_fraction:
-        yield Problem(
-            path="data.max_error_fraction",
-            message=f"is read with data.on_error=skip alone (got {data.max_error_fraction})",
-            hint="add data.on_error=skip, or leave it out",
-        )
-    if data.mixture_block != default.mixture_block and data.name is not DataName.mixture:
-        yield Problem(
-            path="data.mixture_block",
-            message=f"is for mixtures (got {data.mixture_block})",
-            hint="leave it out, or add data=mixture",
-        )
-    sources = named_sources(data).values()
-    apart = all(s.name is DataName.prepared or s.heldout_paths for s in sources)
-    if sources and apart and data.heldout_fraction != default.heldout_fraction:
-        yield Problem(
-            path="data.heldout_fraction",
-            message="is not read where all evaluation data is there already"
-            f" (got {data.heldout_fraction})",
-            hint="leave it out",
-        )
-    if not sources or not all(source.name in IN_PLACE for source in sources):
-        return
-    for name in ("deduplicate", "on_error", "shuffle_seed"):
-        value = getattr(data, name)
-        if value != getattr(default, name):
             yield Problem(
-                path=f"data.{name}",
-                message=f"is for text that is prepared, and these tokens exist already"
-                f" (got {str(getattr(value, 'value', value)).lower()})",
-                hint="leave it out",
+                path=f"{path}.weights",
+                message=f"requires data=mixture (got {names})",
+                hint="Remove it",
             )
+        elif set(stage.weights) != set(data.sources):
+            yield Problem(
+                path=f"{path}.weights",
+                message=f"must name every source of the mixture (got {names})",
+                hint=f"Sources: {', '.join(data.sources)}",
+            )
+        elif not any(stage.weights.values()):
+            yield Problem(path=f"{path}.weights", message="must not all be 0")

@@ -1,8 +1,8 @@
 """DeepSpeed's own keys: which may be passed through, which have a setting here, which are gone."""
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from llama_pretrain.config.problems import Problem
@@ -10,10 +10,18 @@ from llama_pretrain.config.problems import Problem
 if TYPE_CHECKING:
     from llama_pretrain.config.run import Run
 
-
-EXTRA_KEYS = ("log_level",)
-"""Top-level keys of DeepSpeed that `deepspeed.extra` may carry: known to it and not ours."""
-
+EXTRA_KEYS = (
+    "checkpoint",
+    "comet",
+    "compile",
+    "csv_monitor",
+    "log_level",
+    "seq_parallel_communication_data_type",
+    "sequence_parallel_size",
+    "tensor_parallel",
+    "wandb",
+)
+"""DeepSpeed's top-level keys that have no field here: `deepspeed.extra` may hold them."""
 
 ZERO_EXTRA_KEYS = (
     "load_from_fp32_weights",
@@ -21,8 +29,7 @@ ZERO_EXTRA_KEYS = (
     "override_module_apply",
     "leaf_module",
 )
-"""Keys of zero_optimization that `zero.extra` may carry."""
-
+"""Keys of zero_optimization that `zero.extra` may hold."""
 
 OWNED_KEYS = {
     "train_batch_size": "batch.global_batch_size",
@@ -36,36 +43,32 @@ OWNED_KEYS = {
     "torch_autocast": "precision.torch_autocast",
     "data_types": "precision.grad_accum_dtype and precision.buffer_dtype",
     "communication_data_type": "precision.communication_data_type",
-    "seq_parallel_communication_data_type": "precision.seq_parallel_communication_data_type",
     "optimizer": "optim",
     "scheduler": "schedule",
 }
-"""Top-level keys that have a setting of ours in another group."""
-
+"""Top-level keys that are set by other config groups."""
 
 REFUSED_KEYS = {
     "autotuning": "it would change the batch; plan.fit=80GiB task=plan lists what fits",
-    "curriculum_learning": "the order of the data is ours",
-    "data_efficiency": "the order of the data is ours",
-    "disable_allgather": "nothing in DeepSpeed 0.19.8 reads it",
-    "dataloader_drop_last": "batches are ours, and none is dropped",
-    "expert_parallel": "a LLaMA has no experts",
-    "use_data_before_expert_parallel_": "a LLaMA has no experts",
+    "curriculum_learning": "the sample order is fixed by data.*",
+    "data_efficiency": "the sample order is fixed by data.*",
+    "disable_allgather": "DeepSpeed 0.19.8 never reads it",
+    "dataloader_drop_last": "no batch is ever dropped",
+    "expert_parallel": "LLaMA has no experts",
+    "use_data_before_expert_parallel_": "LLaMA has no experts",
     "gradient_allreduce_op": "the loss is a mean over the global batch",
-    "managed_gradient_accumulation": "accumulation is left to DeepSpeed",
-    "pipeline": "pipeline parallelism needs another model; use zero=stage3",
-    "zero_allow_untested_optimizer": "each optimizer here says which stages it allows",
+    "managed_gradient_accumulation": "DeepSpeed always manages accumulation",
+    "pipeline": "pipeline parallelism needs another model class; use zero=stage3",
+    "zero_allow_untested_optimizer": "each optimizer declares its stages",
 }
-"""Top-level keys of DeepSpeed that a run here cannot have."""
-
+"""Top-level keys of DeepSpeed that are not supported, and why."""
 
 REFUSED_ZERO_KEYS = {
-    "zenflow": "its first loss was wrong when it was tried (DeepSpeed 0.19.8)",
-    "compute_grad_norm": "every step reports the norm of its gradient",
-    "elastic_checkpoint": "checkpoints are ours",
-    "legacy_stage1": "it is gone since DeepSpeed 0.9",
+    "zenflow": "its first loss is wrong (DeepSpeed 0.19.8)",
+    "compute_grad_norm": "every step logs its gradient norm",
+    "elastic_checkpoint": "checkpoints do not depend on the world size",
+    "legacy_stage1": "removed in DeepSpeed 0.9",
 }
-
 
 FORMER_ZERO_KEYS = {
     "cpu_offload": "offload_optimizer.device",
@@ -78,8 +81,7 @@ FORMER_ZERO_KEYS = {
     "prefetch_bucket_size": "stage3_prefetch_bucket_size",
     "stage3_gather_fp16_weights_on_model_save": "stage3_gather_16bit_weights_on_model_save",
 }
-"""Other names that DeepSpeed understands, and the settings of `zero` that they are."""
-
+"""Old names that DeepSpeed still accepts, and the setting of `zero` that replaces each."""
 
 LAST_VERSION_WITH = {
     "amp": "0.19.7",
@@ -97,66 +99,61 @@ LAST_VERSION_WITH = {
     "mics_hierarchical_params_gather": "0.19.6",
     "zeropp_loco_param": "0.19.7",
 }
-"""Keys that DeepSpeed 0.19.8 has removed, and the last release that knows them."""
+"""Keys that were removed by DeepSpeed 0.19.8, and the last release that had each."""
 
 
 def validate_extra(run: "Run") -> Iterator[Problem]:
-    """Keys that a user passes through to DeepSpeed."""
-    own = [item.name for item in fields(run.zero)]
+    """Keys that a user passes through to DeepSpeed, which drops unknown ones silently."""
+    own = {item.name: f"zero.{item.name}" for item in fields(run.zero)}
+    former = {old: f"zero.{new}" for old, new in FORMER_ZERO_KEYS.items()}
     for key, value in run.zero.extra.items():
-        path, setting = f"zero.extra.{key}", FORMER_ZERO_KEYS.get(key, key)
-        if setting.partition(".")[0] in own:
-            what = "there is a setting of that name" if setting == key else "is an old name"
-            yield Problem(path=path, message=what, hint=f"set zero.{setting} instead")
-        else:
-            known = check_key(key, path, known=ZERO_EXTRA_KEYS, refused=REFUSED_ZERO_KEYS)
-            yield from _suggest(known, key, {name: f"zero.{name}" for name in own})
-        yield from _check_auto(value, path)
-    own = [item.name for item in fields(run.deepspeed)]
-    settings = {**OWNED_KEYS, **{name: f"deepspeed.{name}" for name in own}}
+        path = f"zero.extra.{key}"
+        yield from validate_key(key, path, ZERO_EXTRA_KEYS, REFUSED_ZERO_KEYS, own | former)
+        yield from _validate_auto(value, path)
+    own = {item.name: f"deepspeed.{item.name}" for item in fields(run.deepspeed)}
     for key, value in run.deepspeed.extra.items():
         path = f"deepspeed.extra.{key}"
-        owner = OWNED_KEYS.get(key, f"deepspeed.{key}" if key in own else None)
-        if owner is not None:
-            hint = f"use {owner}"
-            yield Problem(path=path, message="this key has a setting of its own", hint=hint)
-        else:
-            known = check_key(key, path, known=EXTRA_KEYS, refused=REFUSED_KEYS)
-            yield from _suggest(known, key, settings)
-        yield from _check_auto(value, path)
+        yield from validate_key(key, path, EXTRA_KEYS, REFUSED_KEYS, own | OWNED_KEYS)
+        yield from _validate_auto(value, path)
 
 
-def _suggest(
-    problems: Iterable[Problem], key: str, settings: Mapping[str, str]
+def validate_key(
+    key: str,
+    path: str,
+    known: tuple[str, ...],
+    refused: Mapping[str, str],
+    owners: Mapping[str, str],
 ) -> Iterator[Problem]:
-    """The problem of a key; where it is a slip of the fingers, with the setting that was meant."""
-    close = difflib.get_close_matches(key, settings, n=1, cutoff=0.8)
-    for problem in problems:
-        slip = close and "doesn't know" in problem.message
-        yield replace(problem, hint=f"did you mean {settings[close[0]]}?") if slip else problem
+    """The problem of passing a key through to DeepSpeed, if there is one.
 
-
-def check_key(
-    key: str, path: str, *, known: tuple[str, ...], refused: Mapping[str, str]
-) -> Iterator[Problem]:
-    """The problem of a key of DeepSpeed that no setting of ours stands for, if it is one."""
-    if key in LAST_VERSION_WITH:
-        message = f"DeepSpeed 0.19.8 has removed it (the last with it is {LAST_VERSION_WITH[key]})"
-        yield Problem(path=path, message=message, hint="leave it out")
+    Args:
+        known: keys that may be passed through.
+        refused: keys that are not supported, each with the reason.
+        owners: keys that have a setting of their own, each with its path.
+    """
+    if key in owners:
+        yield Problem(path=path, message="has its own setting", hint=f"Set {owners[key]} instead")
+    elif key in LAST_VERSION_WITH:
+        message = f"was removed from DeepSpeed (last release with it: {LAST_VERSION_WITH[key]})"
+        yield Problem(path=path, message=message, hint="Remove it")
     elif key in refused:
-        message = f"is not offered here: {refused[key]}"
-        yield Problem(path=path, message=message, hint="leave it out")
+        message = f"is not supported: {refused[key]}"
+        yield Problem(path=path, message=message, hint="Remove it")
     elif key not in known:
-        silent = "" if path.startswith("zero.") else " and would drop it in silence"
-        message = f"DeepSpeed 0.19.8 doesn't know this key{silent}"
-        hint = f"what may be added so is {', '.join(sorted(known))}"
-        yield Problem(path=path, message=message, hint=hint)
+        close = difflib.get_close_matches(key, owners, n=1, cutoff=0.8)
+        yield Problem(
+            path=path,
+            message="unknown key of DeepSpeed 0.19.8, which would ignore it silently",
+            hint=f"Did you mean {owners[close[0]]}?"
+            if close
+            else f"Keys that can be added: {', '.join(sorted(known))}",
+        )
 
 
-def _check_auto(value: Any, path: str) -> Iterator[Problem]:
+def _validate_auto(value: Any, path: str) -> Iterator[Problem]:
     if value == "auto":
-        message = 'DeepSpeed takes its default for "auto" in silence'
-        yield Problem(path=path, message=message, hint="write the value")
+        message = 'DeepSpeed silently uses its own default for "auto"'
+        yield Problem(path=path, message=message, hint="Write the value")
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from _check_auto(item, f"{path}.{key}")
+            yield from _validate_auto(item, f"{path}.{key}")

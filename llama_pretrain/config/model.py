@@ -3,9 +3,16 @@
 from collections.abc import Iterator
 from dataclasses import field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from llama_pretrain.config.fields import Fraction, PositiveFloat, PositiveInt, _name_near, schema
+from llama_pretrain.config.fields import (
+    Fraction,
+    PositiveFloat,
+    PositiveInt,
+    UsedWhen,
+    divisors_near,
+    schema,
+)
 from llama_pretrain.config.problems import Problem
 
 if TYPE_CHECKING:
@@ -18,6 +25,10 @@ class RopeType(str, Enum):
     llama3 = "llama3"
 
 
+STRETCHED = UsedWhen(".rope_type", ("linear", "llama3"))
+LLAMA3 = UsedWhen(".rope_type", ("llama3",))
+
+
 @schema
 class RopeParameters:
     """Rotary position embedding, as transformers' `rope_parameters` names it."""
@@ -26,14 +37,14 @@ class RopeParameters:
     """`default`, `linear` (arXiv 2306.15595) or `llama3` (the scaling of LLaMA 3.1 and later)."""
     rope_theta: PositiveFloat = 10_000.0
     """Base of the rotary frequencies."""
-    factor: PositiveFloat | None = None
-    """Context is stretched by this factor; needed by `linear` and `llama3`."""
-    low_freq_factor: PositiveFloat | None = None
+    factor: Annotated[PositiveFloat | None, STRETCHED] = None
+    """The context is stretched by this factor; required by `linear` and `llama3`."""
+    low_freq_factor: Annotated[PositiveFloat | None, LLAMA3] = None
     """`llama3`: wavelengths above original_max_position_embeddings / this are scaled fully."""
-    high_freq_factor: PositiveFloat | None = None
-    """`llama3`: wavelengths below original_max_position_embeddings / this are left alone."""
-    original_max_position_embeddings: PositiveInt | None = None
-    """`llama3`: the context length before it was stretched, in tokens."""
+    high_freq_factor: Annotated[PositiveFloat | None, LLAMA3] = None
+    """`llama3`: wavelengths below original_max_position_embeddings / this are not scaled."""
+    original_max_position_embeddings: Annotated[PositiveInt | None, LLAMA3] = None
+    """`llama3`: context length before stretching, in tokens."""
 
 
 @schema
@@ -41,10 +52,10 @@ class Model:
     """The architecture, under the names of transformers' LlamaConfig."""
 
     name: str = "custom"
-    """A label for plans and reports; the shape is what the other fields say."""
+    """A label for plans and reports; the other fields define the shape."""
     path: str | None = None
-    """Directory of a Hugging Face LLaMA checkpoint (config.json and safetensors) to go on from;
-    the shape then comes from its config.json. `null` starts from random weights."""
+    """Directory of a Hugging Face LLaMA checkpoint (config.json and safetensors) to start from;
+    its config.json then gives the shape. `null` starts from random weights."""
     vocab_size: PositiveInt = 32_000
     """Rows of the embedding matrix; at least the size of the tokenizer."""
     hidden_size: PositiveInt = 4096
@@ -60,7 +71,7 @@ class Model:
     head_dim: PositiveInt | None = None
     """Width of one head; `null` = hidden_size / num_attention_heads."""
     max_position_embeddings: PositiveInt = 4096
-    """Longest row that the model is made for, in tokens."""
+    """Longest sequence that the model is made for, in tokens."""
     rms_norm_eps: PositiveFloat = 1e-5
     """Epsilon of RMSNorm."""
     rope_parameters: RopeParameters = field(default_factory=RopeParameters)
@@ -72,80 +83,70 @@ class Model:
     mlp_bias: bool = False
     """Whether the three feed-forward projections have biases."""
     attention_dropout: Fraction = 0.0
-    """Dropout on attention probabilities while training."""
+    """Dropout on attention probabilities during training."""
     initializer_range: PositiveFloat = 0.02
     """Standard deviation of the initial normal distribution of linear and embedding weights."""
     resize_embeddings: bool = False
-    """Whether a tokenizer larger than vocab_size grows the embeddings; `false` refuses it."""
-    pad_embeddings_to_multiple_of: PositiveInt = 8
+    """Whether the embeddings grow to fit a tokenizer larger than vocab_size; `false` refuses such a
+    tokenizer."""
+    pad_embeddings_to_multiple_of: Annotated[
+        PositiveInt, UsedWhen("model.resize_embeddings", (True,))
+    ] = 8
     """Embeddings that grow are rounded up to a multiple of this many rows."""
 
 
 def validate_model(run: "Run") -> Iterator[Problem]:
+    """Widths that must divide, rotary parameters, and the length of a sequence."""
     model = run.model
     if model.name == "pretrained" and model.path is None:
-        yield Problem(path="model.path", message="a value is missing", hint="add model.path=DIR")
-    if model.head_dim is None and model.hidden_size % model.num_attention_heads:
+        yield Problem(path="model.path", message="is required", hint="Add model.path=DIR")
+    heads, groups = model.num_attention_heads, model.num_key_value_heads
+    head_dim = model.head_dim or model.hidden_size // heads
+    if model.head_dim is None and model.hidden_size % heads:
         yield Problem(
             path="model.num_attention_heads",
-            message=f"does not divide model.hidden_size={model.hidden_size}"
-            f" (got {model.num_attention_heads})",
-            hint=f"nearest that do: {_name_near(model.hidden_size, model.num_attention_heads)},"
-            " or set model.head_dim",
+            message=f"must divide model.hidden_size={model.hidden_size} (got {heads})",
+            hint=f"Nearest divisors: {_divisors(model.hidden_size, heads)}, or set model.head_dim",
         )
-    elif (model.head_dim or model.hidden_size // model.num_attention_heads) % 2:
+    elif head_dim % 2:
         yield Problem(
             path="model.head_dim",
-            message="rotary embeddings need an even width of each head"
-            f" (got {model.head_dim or model.hidden_size // model.num_attention_heads})",
-            hint="choose another model.num_attention_heads or an even model.head_dim",
+            message=f"must be even for rotary embeddings (got {head_dim})",
+            hint="Choose another model.num_attention_heads or an even model.head_dim",
         )
-    groups = model.num_key_value_heads
-    if groups is not None and model.num_attention_heads % groups:
+    if groups is not None and heads % groups:
         yield Problem(
             path="model.num_key_value_heads",
-            message=f"does not divide model.num_attention_heads={model.num_attention_heads}"
-            f" (got {groups})",
-            hint=f"nearest that do: {_name_near(model.num_attention_heads, groups)}",
+            message=f"must divide model.num_attention_heads={heads} (got {groups})",
+            hint=f"Nearest divisors: {_divisors(heads, groups)}",
         )
     rope = model.rope_parameters
-    needed = {
-        RopeType.default: [],
-        RopeType.linear: ["factor"],
-        RopeType.llama3: [
+    required = {
+        RopeType.default: (),
+        RopeType.linear: ("factor",),
+        RopeType.llama3: (
             "factor",
             "low_freq_factor",
             "high_freq_factor",
             "original_max_position_embeddings",
-        ],
-    }[rope.rope_type]
-    for name in (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ):
-        given = getattr(rope, name) is not None
-        if given != (name in needed):
-            what = "needs a value" if not given else f"is not used (got {getattr(rope, name)})"
+        ),
+    }
+    for name in required[rope.rope_type]:
+        if getattr(rope, name) is None:
             yield Problem(
                 path=f"model.rope_parameters.{name}",
-                message=f"{what} with rope_type={rope.rope_type.value}",
-                hint="set it" if not given else "set it to null, or change rope_type",
+                message=f"is required with rope_type={rope.rope_type.value} (got null)",
+                hint=f"Add model.rope_parameters.{name}=...",
             )
-    multiple = model.pad_embeddings_to_multiple_of
-    if multiple != Model().pad_embeddings_to_multiple_of and not model.resize_embeddings:
-        yield Problem(
-            path="model.pad_embeddings_to_multiple_of",
-            message="is read where embeddings grow, and model.resize_embeddings is false"
-            f" (got {multiple})",
-            hint="set model.resize_embeddings=true, or leave it out",
-        )
     if run.data.sequence_length > model.max_position_embeddings:
         yield Problem(
             path="data.sequence_length",
             message=f"is longer than model.max_position_embeddings={model.max_position_embeddings}"
             f" (got {run.data.sequence_length})",
-            hint=f"set it to {model.max_position_embeddings} at most, or set"
+            hint=f"Set it to at most {model.max_position_embeddings}, or set"
             f" model.max_position_embeddings={run.data.sequence_length}",
         )
+
+
+def _divisors(number: int, wanted: int) -> str:
+    return ", ".join(str(divisor) for divisor in divisors_near(number, wanted))

@@ -4,12 +4,18 @@ import re
 from collections.abc import Iterator
 from dataclasses import field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from llama_pretrain.config.fields import NonNegativeFloat, NonNegativeInt, PositiveInt, schema
+from llama_pretrain.config.fields import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    UsedWhen,
+    schema,
+)
 from llama_pretrain.config.optim import HOST_OPTIMIZERS
 from llama_pretrain.config.problems import Problem
-from llama_pretrain.config.zero import OffloadDevice
+from llama_pretrain.config.zero import SHARDED, OffloadDevice
 
 if TYPE_CHECKING:
     from llama_pretrain.config.run import Run
@@ -33,9 +39,14 @@ class AutocastDtype(str, Enum):
     float16 = "float16"
 
 
+BF16 = UsedWhen("precision.name", ("bf16",))
+FP16 = UsedWhen("precision.name", ("fp16",))
+DYNAMIC = UsedWhen("precision.loss_scale", (0.0,))
+
+
 @schema
 class TorchAutocast:
-    """torch.autocast: fp32 weights, products in 16 bits. With precision=fp32 alone."""
+    """torch.autocast: fp32 weights, 16-bit matrix products. Only with precision=fp32."""
 
     enabled: bool = False
     """Whether it is on."""
@@ -47,172 +58,113 @@ class TorchAutocast:
 
 @schema
 class Precision:
-    """Numbers of the forward and backward pass; master weights are fp32 unless told otherwise."""
+    """Number formats of the forward and backward pass; master weights are fp32 by default."""
 
     name: PrecisionName = PrecisionName.auto
-    """`auto` = bf16 where the device computes in it natively, else fp32."""
-    grad_accum_dtype: Dtype | None = None
+    """`auto` = bf16 if the device supports it natively, else fp32."""
+    grad_accum_dtype: Annotated[Dtype | None, SHARDED] = None
     """Gradients are accumulated in this type; `null` = the precision's own."""
     communication_data_type: Dtype | None = None
     """Gradients are reduced in this type; `null` = the precision's own."""
-    seq_parallel_communication_data_type: Dtype | None = None
-    """Gradients are reduced in this type over sequence-parallel ranks; `null` = fp32."""
     buffer_dtype: Dtype | None = None
     """Buffers (rotary frequencies) are cast to this type; `null` = they stay fp32."""
-    torch_autocast: TorchAutocast = field(default_factory=TorchAutocast)
+    torch_autocast: Annotated[
+        TorchAutocast, UsedWhen("precision.torch_autocast.enabled", (True,))
+    ] = field(default_factory=TorchAutocast)
     """torch.autocast instead of 16-bit weights."""
-    immediate_grad_update: bool = False
-    """bf16 with fp32 accumulation: add each gradient as it is made."""
-    check_grad_overflow: bool = True
-    """bf16: skip a step whose gradient isn't finite."""
-    bf16_master_weights_and_grads: bool = False
+    immediate_grad_update: Annotated[bool, BF16] = False
+    """bf16 with fp32 accumulation: add each gradient as soon as it is computed."""
+    check_grad_overflow: Annotated[bool, BF16] = True
+    """bf16: skip a step whose gradient is not finite."""
+    bf16_master_weights_and_grads: Annotated[bool, BF16] = False
     """bf16: keep no fp32 master weights (cpu_adam): less memory, other losses."""
-    bf16_optimizer_states: bool = False
+    bf16_optimizer_states: Annotated[bool, BF16] = False
     """bf16: moments in bf16 too (with bf16_master_weights_and_grads)."""
-    loss_scale: NonNegativeFloat = 0.0
+    loss_scale: Annotated[NonNegativeFloat, FP16] = 0.0
     """fp16: a fixed loss scale; 0 = dynamic."""
-    initial_scale_power: NonNegativeInt = 16
+    initial_scale_power: Annotated[NonNegativeInt, FP16, DYNAMIC] = 16
     """fp16: the dynamic loss scale starts at 2 to this power."""
-    loss_scale_window: PositiveInt = 1000
+    loss_scale_window: Annotated[PositiveInt, FP16, DYNAMIC] = 1000
     """fp16: steps without overflow after which the scale doubles."""
-    hysteresis: PositiveInt = 2
+    hysteresis: Annotated[PositiveInt, FP16, DYNAMIC] = 2
     """fp16: overflows before the scale halves."""
-    consecutive_hysteresis: bool = False
+    consecutive_hysteresis: Annotated[bool, FP16, DYNAMIC] = False
     """fp16: refill hysteresis after a step without overflow."""
-    min_loss_scale: PositiveInt = 1
+    min_loss_scale: Annotated[PositiveInt, FP16, DYNAMIC] = 1
     """fp16: the scale never falls below this."""
-    auto_cast: bool = False
+    auto_cast: Annotated[bool, FP16] = False
     """fp16: cast floating-point inputs too."""
-    fp16_master_weights_and_grads: bool = False
+    fp16_master_weights_and_grads: Annotated[bool, FP16] = False
     """fp16: keep no fp32 master weights (cpu_adam)."""
 
 
-PRECISION_OF = {
-    "immediate_grad_update": PrecisionName.bf16,
-    "check_grad_overflow": PrecisionName.bf16,
-    "bf16_master_weights_and_grads": PrecisionName.bf16,
-    "bf16_optimizer_states": PrecisionName.bf16,
-    "loss_scale": PrecisionName.fp16,
-    "initial_scale_power": PrecisionName.fp16,
-    "loss_scale_window": PrecisionName.fp16,
-    "hysteresis": PrecisionName.fp16,
-    "consecutive_hysteresis": PrecisionName.fp16,
-    "min_loss_scale": PrecisionName.fp16,
-    "auto_cast": PrecisionName.fp16,
-    "fp16_master_weights_and_grads": PrecisionName.fp16,
-}
-"""The one precision that reads a setting."""
-
-
-DYNAMIC_SCALE = (
-    "initial_scale_power",
-    "loss_scale_window",
-    "hysteresis",
-    "consecutive_hysteresis",
-    "min_loss_scale",
-)
-"""Settings of fp16 that a fixed loss scale leaves unread."""
-
-
 def validate_precision(run: "Run") -> Iterator[Problem]:
+    """Combinations of number formats that DeepSpeed refuses or ignores silently."""
     precision, stage = run.precision, run.zero.stage
-    default, name = Precision(), run.precision.name
-    for key, reader in PRECISION_OF.items():
-        if getattr(precision, key) == getattr(default, key):
-            continue
-        if name not in (reader, PrecisionName.auto):
-            yield Problem(
-                path=f"precision.{key}",
-                message=f"is used by {reader.value} alone (got precision={name.value})",
-                hint=f"add precision={reader.value}, or leave it out",
-            )
-        elif key in DYNAMIC_SCALE and precision.loss_scale > 0:
-            yield Problem(
-                path=f"precision.{key}",
-                message="belongs to the dynamic loss scale, and this one is fixed"
-                f" (got precision.loss_scale={precision.loss_scale})",
-                hint="set precision.loss_scale=0, or leave it out",
-            )
-    accumulated = precision.grad_accum_dtype
-    if accumulated is not None and stage == 0:
-        yield Problem(
-            path="precision.grad_accum_dtype",
-            message="DeepSpeed has it from stage 1 on (got stage 0)",
-            hint="set zero.stage=1, or leave it out",
-        )
+    name, accumulated = precision.name, precision.grad_accum_dtype
     if accumulated is not None and {accumulated.value, name.value} == {"bf16", "fp16"}:
         yield Problem(
             path="precision.grad_accum_dtype",
-            message="bf16 and fp16 exclude each other"
-            f" (got {accumulated.value} with precision={name.value})",
-            hint="set it to fp32, or leave it out",
+            message=f"{accumulated.value} is not supported with precision={name.value}",
+            hint="Set it to fp32, or remove it",
         )
     offloaded = run.zero.offload_optimizer.device is not OffloadDevice.none
     checked = stage == 2 or (stage == 1 and (accumulated is not Dtype.fp32 or offloaded))
     if name is PrecisionName.bf16 and not precision.check_grad_overflow and not checked:
         yield Problem(
             path="precision.check_grad_overflow",
-            message="DeepSpeed reads it at stages 1 and 2, at stage 1 without"
+            message="is read by DeepSpeed at stage 2, and at stage 1 without"
             f" precision.grad_accum_dtype=fp32 (got false at stage {stage})",
-            hint="set zero.stage=2, or leave it out",
+            hint="Set zero.stage=2, or remove it",
         )
     if precision.immediate_grad_update and not (accumulated is Dtype.fp32 and stage == 1):
         yield Problem(
             path="precision.immediate_grad_update",
-            message="is used at stage 1 with precision.grad_accum_dtype=fp32 alone",
-            hint="set zero.stage=1 and precision.grad_accum_dtype=fp32, or leave it out",
+            message="requires stage 1 and precision.grad_accum_dtype=fp32"
+            f" (got stage {stage}, {'null' if accumulated is None else accumulated.value})",
+            hint="Set zero.stage=1 and precision.grad_accum_dtype=fp32, or remove it",
         )
-    yield from _check_masters(run)
+    yield from _validate_master_weights(run)
     autocast = precision.torch_autocast
-    yield from _check_safe_modules(autocast.lower_precision_safe_modules)
+    for index, module in enumerate(autocast.lower_precision_safe_modules):
+        # Ranks import these: restricted, so that a snapshot cannot name code to run.
+        if not re.fullmatch(r"(torch\.nn|transformers)(\.\w+)+", module):
+            yield Problem(
+                path=f"precision.torch_autocast.lower_precision_safe_modules.{index}",
+                message=f"must be the full name of a class in torch.nn or transformers"
+                f" (got {module})",
+                hint="For example torch.nn.Linear",
+            )
     if autocast.enabled and name not in (PrecisionName.fp32, PrecisionName.auto):
         yield Problem(
             path="precision.torch_autocast.enabled",
-            message="casts fp32 weights, and these are in 16 bits already"
-            f" (got precision={name.value})",
-            hint="add precision=bf16_autocast, or leave it out",
-        )
-    if not autocast.enabled and autocast != type(autocast)():
-        yield Problem(
-            path="precision.torch_autocast",
-            message="is set and not enabled",
-            hint="add precision.torch_autocast.enabled=true",
+            message=f"requires fp32 weights (got precision={name.value})",
+            hint="Add precision=bf16_autocast, or remove it",
         )
     if autocast.enabled and autocast.dtype is AutocastDtype.float16 and stage > 0:
         yield Problem(
             path="precision.torch_autocast.dtype",
-            message=f"float16 needs a loss scale, which DeepSpeed has at stage 0 (got {stage})",
-            hint="set it to bfloat16",
+            message="float16 needs a loss scale, which DeepSpeed only has at stage 0"
+            f" (got stage {stage})",
+            hint="Set it to bfloat16",
         )
 
 
-def _check_safe_modules(names: list[str]) -> Iterator[Problem]:
-    """Ranks import these: only what is there anyway, or a snapshot could name code to run."""
-    for index, name in enumerate(names):
-        if not re.fullmatch(r"(torch\.nn|transformers)(\.\w+)+", name):
-            yield Problem(
-                path=f"precision.torch_autocast.lower_precision_safe_modules.{index}",
-                message="should be the whole name of a class in torch.nn or transformers"
-                f" (got {name})",
-                hint="write torch.nn.Linear, say",
-            )
-
-
-def _check_masters(run: "Run") -> Iterator[Problem]:
-    """Master weights in 16 bits: DeepSpeed has them in its CPUAdam, or with moments in bf16."""
+def _validate_master_weights(run: "Run") -> Iterator[Problem]:
+    """16-bit master weights: DeepSpeed has them in its CPUAdam, or with moments in bf16."""
     precision, zero = run.precision, run.zero
     offloaded = zero.offload_optimizer.device is not OffloadDevice.none
     if precision.bf16_optimizer_states and not precision.bf16_master_weights_and_grads:
         yield Problem(
             path="precision.bf16_optimizer_states",
-            message="needs precision.bf16_master_weights_and_grads=true",
-            hint="set precision.bf16_master_weights_and_grads=true, or leave it out",
+            message="requires precision.bf16_master_weights_and_grads=true",
+            hint="Set precision.bf16_master_weights_and_grads=true, or remove it",
         )
     elif precision.bf16_optimizer_states and offloaded:
         yield Problem(
             path="precision.bf16_optimizer_states",
-            message="is for state on the device: what is offloaded has fp32 moments here",
-            hint="leave it out",
+            message="is not supported with offload, whose moments are fp32",
+            hint="Remove it",
         )
     for kind in ("bf16", "fp16"):
         name = f"{kind}_master_weights_and_grads"
@@ -222,13 +174,13 @@ def _check_masters(run: "Run") -> Iterator[Problem]:
         if zero.stage == 0 or not (offloaded or on_device):
             yield Problem(
                 path=f"precision.{name}",
-                message=f"needs the optimizer in host memory (got stage {zero.stage}"
+                message=f"requires an offloaded optimizer (got stage {zero.stage}"
                 f"{'' if offloaded else ' without offload'})",
-                hint="add zero=stage2_offload, or leave it out",
+                hint="Add zero=stage2_offload, or remove it",
             )
         elif offloaded and HOST_OPTIMIZERS.get(run.optim.name, "cpu_adam") != "cpu_adam":
             yield Problem(
                 path=f"precision.{name}",
-                message=f"needs optim=cpu_adam (got optim={run.optim.name.value})",
-                hint="add optim=cpu_adam, or leave it out",
+                message=f"requires optim=cpu_adam (got optim={run.optim.name.value})",
+                hint="Add optim=cpu_adam, or remove it",
             )

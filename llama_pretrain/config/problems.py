@@ -1,4 +1,4 @@
-"""A user's mistakes: collected, and told all at once."""
+"""A user's mistakes: collected, and reported all at once."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One mistake: where it is, what was seen, what to do."""
+    """One mistake: where it is, what is wrong (with the value in parentheses), how to fix it."""
 
     path: str
     message: str
@@ -14,11 +14,16 @@ class Problem:
 
     def __str__(self) -> str:
         text = f"{self.path}: {self.message}" if self.path else self.message
-        return f"{text}; {self.hint}" if self.hint else text
+        if not self.hint:
+            return text
+        first = self.hint.split()[0]
+        name = not first.isalpha()  # a setting such as data.hash=null keeps its spelling
+        hint = self.hint if name else self.hint[0].upper() + self.hint[1:]
+        return f"{text}. {hint}" + ("" if hint.endswith((".", "?")) else ".")
 
 
 class UserError(Exception):
-    """Something the user can mend; told without a traceback, before anything has started."""
+    """Something that the user can fix; printed without a traceback, before anything starts."""
 
     def __init__(self, problems: Iterable[Problem]):
         self.problems = list(problems)

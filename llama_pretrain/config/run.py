@@ -9,7 +9,7 @@ from llama_pretrain.config.batch import Batch
 from llama_pretrain.config.checkpoint import Checkpoint
 from llama_pretrain.config.data import Data
 from llama_pretrain.config.deepspeed import DeepSpeed
-from llama_pretrain.config.fields import schema
+from llama_pretrain.config.fields import PATH, UsedWhen, schema
 from llama_pretrain.config.kernels import Kernels
 from llama_pretrain.config.launch import Launch
 from llama_pretrain.config.model import Model
@@ -26,31 +26,29 @@ from llama_pretrain.config.zero import Zero
 
 @schema
 class Run:
-    """A whole run."""
+    """A run as the user describes it; settings left open are decided by plan/resolve.py."""
 
     task: Task = Task.pretrain
-    """`pretrain` trains; `plan` stops after the plan; `probe` trains a few steps and says how long
-    the run would take; `prepare` stops after the data; `inspect` shows the data; `verify_resume`
-    proves that a cut run equals an uncut one. Of a run that there is, `run=DIR`: `export` its
-    model, `evaluate` it, `generate` text."""
+    """`pretrain` trains; `plan` stops after the plan; `probe` trains a few steps and estimates how
+    long the run would take; `prepare` stops after the data; `inspect` shows the data;
+    `verify_resume` proves that a resumed run equals an uninterrupted one. On an existing run,
+    `run=DIR`: `export` its model, `evaluate` it, `generate` text."""
     of_run: str | None = None
-    """What `run=DIR` sets: the directory of the run that `export`, `evaluate` or `generate` is
-    about."""
+    """What `run=DIR` sets: the directory of the run to export, evaluate or generate from."""
     reproduce_of: str | None = None
-    """What `reproduce=DIR` sets: the directory of the run that is done again."""
-    drift: DriftPolicy = DriftPolicy.warn
-    """`reproduce=DIR`: what differs now from when that run was made. `warn` prints it; `error`
-    also refuses to start where it can change the result and was not asked for on the command line,
-    and ends with exit code 1 where the new run differs; `off` doesn't look."""
+    """What `reproduce=DIR` sets: the directory of the run to reproduce."""
+    drift: Annotated[DriftPolicy, UsedWhen("reproduce_of", (PATH,))] = DriftPolicy.warn
+    """`reproduce=DIR`: what happens when something differs from when that run was made. `warn`
+    prints it; `error` also refuses to start if it can change the result and was not requested on
+    the command line, and ends with exit code 1 if the new run differs; `off` does not compare."""
     seed: Annotated[int, Interval(ge=0, lt=2**63)] = 1234
-    """Seed of the initial weights, the order of the data and dropout, and of text that is
-    generated."""
+    """Seed of the initial weights, the order of the data, dropout, and generated text."""
     resume: Resume = field(default_factory=Resume)
-    """Going on with a run."""
+    """Resuming a run."""
     model: Model = field(default_factory=Model)
     """The architecture."""
     data: Data = field(default_factory=Data)
-    """The corpus and its rows."""
+    """The corpus and its sequences."""
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
     """How text becomes token ids."""
     optim: Optim = field(default_factory=Optim)
@@ -58,7 +56,7 @@ class Run:
     schedule: Schedule = field(default_factory=Schedule)
     """The learning rate over the run."""
     batch: Batch = field(default_factory=Batch)
-    """The batch triangle."""
+    """Micro batch, gradient accumulation, global batch."""
     zero: Zero = field(default_factory=Zero)
     """ZeRO."""
     precision: Precision = field(default_factory=Precision)
@@ -71,15 +69,15 @@ class Run:
     """Checkpoints."""
     export: Export = field(default_factory=Export)
     """The model in Hugging Face format."""
-    generate: Generate = field(default_factory=Generate)
+    generate: Annotated[Generate, UsedWhen("task", ("generate",))] = field(default_factory=Generate)
     """Text from a finished run's model."""
     monitor: Monitor = field(default_factory=Monitor)
     """Where metrics go."""
     launch: Launch = field(default_factory=Launch)
-    """Processes and machines."""
+    """Nodes, ranks and threads."""
     plan: PlanSettings = field(default_factory=PlanSettings)
-    """Questions to the plan."""
+    """What the plan computes beyond the plan itself."""
     sweep: SweepSettings = field(default_factory=SweepSettings)
-    """Points of a sweep."""
+    """Jobs of a sweep."""
     deepspeed: DeepSpeed = field(default_factory=DeepSpeed)
     """The rest of DeepSpeed."""

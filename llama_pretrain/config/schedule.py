@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from llama_pretrain.config.fields import Fraction, NonNegativeInt, PositiveInt, schema
+from llama_pretrain.config.fields import Fraction, NonNegativeInt, PositiveInt, UsedWhen, schema
 from llama_pretrain.config.problems import Problem
 
 if TYPE_CHECKING:
@@ -18,6 +18,9 @@ class ScheduleName(str, Enum):
     wsd = "wsd"
 
 
+WSD = UsedWhen("schedule.name", ("wsd",))
+
+
 @schema
 class Schedule:
     """The learning rate over the run."""
@@ -28,36 +31,24 @@ class Schedule:
     """Length of the linear warm-up in optimizer steps; `null` = see warmup_tokens, else none."""
     warmup_tokens: NonNegativeInt | None = None
     """Length of the linear warm-up in tokens, rounded up to whole steps."""
-    decay_steps: PositiveInt | None = None
+    decay_steps: Annotated[PositiveInt | None, WSD] = None
     """`wsd`: length of the final linear decay in optimizer steps; `null` = see decay_tokens."""
-    decay_tokens: PositiveInt | None = None
+    decay_tokens: Annotated[PositiveInt | None, WSD] = None
     """`wsd`: length of the final decay in tokens, rounded up; both `null` = a tenth of the run."""
-    min_learning_rate_ratio: Fraction = 0.1
-    """Learning rate of the last step as a share of the peak (`constant` stays at the peak)."""
+    min_learning_rate_ratio: Annotated[
+        Fraction, UsedWhen("schedule.name", ("cosine", "linear", "wsd"))
+    ] = 0.1
+    """Learning rate of the last step as a fraction of the peak."""
 
 
 def validate_schedule(run: "Run") -> Iterator[Problem]:
-    schedule = run.schedule
-    least = schedule.min_learning_rate_ratio
-    if schedule.name is ScheduleName.constant and least != Schedule().min_learning_rate_ratio:
-        yield Problem(
-            path="schedule.min_learning_rate_ratio",
-            message=f"is not used with schedule=constant (got {least})",
-            hint="add schedule=cosine, or leave it out",
-        )
-    for what in ("warmup", "decay"):
-        steps, tokens = getattr(schedule, f"{what}_steps"), getattr(schedule, f"{what}_tokens")
+    """A length is given in steps or in tokens."""
+    for name in ("warmup", "decay"):
+        steps = getattr(run.schedule, f"{name}_steps")
+        tokens = getattr(run.schedule, f"{name}_tokens")
         if steps is not None and tokens is not None:
             yield Problem(
-                path=f"schedule.{what}_tokens",
-                message=f"is given as well as schedule.{what}_steps={steps} (got {tokens})",
-                hint=f"set schedule.{what}_steps=null, or schedule.{what}_tokens=null",
+                path=f"schedule.{name}_tokens",
+                message=f"contradicts schedule.{name}_steps={steps} (got {tokens})",
+                hint=f"Set schedule.{name}_steps=null, or schedule.{name}_tokens=null",
             )
-        if what == "decay" and schedule.name is not ScheduleName.wsd:
-            for name, value in (("decay_steps", steps), ("decay_tokens", tokens)):
-                if value is not None:
-                    yield Problem(
-                        path=f"schedule.{name}",
-                        message=f"is not used with schedule={schedule.name.value} (got {value})",
-                        hint="add schedule=wsd",
-                    )

@@ -12,8 +12,8 @@ from typing import Any
 from llama_pretrain.config.problems import Problem
 
 REDACTED = "[redacted]"
-SHORTEST = 8
-"""Shorter values of environment variables are not looked for: `TOKEN=1` is everywhere."""
+MIN_LENGTH = 8
+"""Shorter values of environment variables are not searched for: `TOKEN=1` is everywhere."""
 
 _ANYWHERE = re.compile(r"password|passwd|passphrase|secret|credential", re.IGNORECASE)
 _NAME = re.compile(
@@ -70,33 +70,38 @@ def _ends_as_secret(name: str) -> bool:
 
 
 def _is_plain(name: str, value: str) -> bool:
-    """Whether a value is none that is kept secret, though its name says so."""
+    """Whether a value is not secret although its name suggests so."""
     if _PLAIN.fullmatch(value):
         return True
-    # In this field tokens are no secrets as a rule: `token = first_token`, `num_token: 128000`.
-    is_token = name.lower().endswith("token")
-    return is_token and _COUNT.fullmatch(value) is not None
+    # Tokens of text are usually no secrets: `token = first_token`, `num_token: 128000`.
+    return name.lower().endswith("token") and _COUNT.fullmatch(value) is not None
+
+
+def _names_secret(name: str, value: str) -> bool:
+    return is_secret_name(name) and len(value) >= 6 and not _is_plain(name, value)
 
 
 def is_secret_file(path: str) -> bool:
     """Whether a file of this name is likely to hold secrets."""
     parts = Path(path).parts
     name = parts[-1] if parts else ""
-    if name.endswith((".py", ".md")):  # about secrets; what a line of it holds is cut out
+    if name.endswith((".py", ".md")):  # code and prose about secrets; their lines are redacted
         return False
     return not _FOLDERS.isdisjoint(parts) or _FILE.fullmatch(name) is not None
 
 
 def known_secrets(environment: Mapping[str, str] | None = None) -> list[str]:
-    """The values of environment variables whose names say that they are secrets, longest first."""
+    """The values of environment variables whose names suggest secrets, longest first.
+
+    Args:
+        environment: `None` = this process's.
+    """
     variables = os.environ if environment is None else environment
     found = {
         value
         for name, value in variables.items()
-        if is_secret_name(name)
-        and name != "PWD"
-        and len(value) >= SHORTEST
-        and not os.path.exists(value)
+        if is_secret_name(name) and name != "PWD" and len(value) >= MIN_LENGTH
+        if not os.path.exists(value)
     }
     return sorted(found, key=len, reverse=True)
 
@@ -105,7 +110,7 @@ def redact(text: str, *, known: Iterable[str] | None = None) -> str:
     """The text without what looks like a secret.
 
     Args:
-        known: values that are secrets whatever they look like; `None` = those of our environment.
+        known: values that are secrets whatever they look like; `None` = those of the environment.
     """
     for value in known_secrets() if known is None else known:
         text = text.replace(value, REDACTED)
@@ -137,63 +142,56 @@ def redact_values(values: Any, *, known: Iterable[str]) -> Any:
     return redact(values, known=known) if isinstance(values, str) else values
 
 
-def find_secrets(values: Any, path: str = "") -> Iterator[str]:
-    """Paths of plain nested values that hold what looks like a secret; the value is never named."""
-    known = known_secrets()
-
-    def look(item: Any, path: str) -> Iterator[str]:
-        if isinstance(item, dict):
-            for key, inner in item.items():
-                yield from look(inner, f"{path}.{key}" if path else str(key))
-        elif isinstance(item, list):
-            for number, inner in enumerate(item):
-                yield from look(inner, f"{path}.{number}")
-        elif isinstance(item, str):
-            named = is_secret_name(path) and len(item) >= 6 and not _is_plain(path, item)
-            if named or redact(item, known=known) != item:
-                yield path
-
-    yield from look(values, path)
+def find_secrets(values: Any, path: str = "", known: list[str] | None = None) -> Iterator[str]:
+    """Paths of plain nested values that look like secrets; the value is never named."""
+    known = known_secrets() if known is None else known
+    if isinstance(values, dict | list):
+        pairs = values.items() if isinstance(values, dict) else enumerate(values)
+        for key, inner in pairs:
+            yield from find_secrets(inner, f"{path}.{key}" if path else str(key), known)
+    elif isinstance(values, str) and (
+        _names_secret(path, values) or redact(values, known=known) != values
+    ):
+        yield path
 
 
 def secret_problem(path: str) -> Problem:
-    """A place that holds what looks like a secret, without saying what."""
+    """A place that looks like it holds a secret, without the value."""
     return Problem(
         path=path,
-        message="holds what looks like a secret, and would be written to the run's files",
-        hint="leave it out: libraries read secrets from the environment or their own login",
+        message="looks like a secret, and would be written to the run's files",
+        hint="Remove it: libraries read secrets from the environment or their own login",
     )
 
 
-def check_words(words: Iterable[str]) -> Iterator[Problem]:
-    """Words of a command line that would write a secret to files: Hydra and we keep them."""
+def find_secret_words(words: Iterable[str]) -> Iterator[Problem]:
+    """Words of a command line that would write a secret to files: Hydra records them."""
     known = known_secrets()
     for word in words:
         key, equals, value = word.lstrip("+~").partition("=")
-        named = is_secret_name(key) and len(value) >= 6 and not _is_plain(key, value)
-        if (equals and named) or redact(word, known=known) != word:
+        if (equals and _names_secret(key, value)) or redact(word, known=known) != word:
             safe = redact(key, known=known) == key
             yield secret_problem(key if equals and safe else "command line")
 
 
-def check_files(folders: Iterable[Path]) -> Iterator[Problem]:
-    """YAML files of a config that hold a secret: a sweep writes them down before we see them."""
+def find_secret_files(folders: Iterable[Path]) -> Iterator[Problem]:
+    """YAML files of a config that hold a secret: Hydra writes a sweep's config before any check."""
     known = known_secrets()
     for folder in folders:
         for file in sorted(folder.rglob("*.yaml")):
             try:
                 text = file.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError):
-                continue  # not ours to tell: Hydra reads only what is chosen
+                continue  # Hydra reports it if it is chosen
             if redact(text, known=known) != text:
                 yield secret_problem(str(file))
 
 
 def read_environment(name: str, *default: Any) -> str | None:
-    """`oc.env` of our own: a variable that is no secret.
+    """The resolver `oc.env`, which refuses variables that look like secrets.
 
-    It sees the name when everything inside it is resolved, so no nesting gets past it, and it holds
-    for Hydra's settings too, such as the run directory.
+    It sees the name after everything inside it has been resolved, so nesting cannot bypass it, and
+    it applies to Hydra's own settings too, such as the run directory.
 
     Raises:
         ValueError: if the variable is a secret by its name or its value.
@@ -201,7 +199,7 @@ def read_environment(name: str, *default: Any) -> str | None:
     """
     value = os.environ.get(name)
     if is_secret_name(name) or (value is not None and redact(value) != value):
-        raise ValueError(f"the environment variable {name} looks like a secret: it is not read")
+        raise ValueError(f"the environment variable {name} looks like a secret and is not read")
     if value is not None:
         return value
     if default:

@@ -5,51 +5,42 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
-from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
+from llama_pretrain.config.fields import plain_value
 from llama_pretrain.config.problems import Problem, UserError, refuse
+from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.run import Run
 from llama_pretrain.config.sweep import SweepSettings
 from llama_pretrain.config.tasks import DriftPolicy, Resume
 from llama_pretrain.config.validate import parse_values
 
-HEADER = "# A run as it was started, every value resolved. To go on: python run.py resume=DIR\n"
+AnyRun = TypeVar("AnyRun", bound=Run)
+
+SNAPSHOT_NAME = "snapshot"
+HEADER = "# A run as it was started, every value resolved. To resume it: python run.py resume=DIR\n"
+OTHER_VERSION = 3
+"""Unknown keys from which a snapshot is taken for one of another version, not for a typo."""
 DEFAULTS = ["run_schema", "_self_"]
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""libyaml's where PyYAML has it: some ten times as fast."""
-FIRST_KERNELS = {
-    "attention": "sdpa",
-    **dict.fromkeys(("loss", "rms_norm", "rotary", "swiglu", "allocator"), "plain"),
-}
-"""Those of runs from before there was a choice."""
+"""libyaml's loader if PyYAML has it: about ten times as fast."""
 MAX_BYTES = 4 << 20
-"""Of a snapshot: a run's has some ten thousand, and a line for each file of its data."""
+"""Maximum size of a snapshot: usually about ten thousand, plus a line for each data file."""
 MAX_DEPTH = 12
 MAX_DIGITS = 400
 MAX_NUMBER = 1e300
-NO_TEXT = re.compile("[\x00\ud800-\udfff]")
+UNPRINTABLE = re.compile("[\x00\ud800-\udfff]")
 SPECIAL_KEY = re.compile(r"_\w*_")
-"""As `_target_`, `_args_`, `_partial_`: they mean something to Hydra."""
+"""Such as `_target_`, `_args_`, `_partial_`: they mean something to Hydra."""
 FOREIGN = "names hydra settings, interpolations or _target_, which a snapshot never does"
 
 
 def to_plain(section: Any) -> dict[str, Any]:
     """A run, or a section of one, as plain nested values: enums by name."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Enum):
-            return value.value
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [plain(item) for item in value]
-        return value
-
-    return {key: plain(value) for key, value in asdict(section).items()}
+    return {key: plain_value(value) for key, value in asdict(section).items()}
 
 
 def render_snapshot(run: Run) -> str:
@@ -62,8 +53,8 @@ def render_document(values: Mapping[str, Any]) -> str:
     return HEADER + yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=100)
 
 
-def as_written(run: Run) -> Run:
-    """A run without what is a matter of the command line alone: its snapshot says what it was."""
+def without_command(run: AnyRun) -> AnyRun:
+    """A run without what concerns only the command that started it, as snapshots have it."""
     return replace(
         run,
         resume=Resume(),
@@ -81,64 +72,65 @@ def config_hash(run: Run) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def load_snapshot(path: Path) -> Run:
+def load_snapshot(path: Path) -> ResolvedRun:
     """Read a snapshot without Hydra, as workers do. It may come from elsewhere: it is only data.
 
     Raises:
-        UserError: if it isn't there, is no snapshot, or names anything but our schema.
+        UserError: if it does not exist, is not a snapshot, or names anything but the schema.
     """
-    text = _read_text(path)
     try:
-        for fault in find_faults(text):
+        text = _read_text(path)
+        for fault in find_yaml_faults(text):
             raise UserError([Problem(path=str(path), message=fault)])
         values = yaml.load(text, Loader=YAML_LOADER)
+    except OSError as error:
+        raise UserError([Problem(path=str(path), message=str(error.strerror))]) from error
     except yaml.YAMLError as error:
-        # Where, but not what: the file may be none that its reader should see.
+        # Where, but not what: it may be a file that its reader should not see.
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f" (line {mark.line + 1})"
         raise UserError([Problem(path=str(path), message=f"is not YAML{where}")]) from error
+    except UnicodeDecodeError as error:
+        raise UserError([Problem(path=str(path), message="is not YAML in UTF-8")]) from error
     except (ValueError, OverflowError, RecursionError) as error:  # dates and numbers out of range
-        raise UserError([Problem(path=str(path), message="is not YAML that we read")]) from error
+        raise UserError([Problem(path=str(path), message="is not supported YAML")]) from error
     if not isinstance(values, dict) or values.pop("defaults", None) != DEFAULTS:
         raise UserError([Problem(path=str(path), message="is not a snapshot of a run")])
     refuse(Problem(path=str(path), message=fault) for fault in _find_foreign(values))
-    if isinstance(values.get("sweep"), dict):
-        values["sweep"].pop("fork", None)  # what launch.fork is now; of a run it said nothing
-    kernels = values.setdefault("kernels", {**FIRST_KERNELS})
-    if isinstance(kernels, dict):
-        kernels.pop("huge_pages", None)  # what kernels.allocator is now
-        kernels.setdefault("matmul", "plain")  # there was no other
-    return parse_values(values)
+    try:
+        return parse_values(values, ResolvedRun)
+    except UserError as error:
+        unknown = [p.path for p in error.problems if p.message.startswith("unknown key")]
+        if len(unknown) < OTHER_VERSION:
+            raise
+        message = f"was written by another version of llama-pretrain (unknown: {unknown[0]}, ...)"
+        hint = "Use that version for this run, or start a new one"
+        raise UserError([Problem(path=str(path), message=message, hint=hint)]) from error
 
 
 def _read_text(path: Path) -> str:
     """The text of a file that may be anything; no more of it than a snapshot can have."""
     if not path.is_file():
         raise UserError([Problem(path=str(path), message="there is no snapshot here")])
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            message = f"is not a snapshot: it has more than {MAX_BYTES:,} bytes"
-            raise UserError([Problem(path=str(path), message=message)])
-        return content.decode("utf-8")
-    except OSError as error:
-        raise UserError([Problem(path=str(path), message=str(error.strerror))]) from error
-    except UnicodeDecodeError as error:
-        raise UserError([Problem(path=str(path), message="is not YAML in UTF-8")]) from error
+    with path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        message = f"is not a snapshot: it has more than {MAX_BYTES:,} bytes"
+        raise UserError([Problem(path=str(path), message=message)])
+    return content.decode("utf-8")
 
 
-def find_faults(text: str) -> Iterator[str]:
-    """What YAML can do and no snapshot does, from the events of its parser: nothing is built yet.
+def find_yaml_faults(text: str) -> Iterator[str]:
+    """What YAML allows and no snapshot has, from the parser's events: nothing is constructed yet.
 
-    Aliases grow to any size where they are followed, tags name types, of equal keys the last one
-    wins in silence, and deep nesting ends the interpreter's stack.
+    Aliases expand to any size, tags name types, the last of equal keys silently wins, and deep
+    nesting overflows the interpreter's stack.
 
     Raises:
-        yaml.YAMLError: if it is no YAML.
+        yaml.YAMLError: if it is not YAML.
     """
     documents = 0
-    mappings: list[set[str] | None] = []  # of each open mapping its keys; None for a list
+    mappings: list[set[str] | None] = []  # keys of each open mapping; None for a list
     expects_key: list[bool] = []
     for event in yaml.parse(text, Loader=YAML_LOADER):
         documents += isinstance(event, yaml.DocumentStartEvent)
@@ -152,15 +144,14 @@ def find_faults(text: str) -> Iterator[str]:
             mappings.pop()
             expects_key.pop()
         elif isinstance(event, yaml.NodeEvent):
-            is_key = bool(mappings) and mappings[-1] is not None and expects_key[-1]
-            if is_key and not isinstance(event, yaml.ScalarEvent):
-                yield "is not a snapshot: it has a key that is no text"
-            if is_key and isinstance(event, yaml.ScalarEvent):
-                keys = mappings[-1]
-                assert keys is not None
-                if event.value in keys or event.value == "<<":
-                    yield "is not a snapshot: it has a key twice"
-                keys.add(event.value)
+            keys = mappings[-1] if mappings else None
+            if keys is not None and expects_key[-1]:
+                if not isinstance(event, yaml.ScalarEvent):
+                    yield "is not a snapshot: it has a key that is not text"
+                elif event.value in keys or event.value == "<<":
+                    yield "is not a snapshot: it has a duplicate key"
+                else:
+                    keys.add(event.value)
             if isinstance(event, yaml.ScalarEvent) and _is_long_number(event):
                 yield "is not a snapshot: it has a number that is too long"
             if mappings:
@@ -171,25 +162,26 @@ def find_faults(text: str) -> Iterator[str]:
 
 
 def _is_long_number(event: yaml.ScalarEvent) -> bool:
-    """Whether it would become a number whose conversion takes for ever."""
+    """Whether it would be converted to a number, which takes quadratic time."""
     plain = bool(event.implicit[0])
     return plain and len(event.value) > MAX_DIGITS and event.value[:1] in "+-.0123456789"
 
 
 def _find_foreign(values: Any, path: str = "") -> Iterator[str]:
-    """What Hydra, which is given these values, would make more of than a value.
+    """What Hydra, which composes these values, would not treat as a plain value.
 
-    It runs what a `hydra` section or a `_target_` names, and an interpolation could read this
-    machine's environment. How they were spelt in the file, with escapes or not, is past here.
+    It runs what a `hydra` section or a `_target_` names, and an interpolation could read the
+    environment. Escapes in the file have been resolved by now.
     """
+    where = f" ({path})" if path and path.isprintable() else ""
     if isinstance(values, dict):
         for key, item in values.items():
             if not isinstance(key, str):
-                yield f"is not a snapshot: it has a key that is no text{_under(path)}"
+                yield f"is not a snapshot: it has a key that is not text{where}"
             elif key == "hydra" or "${" in key or SPECIAL_KEY.fullmatch(key):
                 yield FOREIGN
             elif not key.isprintable():
-                yield f"is not a snapshot: it has a key that is no name{_under(path)}"
+                yield f"is not a snapshot: it has an unprintable key{where}"
             yield from _find_foreign(item, f"{path}.{key}" if path else str(key))
     elif isinstance(values, list):
         for item in values:
@@ -197,14 +189,10 @@ def _find_foreign(values: Any, path: str = "") -> Iterator[str]:
     elif isinstance(values, str):
         if "${" in values:
             yield FOREIGN
-        if NO_TEXT.search(values):
-            yield f"is not a snapshot: it has a text that no file can hold{_under(path)}"
+        if UNPRINTABLE.search(values):
+            yield f"is not a snapshot: it has text that no file can hold{where}"
     elif isinstance(values, int | float) and not isinstance(values, bool):
-        if not abs(values) <= MAX_NUMBER:  # nor is a NaN
-            yield f"is not a snapshot: it has a number out of range{_under(path)}"
-    elif values is not None and not isinstance(values, bool):  # a date, say
-        yield f"is not a snapshot: it has a value that is neither text nor number{_under(path)}"
-
-
-def _under(path: str) -> str:
-    return f" ({path})" if path and path.isprintable() else ""
+        if not abs(values) <= MAX_NUMBER:  # NaN too
+            yield f"is not a snapshot: it has a number out of range{where}"
+    elif values is not None and not isinstance(values, bool):  # a date, for example
+        yield f"is not a snapshot: it has a value that is neither text nor number{where}"

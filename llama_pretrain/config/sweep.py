@@ -1,8 +1,9 @@
-"""Settings of a sweep: its objective and pruning."""
+"""Settings of a sweep (`-m`): what its jobs are ranked by, and when one is stopped early."""
 
 from enum import Enum
+from typing import Annotated
 
-from llama_pretrain.config.fields import PositiveInt, schema
+from llama_pretrain.config.fields import PositiveInt, UsedWhen, schema
 
 
 class Objective(str, Enum):
@@ -19,14 +20,14 @@ class Objective(str, Enum):
 
 @schema
 class SweepSettings:
-    """What a sweep, with `-m`, does with its points; no single run has a use for it."""
+    """What a sweep (`-m`) does with its jobs; a single run ignores it."""
 
     objective: Objective = Objective.eval_loss
-    """What points are ranked by, and what Optuna is told: the last evaluation's loss, the mean loss
-    of the last steps, the median throughput (the most is best) or the largest rank's peak memory.
+    """What jobs are ranked by and what Optuna optimizes: the last evaluation's loss, the mean
+    training loss of the last steps, the median throughput, or the peak memory of the largest rank.
     """
     prune: bool = False
-    """End a point whose evaluation loss is worse than the median of the finished points' at as many
-    tokens."""
-    prune_after: PositiveInt = 4
-    """`prune`: points that must have finished before one is ended."""
+    """Stop a job whose evaluation loss is worse than the median of the finished jobs' at the same
+    number of tokens."""
+    prune_after: Annotated[PositiveInt, UsedWhen("sweep.prune", (True,))] = 4
+    """Jobs that must have finished before one is stopped."""

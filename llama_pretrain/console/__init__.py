@@ -1,6 +1,6 @@
 """What a person sees."""
 
-from llama_pretrain.console.config import show_config
+from llama_pretrain.console.config import show_config, show_warnings
 from llama_pretrain.console.data import DataReport, show_corpus, show_inspection
 from llama_pretrain.console.output import (
     PIPE_WIDTH,
@@ -15,8 +15,8 @@ from llama_pretrain.console.output import (
 from llama_pretrain.console.plan import (
     show_cost,
     show_fits,
+    show_jobs,
     show_plan,
-    show_points,
     show_sources,
 )
 from llama_pretrain.console.progress import follow_metrics
@@ -37,11 +37,12 @@ __all__ = [
     "show_failure",
     "show_fits",
     "show_inspection",
+    "show_jobs",
     "show_plan",
-    "show_points",
     "show_problems",
     "show_result",
     "show_sources",
     "show_verification",
+    "show_warnings",
     "taking_time",
 ]

@@ -1,36 +1,42 @@
-"""The config as a tree."""
+"""The settings of a run that differ from the default run, each with its origin."""
 
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 from rich.markup import escape
-from rich.tree import Tree
+from rich.table import Table
 
-from llama_pretrain.config.deepspeed import DeepSpeed
-from llama_pretrain.config.run import Run
-from llama_pretrain.config.snapshot import to_plain
+from llama_pretrain.config.fields import yaml_text
+from llama_pretrain.config.origins import default_files, origin_of
+from llama_pretrain.config.problems import Problem
+from llama_pretrain.config.resolved import ResolvedRun
+from llama_pretrain.config.snapshot import SNAPSHOT_NAME, to_plain
+from llama_pretrain.config.validate import flatten
 from llama_pretrain.console.output import out
 
 
-def show_config(run: Run) -> None:
-    """The composed config as a tree."""
-    tree = Tree("[bold]config[/]", guide_style="dim")
-    values, defaults = to_plain(run), to_plain(DeepSpeed())
-    # Twelve sections of DeepSpeed that are rarely touched: only what differs.
-    changed = {key: value for key, value in values["deepspeed"].items() if value != defaults[key]}
-    values["deepspeed"] = changed or "all at their defaults"
-    _grow(tree, values)
-    out.print(tree)
+def show_config(run: ResolvedRun, origins: Mapping[str, str]) -> None:
+    """Settings that an option, an overlay or the command line has changed."""
+    hidden = {*default_files(), f"{SNAPSHOT_NAME}.yaml"}
+    rows = [
+        (path, yaml_text(value), origin)
+        for path, value in flatten(to_plain(run))
+        if (origin := origin_of(path, origins)) is not None
+        and origin not in hidden
+        and path != "resume.run_dir"  # null again once the run continues
+        and not origin.startswith(("chosen:", "derived:"))
+    ]
+    if not rows:
+        out.print("[bold]config[/]: all settings are the defaults")
+        return
+    table = Table(title="config", title_justify="left", box=None, pad_edge=False, show_header=False)
+    for style in ("cyan", "green", "dim"):
+        table.add_column(style=style, overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    out.print(table)
 
 
-def _grow(tree: Tree, values: dict[str, Any]) -> None:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            _grow(tree.add(f"[bold cyan]{key}[/]"), value)
-        else:
-            tree.add(f"{key}: [green]{escape(_plain(value))}[/]")
-
-
-def _plain(value: Any) -> str:
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def show_warnings(problems: Iterable[Problem]) -> None:
+    """Settings that have no effect in this run, one a line."""
+    for problem in problems:
+        out.print(f"[yellow]warning[/] {escape(str(problem))}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Progress of data preparation, and a summary of a corpus."""
+"""The progress of data preparation, the prepared corpus, and the result of task=inspect."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -12,24 +12,22 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from llama_pretrain.config.run import Run
+from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.console.output import out, say
 from llama_pretrain.console.progress import LINE_EVERY_S
-from llama_pretrain.plan.plan import Plan
+from llama_pretrain.plan.plan import TrainingPlan
 
 if TYPE_CHECKING:
     from llama_pretrain.data.inspect import Inspection, SourceFacts
 
 
-def show_corpus(run: Run, plan: Plan) -> None:
-    """What was prepared, a line a source."""
-    assert plan.corpus is not None
-    assert plan.steps.epochs is not None
+def show_corpus(run: ResolvedRun, plan: TrainingPlan) -> None:
+    """Print a table of the prepared sources."""
     table = Table(title="prepared", title_justify="left", box=None, pad_edge=False)
     table.add_column("source", style="cyan")
-    for name in ("training tokens", "rows", "held-out rows", "epochs"):
+    for name in ("training tokens", "sequences", "held-out sequences", "epochs"):
         table.add_column(name, justify="right")
-    table.add_column("folder", overflow="fold")
+    table.add_column("directory", overflow="fold")
     for source in plan.corpus.sources:
         table.add_row(
             source.name,
@@ -43,8 +41,8 @@ def show_corpus(run: Run, plan: Plan) -> None:
 
 
 def show_inspection(inspection: "Inspection", page: Path) -> None:
-    """Sources, lengths of documents, and the first rows of a run."""
-    from llama_pretrain.data.inspect import SOURCE_HEAD, source_rows  # torch: not for a plan
+    """Print sources, lengths of documents, and the first sequences of a run."""
+    from llama_pretrain.data.inspect import SOURCE_HEAD, source_rows  # imports torch
 
     table = Table(title="sources", title_justify="left", box=None, pad_edge=False)
     for number, name in enumerate(SOURCE_HEAD):
@@ -65,13 +63,13 @@ def show_inspection(inspection: "Inspection", page: Path) -> None:
             else:
                 text.append(f"[{token.text}]")
         facts = f"{row.documents} documents, {row.targets:,} targets"
-        out.rule(f"row {row.number} of {row.source}: {facts}", style="dim", align="left")
+        out.rule(f"sequence {row.number} of {row.source}: {facts}", style="dim", align="left")
         out.print(text)
-    say(f"the same as a page: {page}")
+    say(f"page: {page}")
 
 
 def _length_bars(source: "SourceFacts") -> Table:
-    """Documents by length: a bar a power of 2."""
+    """A bar chart of documents by length."""
     table = Table(title=f"{source.name}: lengths", title_justify="left", box=None, pad_edge=False)
     table.add_column("tokens, up to", justify="right")
     table.add_column("documents", justify="right")
@@ -83,14 +81,14 @@ def _length_bars(source: "SourceFacts") -> Table:
 
 
 class DataReport:
-    """What preparing tells: a bar on a terminal, else a line every few seconds."""
+    """Reports data preparation: a progress bar on a terminal, else a line every few seconds."""
 
     def say(self, line: str) -> None:
         say(line)
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[int, int], None]]:
-        began = time.monotonic()
+        started = time.monotonic()
         if out.is_terminal:
             columns = (
                 TextColumn("[bold]{task.description}"),
@@ -103,27 +101,27 @@ class DataReport:
                 task = bar.add_task(what, total=total or None, text="")
 
                 def draw(done: int, text: int) -> None:
-                    speed = _megabytes_a_second(text or done, began)
+                    speed = _format_speed(text or done, started)
                     bar.update(task, completed=done, text=speed)
 
                 yield draw
             return
-        said = began
+        last_line = started
 
         def write(done: int, text: int) -> None:
-            nonlocal said
+            nonlocal last_line
             now = time.monotonic()
-            if now - said >= LINE_EVERY_S:
-                said = now
-                line = f"{what}: {_megabytes_a_second(text or done, began)}"
+            if now - last_line >= LINE_EVERY_S:
+                last_line = now
+                line = f"{what}: {_format_speed(text or done, started)}"
                 if total:
-                    left = timedelta(seconds=round((now - began) * (total - done) / max(1, done)))
+                    left = timedelta(seconds=round((now - started) * (total - done) / max(1, done)))
                     line += f", {done / total:.0%}, eta {left}"
                 say(line)
 
         yield write
 
 
-def _megabytes_a_second(num_bytes: int, began: float) -> str:
-    seconds = max(1e-3, time.monotonic() - began)
+def _format_speed(num_bytes: int, started: float) -> str:
+    seconds = max(1e-3, time.monotonic() - started)
     return f"{num_bytes / 1e6:.1f} MB at {num_bytes / 1e6 / seconds:.1f} MB/s"

@@ -69,10 +69,6 @@ def two_columns(title: str) -> Table:
     return table
 
 
-def size_text(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / (1 << 20):.0f} MiB"
-
-
 def rate_text(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f}"
 

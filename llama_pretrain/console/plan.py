@@ -3,40 +3,41 @@
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from rich.markup import escape
 from rich.table import Table
 
-from llama_pretrain.config.run import Run
+from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.validate import flatten
-from llama_pretrain.console.output import out, size_text, two_columns
+from llama_pretrain.console.output import out, two_columns
 from llama_pretrain.plan.cost import CostPlan
 from llama_pretrain.plan.fit import Fit
-from llama_pretrain.plan.plan import Plan, Point, Steps
+from llama_pretrain.plan.plan import Plan, Steps, TrainingPlan
 from llama_pretrain.runs.layout import RunDir
+from llama_pretrain.runs.units import format_size
 
 
-def show_plan(run: Run, plan: Plan, run_dir: RunDir | None) -> None:
+def show_plan(run: ResolvedRun, plan: Plan, run_dir: RunDir | None) -> None:
     """What will happen, in a table of two columns."""
     table = two_columns("plan")
     batch, steps, size, memory = plan.batch, plan.steps, plan.parameters, plan.memory
     precision, optim = run.precision.name.value, run.optim.name.value
     table.add_row("device", f"{plan.device}, {precision}, {optim}, ZeRO stage {run.zero.stage}")
     threads = f" x {run.launch.threads_per_process} threads" if plan.device == "cpu" else ""
-    nodes = f" on {run.launch.nodes} machines" if run.launch.nodes > 1 else ""
+    nodes = f" on {run.launch.nodes} nodes" if run.launch.nodes > 1 else ""
     table.add_row("ranks", f"{plan.world_size}{nodes}{threads}")
-    triangle = (
-        f"{batch.global_batch_size} rows = {batch.micro_batch_size} micro"
+    sizes = (
+        f"{batch.global_batch_size} sequences = {batch.micro_batch_size} micro"
         f" x {batch.gradient_accumulation_steps} accumulated x {plan.world_size} ranks"
     )
-    table.add_row("global batch", triangle)
+    table.add_row("global batch", sizes)
     decay = f"{size.decayed:,} with weight decay, {size.not_decayed:,} without"
     table.add_row("parameters", f"{size.total:,}: {decay}")
     per_step = f"{steps.total:,} of {steps.tokens_per_step:,} tokens = {steps.tokens:,} tokens"
     epochs = ""
-    if steps.epochs is not None and len(steps.epochs) == 1:
-        epochs = f", {next(iter(steps.epochs.values())):.2f} epochs"
+    if isinstance(plan, TrainingPlan) and len(plan.steps.epochs) == 1:
+        epochs = f", {next(iter(plan.steps.epochs.values())):.2f} epochs"
     table.add_row("steps", per_step + epochs)
     rates = f"{plan.peak_learning_rate:g} after {steps.warmup} steps of warm-up"
     table.add_row(
@@ -44,58 +45,61 @@ def show_plan(run: Run, plan: Plan, run_dir: RunDir | None) -> None:
     )
     compute = f"{plan.flops_per_token * steps.tokens:.2e} FLOP ({plan.flops_per_token:.3g} a token)"
     table.add_row("compute", compute)
-    parts = ", ".join(f"{name} {size_text(value)}" for name, value in memory.parts.items() if value)
+    parts = ", ".join(
+        f"{name} {format_size(value)}" for name, value in memory.parts.items() if value
+    )
     verdict = "fits" if plan.fits else "[bold red]does not fit[/]"
     table.add_row(
         "memory a rank",
-        f"{size_text(memory.total)} at its peak ({memory.phase}), {verdict} in"
-        f" {size_text(plan.device_memory)}: {parts}",
+        f"{format_size(memory.total)} peak ({memory.phase}), {verdict} in"
+        f" {format_size(plan.device_memory)}: {parts}",
     )
     for name, size_beside in (("host", memory.host), ("disk", memory.disk)):
         if size_beside:
-            table.add_row(f"on the {name}", f"{size_text(size_beside)} a rank")
-    table.add_row("a rank keeps", f"{plan.parameters_per_rank:,} parameters")
+            table.add_row(f"on the {name}", f"{format_size(size_beside)} a rank")
+    table.add_row("a rank stores", f"{plan.parameters_per_rank:,} parameters")
     if plan.world_size > 1:
         traffic = plan.traffic
         between = traffic.between_machines
-        away = f", {size_text(between)} of it between machines" if between else ""
+        away = f", {format_size(between)} of it between nodes" if between else ""
         table.add_row(
             "traffic",
-            f"a rank sends {size_text(traffic.total)} a step{away}: {size_text(traffic.gather)} of"
-            f" parameters, {size_text(traffic.reduce)} of gradients ({traffic.volume:.3g}P)",
+            f"a rank sends {format_size(traffic.total)} a step{away}:"
+            f" {format_size(traffic.gather)} of parameters,"
+            f" {format_size(traffic.reduce)} of gradients ({traffic.volume:.3g}P)",
         )
     if plan.cost is not None:
         table.add_row("cost", _cost_text(plan.cost))
-    if plan.corpus is not None:
-        rows = f"{plan.corpus.train_rows:,} rows of {run.data.sequence_length} tokens"
-        table.add_row("data", f"{run.data.name.value}: {rows}, {steps.eval_rows} for evaluation")
+    if isinstance(plan, TrainingPlan):
+        sequences = f"{plan.corpus.train_rows:,} sequences of {run.data.sequence_length} tokens"
+        text = f"{run.data.name.value}: {sequences}, {steps.eval_rows} for evaluation"
+        table.add_row("data", text)
         _add_sources(table, plan)
     _add_stages(table, run, plan)
     if run_dir is not None:
         table.add_row("run directory", str(run_dir.path))
-        table.add_row("again", shlex.join(["python", "run.py", f"reproduce={run_dir.path}"]))
+        table.add_row("to reproduce", shlex.join(["python", "run.py", f"reproduce={run_dir.path}"]))
     out.print(table)
 
 
-def _add_sources(table: Table, plan: Plan) -> None:
+def _add_sources(table: Table, plan: TrainingPlan) -> None:
     """A line for each source of a mixture."""
-    assert plan.corpus is not None
-    if len(plan.corpus.sources) == 1 or plan.steps.epochs is None:
+    if len(plan.corpus.sources) == 1:
         return
     first = plan.sampling.stages[0]
     for source, quota in zip(plan.corpus.sources, first.quotas, strict=True):
-        text = f"{plan.steps.epochs[source.name]:.2f} epochs of {source.train_rows:,} rows"
+        text = f"{plan.steps.epochs[source.name]:.2f} epochs of {source.train_rows:,} sequences"
         table.add_row(f"  {source.name}", f"{text}, {quota / plan.sampling.block:.1%} at first")
 
 
-def _add_stages(table: Table, run: Run, plan: Plan) -> None:
-    """A line for each stage of the data, where there are several or rows are cut."""
+def _add_stages(table: Table, run: ResolvedRun, plan: Plan) -> None:
+    """A line for each stage of the data, if there are several or sequences are cut."""
     sampling, length = plan.sampling, run.data.sequence_length
     if len(sampling.stages) == 1 and sampling.stages[0].sequence_length == length:
         return
     for stage in sampling.stages:
         step = stage.first_sample // plan.batch.global_batch_size + 1
-        text = f"rows of {stage.sequence_length} tokens"
+        text = f"sequences of {stage.sequence_length} tokens"
         if len(sampling.names) > 1:
             shares = zip(sampling.names, stage.quotas, strict=True)
             text += ", " + ", ".join(f"{name} {q / sampling.block:.1%}" for name, q in shares)
@@ -111,7 +115,7 @@ def _cost_text(cost: CostPlan) -> str:
 
 
 def show_cost(cost: CostPlan, *, steps: Steps, measured_over: int) -> None:
-    """What a probe found."""
+    """What a probe has measured."""
     table = two_columns("probe")
     length = f"{steps.total:,} steps of {steps.tokens_per_step:,} tokens"
     table.add_row("the whole run", f"{length}: {_cost_text(cost)}")
@@ -121,7 +125,7 @@ def show_cost(cost: CostPlan, *, steps: Steps, measured_over: int) -> None:
 
 
 def show_fits(fits: Sequence[Fit], *, limit: str) -> None:
-    """What fits a memory, best first, and what doesn't."""
+    """What fits a memory size, best first, and what does not."""
     table = Table(
         title=f"what fits in {limit}, with the largest micro batch of each",
         title_justify="left",
@@ -132,12 +136,12 @@ def show_fits(fits: Sequence[Fit], *, limit: str) -> None:
         table.add_column(name, justify="right")
     table.add_column("add", style="cyan", overflow="fold")
     for fit in fits:
-        rows = "none" if fit.micro_batch_size is None else str(fit.micro_batch_size)
-        host = size_text(fit.memory.host) if fit.memory.host else "-"
+        size = "none" if fit.micro_batch_size is None else str(fit.micro_batch_size)
+        host = format_size(fit.memory.host) if fit.memory.host else "-"
         table.add_row(
-            rows,
-            size_text(fit.memory.total),
-            size_text(fit.traffic),
+            size,
+            format_size(fit.memory.total),
+            format_size(fit.traffic),
             host,
             " ".join(fit.overrides),
             style="dim" if fit.micro_batch_size is None else None,
@@ -145,21 +149,31 @@ def show_fits(fits: Sequence[Fit], *, limit: str) -> None:
     out.print(table)
 
 
-def show_points(points: Sequence[Point]) -> int:
-    """The plans of a sweep in one table. Returns the exit code: 1 if a point was refused."""
+class PlannedJob(Protocol):
+    """A job of a sweep, as its table of plans needs it."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def plan(self) -> Plan | None: ...
+    @property
+    def problem(self) -> str: ...
+
+
+def show_jobs(jobs: Sequence[PlannedJob]) -> int:
+    """The plans of a sweep in one table. Returns the exit code: 1 if a job was refused."""
     table = Table(title="plans", title_justify="left", box=None, pad_edge=False)
-    table.add_column("point", style="cyan", overflow="fold")
+    table.add_column("job", style="cyan", overflow="fold")
     for name in ("micro x accumulated x ranks", "weights", "gradients", "optimizer"):
         table.add_column(name, justify="right")
     for name in ("activations", "rest", "a rank", "sends a step", "fits"):
         table.add_column(name, justify="right")
-    shared = set.intersection(*(set(point.words) for point in points))
-    for point in points:
-        label = " ".join(word for word in point.words if word not in shared) or "all alike"
-        if point.plan is None:
-            table.add_row(label, f"[red]{escape(point.problem)}[/]")
+    for job in jobs:
+        label = escape(job.label.replace(",", " "))
+        if job.plan is None:
+            table.add_row(label, f"[red]{escape(job.problem)}[/]")
             continue
-        plan, memory = point.plan, point.plan.memory
+        plan, memory = job.plan, job.plan.memory
         batch = plan.batch
         shown = (
             memory.weights,
@@ -170,17 +184,17 @@ def show_points(points: Sequence[Point]) -> int:
         table.add_row(
             label,
             f"{batch.micro_batch_size} x {batch.gradient_accumulation_steps} x {plan.world_size}",
-            *(size_text(size) for size in (*shown, memory.total - sum(shown), memory.total)),
-            size_text(plan.traffic.total),
+            *(format_size(size) for size in (*shown, memory.total - sum(shown), memory.total)),
+            format_size(plan.traffic.total),
             "yes" if plan.fits else "[bold red]no[/]",
         )
     out.print(table)
-    return 1 if any(point.plan is None for point in points) else 0
+    return 1 if any(job.plan is None for job in jobs) else 0
 
 
 def show_sources(config: Mapping[str, Any], sources: Mapping[str, str]) -> None:
-    """Where the values of the DeepSpeed JSON are from that aren't defaults."""
-    table = Table(title="DeepSpeed's values", title_justify="left", box=None, pad_edge=False)
+    """Where the values of the DeepSpeed JSON come from that are not defaults."""
+    table = Table(title="DeepSpeed values", title_justify="left", box=None, pad_edge=False)
     for name in ("key", "value", "from"):
         table.add_column(name, overflow="fold")
     for path, value in flatten(config):

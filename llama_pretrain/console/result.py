@@ -2,34 +2,40 @@
 
 import shlex
 from collections.abc import Sequence
-from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from llama_pretrain.console.output import out, percent_text, rate_text, size_text, two_columns
+from llama_pretrain.console.output import out, percent_text, rate_text, two_columns
 from llama_pretrain.runs.layout import RunDir
+from llama_pretrain.runs.metrics import (
+    EvaluationRow,
+    Row,
+    SummaryRow,
+    evaluations,
+    last,
+    steps,
+)
+from llama_pretrain.runs.units import format_size
 
 
-def show_result(rows: Sequence[dict[str, Any]], run_dir: RunDir) -> None:
+def show_result(rows: Sequence[Row], run_dir: RunDir) -> None:
     """How the run ended, where things lie, and what to look at next."""
     table = two_columns("result")
-    summary: dict[str, Any] = next((row for row in reversed(rows) if "finished" in row), {})
-    evaluations = [row for row in rows if "eval_loss" in row]
-    if summary.get("train_loss") is not None:
-        table.add_row(
-            "train loss",
-            f"{summary['train_loss']:.4f} (mean of the last {summary['train_loss_steps']} steps)",
-        )
-    if evaluations:
-        first, last = evaluations[0], evaluations[-1]
-        text = f"{last['eval_loss']:.4f}, from {first['eval_loss']:.4f} at step {first['step']}"
+    summary, evaluated = last(rows, SummaryRow), evaluations(rows)
+    if summary is not None and summary.train_loss is not None:
+        text = f"{summary.train_loss:.4f} (mean of the last {summary.train_loss_steps} steps)"
+        table.add_row("train loss", text)
+    if evaluated:
+        first, final = evaluated[0], evaluated[-1]
+        text = f"{final.eval_loss:.4f}, from {first.eval_loss:.4f} at step {first.step}"
         table.add_row("eval loss", text)
-        bits = f"{last['bits_per_byte']:.3f}"
-        table.add_row("perplexity", f"{last['perplexity']:.2f}; bits per byte {bits}")
-    table.add_row("tokens/s", f"{rate_text(summary.get('median_tokens_per_s'))} (median)")
-    table.add_row("MFU", f"{percent_text(summary.get('median_mfu'))} (median)")
-    table.add_row("peak memory", f"{size_text(summary.get('peak_memory_bytes', 0))} (largest rank)")
+        bits = f"{final.bits_per_byte:.3f}"
+        table.add_row("perplexity", f"{final.perplexity:.2f}; bits per byte {bits}")
+    if summary is not None:
+        table.add_row("tokens/s", f"{rate_text(summary.median_tokens_per_s)} (median)")
+        table.add_row("MFU", f"{percent_text(summary.median_mfu)} (median)")
+        table.add_row("peak memory", f"{format_size(summary.peak_memory_bytes)} (largest rank)")
     sample = run_dir.path / "sample.txt"
     if sample.is_file():
         text = " ".join(sample.read_text(encoding="utf-8").split())
@@ -47,38 +53,36 @@ def show_result(rows: Sequence[dict[str, Any]], run_dir: RunDir) -> None:
     out.print(table)
 
 
-def show_evaluation(row: dict[str, Any], run_dir: RunDir) -> None:
+def show_evaluation(row: EvaluationRow, run_dir: RunDir) -> None:
     """What task=evaluate has found: losses in nats a token."""
     table = two_columns("evaluation")
-    table.add_row("checkpoint", row["checkpoint"])
-    table.add_row("loss", f"{row['eval_loss']:.6f}")
-    table.add_row("perplexity", f"{row['perplexity']:.4f}")
-    table.add_row("bits per byte", f"{row['bits_per_byte']:.5f}")
-    for key in row:
-        if key.startswith("eval_loss/"):
-            table.add_row(f"loss on {key[10:]}", f"{row[key]:.6f}")
-    table.add_row("tokens", f"{row['eval_tokens']:,}")
+    table.add_row("checkpoint", row.checkpoint)
+    table.add_row("loss", f"{row.eval_loss:.6f}")
+    table.add_row("perplexity", f"{row.perplexity:.4f}")
+    table.add_row("bits per byte", f"{row.bits_per_byte:.5f}")
+    for name, loss in row.by_source.items():
+        table.add_row(f"loss on {name}", f"{loss:.6f}")
+    table.add_row("tokens", f"{row.eval_tokens:,}")
     table.add_row("written to", str(run_dir.path))
     out.print(table)
 
 
-def show_verification(
-    whole: Sequence[dict[str, Any]], cut: Sequence[dict[str, Any]], *, cut_at: int
-) -> None:
+def show_verification(whole: Sequence[Row], cut: Sequence[Row], *, cut_at: int) -> None:
     """The steps of two runs side by side, one of them cut after a step."""
     table = Table(title="resume", title_justify="left", box=None, pad_edge=False)
     for name in ("step", "loss", "after the cut", "gradient norm", "after the cut", "equal"):
         table.add_column(name, justify="right")
-    after = {row["step"]: row for row in cut if "sample_hash" in row}
-    for row in whole:
-        if "sample_hash" not in row:
-            continue
-        other = after.get(row["step"], {})
-        cells = [_number(side.get(key)) for key in ("loss", "grad_norm") for side in (row, other)]
-        keys = ("loss", "grad_norm", "learning_rate", "sample_hash")
-        equal = all(row.get(key) == other.get(key) for key in keys)
-        mark = " (cut here)" if row["step"] == cut_at else ""
-        table.add_row(f"{row['step']}{mark}", *cells, "yes" if equal else "[bold red]no[/]")
+    after = {row.step: row for row in steps(cut)}
+    for row in steps(whole):
+        other = after.get(row.step)
+        sides = (row, other)
+        cells = [
+            _number(getattr(side, name, None)) for name in ("loss", "grad_norm") for side in sides
+        ]
+        names = ("loss", "grad_norm", "learning_rate", "sample_hash")
+        equal = all(getattr(row, name) == getattr(other, name, None) for name in names)
+        mark = " (cut here)" if row.step == cut_at else ""
+        table.add_row(f"{row.step}{mark}", *cells, "yes" if equal else "[bold red]no[/]")
     out.print(table)
 
 

@@ -1,50 +1,73 @@
-"""The cache: folders named by a hash of what goes into them, each made by one process."""
+"""The data cache: directories named by a hash of what they are made from."""
 
 import fcntl
-import hashlib
 import json
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from llama_pretrain.config.problems import Problem, UserError
-from llama_pretrain.data.pool import Report
+from llama_pretrain.files import hash_text
+
+ShowProgress = Callable[[int, int], None]
+"""Takes the bytes read so far, and the bytes of text in them."""
 
 
-@contextmanager
-def claim(recipe: Any, cache_dir: Path, report: Report) -> Iterator[tuple[Path, Path, str]]:
-    """The folder that a recipe names, one to make it in, and the recipe's hash.
+class Report(Protocol):
+    """Where data preparation reports what it does, e.g. console.DataReport."""
 
-    Whoever else wants the same data waits here until it is there.
-    """
-    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
-    tokens = cache_dir / "tokens"
-    target, partial = tokens / digest[:16], tokens / f".partial-{digest[:16]}"
-    tokens.mkdir(parents=True, exist_ok=True)
-    with (tokens / f".lock-{digest[:16]}").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report.say("another process is preparing the same data: waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield target, partial, digest
+    def say(self, line: str) -> None:
+        """Print one line."""
+
+    def progress(self, what: str, total: int) -> AbstractContextManager[ShowProgress]:
+        """Show a progress bar over `total` bytes to read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """The cache directory, and where its use is reported."""
+
+    folder: Path
+    report: Report
+
+    @contextmanager
+    def claim(self, recipe: Any) -> Iterator[tuple[Path, Path, str]]:
+        """Lock the tokens that a recipe describes; a process that wants the same ones waits.
+
+        Returns the final directory, a partial one to build it in, and the recipe's hash.
+        """
+        digest = hash_text(json.dumps(recipe, sort_keys=True))
+        tokens, name = self.folder / "tokens", digest[:16]
+        tokens.mkdir(parents=True, exist_ok=True)
+        with (tokens / f".lock-{name}").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.report.say("waiting for another process that prepares the same data")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield tokens / name, tokens / f".partial-{name}", digest
+
+
+def data_error(path: str, message: str, hint: str = "") -> UserError:
+    """One problem as an exception to raise."""
+    return UserError([Problem(path=path, message=message, hint=hint)])
 
 
 @contextmanager
 def disk_problems(cache_dir: str) -> Iterator[None]:
-    """Tell as the user's problem a file that may not be read, or a cache that can't be written.
+    """Report unreadable files and a cache that cannot be written as the user's problem.
 
     Raises:
-        UserError: in place of the system's and sqlite's errors.
+        UserError: in place of OSError and sqlite3.Error.
     """
     try:
         yield
     except OSError as error:
-        message = f"{error.strerror}: {error.filename}"
-        raise UserError([Problem(path="data", message=message)]) from error
+        raise data_error("data", f"{error.strerror}: {error.filename}") from error
     except sqlite3.Error as error:
-        message = f"its hashes.sqlite can't be used: {error} (got {cache_dir})"
-        hint = "delete that file, or name a folder that can be written to"
-        raise UserError([Problem(path="data.cache_dir", message=message, hint=hint)]) from error
+        message = f"hashes.sqlite cannot be used: {error} (got {cache_dir})"
+        hint = "Delete that file, or choose a directory that can be written"
+        raise data_error("data.cache_dir", message, hint) from error

@@ -1,6 +1,6 @@
-"""Rows as torch sees them: a dataset, the samplers, and the loaders that a rank iterates.
+"""Sequences for torch: a dataset, samplers and the data loader of a rank.
 
-Letters: B rows of a micro batch, T tokens of a row.
+B is the micro batch, T the sequence length.
 """
 
 from bisect import bisect_right
@@ -17,21 +17,21 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import default_data_collator
 
 from llama_pretrain.data.meta import read_meta
-from llama_pretrain.data.order import SampleOrder, rank_samples
+from llama_pretrain.data.order import SampleOrder
 from llama_pretrain.data.packed import TokenRows, open_rows
 from llama_pretrain.plan.plan import Corpus
 
 IGNORED = -100
-"""The label that cross entropy leaves out."""
+"""The label that cross entropy ignores."""
 
 
 class PretrainDataset(Dataset[dict[str, Any]]):
-    """Rows of all sources, those of the first source first.
+    """The sequences of all sources, one source after another.
 
     An item has `input_ids` (T,) int64, `shift_labels` (T,) int64 (the token after each input, so
-    that all T positions are trained), `sample_id`, the row's number, and with a document mask
-    `position_ids` (T,) int64, which begin anew with each document. Item -1 is a row without labels,
-    for a rank that has nothing to evaluate while the others have.
+    that all T positions are trained) and its index `sample_id`. With a document mask it also has
+    `position_ids` (T,) int64, which start at 0 in each document. Item -1 has no labels: a rank
+    without a sequence to evaluate uses it while other ranks have one.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class PretrainDataset(Dataset[dict[str, Any]]):
             len(rows) if limit is None else min(len(rows), limit)
             for rows, limit in zip(sources, limits, strict=True)
         ]
-        """Of each source."""
+        """Per source."""
         self.ends = list(accumulate(self.num_rows))
 
     def __len__(self) -> int:
@@ -57,7 +57,7 @@ class PretrainDataset(Dataset[dict[str, Any]]):
 
     @property
     def masked(self) -> bool:
-        """Whether rows may have fewer than T targets."""
+        """Whether a sequence may have fewer than T targets."""
         return self._document_mask or self._padded
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -75,15 +75,15 @@ class PretrainDataset(Dataset[dict[str, Any]]):
         return item
 
     def _mask(self, inputs: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Leave out first tokens of documents, or only the ends that fill up a row."""
+        """Ignore the first token of each document, or only the padding of best-fit packing."""
         hidden = inputs == self._eos_id
         if not self._document_mask:
-            hidden &= labels == self._eos_id  # no document is empty
+            hidden &= labels == self._eos_id  # no document is empty, so this is padding
         return np.where(hidden, IGNORED, labels)
 
 
 def document_positions(inputs: NDArray[np.int64], *, eos_id: int) -> NDArray[np.int64]:
-    """Each token's place in its document, counted from the row's beginning for the first: (T,)."""
+    """Each token's position in its document or, for the first document, in the sequence: (T,)."""
     places = np.arange(len(inputs))
     starts = np.zeros_like(places)
     starts[1:][inputs[:-1] == eos_id] = places[1:][inputs[:-1] == eos_id]
@@ -98,7 +98,11 @@ def create_pretrain_dataset(
     limits: Sequence[int | None],
     document_mask: bool = False,
 ) -> PretrainDataset:
-    """Open `train` or `heldout` of a run's sources, at most so many rows of each."""
+    """Open split `train` or `heldout` of a run's sources.
+
+    Args:
+        limits: maximum number of sequences per source.
+    """
     sources, padded = [], False
     for source in corpus.sources:
         folder = Path(source.tokens_dir)
@@ -116,31 +120,31 @@ def create_pretrain_dataset(
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSampler(Sampler[int]):
-    """Sample ids of one rank for some global batches, shuffled and mixed by formula."""
+    """Sample ids of one rank: positions r, r + W, r + 2W, ... of each global batch."""
 
     order: SampleOrder
     batches: Sequence[range]
+    """Numbers of the global batches."""
     global_batch_size: int
     rank: int
     world_size: int
 
     def __iter__(self) -> Iterator[int]:
-        for ids in rank_samples(
-            self.order,
-            batches=self.batches,
-            global_batch_size=self.global_batch_size,
-            rank=self.rank,
-            world_size=self.world_size,
-        ):
-            yield from ids.tolist()
+        size = self.global_batch_size
+        at_once = max(1, 4096 // size)  # a numpy call has a constant overhead
+        for numbers in self.batches:
+            for first in numbers[::at_once]:
+                count = min(at_once, numbers.stop - first)
+                ids = self.order.ids(first * size, count * size).reshape(count, size)
+                yield from ids[:, self.rank :: self.world_size].ravel().tolist()
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSampler(Sampler[int]):
-    """Rows r, r + W, ... in order, each once; -1 where a rank has no row left.
+    """Sequences r, r + W, ... in order, each once; -1 when a rank has none left.
 
-    Every rank yields equally many whole micro batches: at ZeRO stage 3 a rank that stopped early
-    would leave the others waiting for its shards.
+    Every rank yields the same number of full micro batches: at ZeRO stage 3 the other ranks would
+    wait forever for the shards of one that stopped early.
     """
 
     num_rows: int
@@ -158,7 +162,7 @@ class EvalSampler(Sampler[int]):
 def build_loader(
     dataset: PretrainDataset, sampler: Sampler[int], *, micro_batch_size: int, num_workers: int
 ) -> DataLoader[dict[str, Any]]:
-    """A loader of micro batches: `input_ids` and `shift_labels` (B, T), `sample_id` (B,), int64."""
+    """Load micro batches: `input_ids` and `shift_labels` (B, T), `sample_id` (B,), all int64."""
     return DataLoader(
         dataset,
         batch_size=micro_batch_size,
@@ -166,7 +170,7 @@ def build_loader(
         collate_fn=default_data_collator,
         num_workers=num_workers,
         drop_last=True,
-        # A loader draws a seed when it is iterated: from here, and not from the generator whose
-        # state a checkpoint restores for dropout.
+        # Iterating draws a seed; the global generator must not advance, because a checkpoint
+        # restores it for dropout.
         generator=torch.Generator(),
     )

@@ -1,15 +1,16 @@
-"""The first pass: the documents of a task, encoded, into parts that the second pass puts together.
+"""The first pass: encode the documents of a task into parts, which the second pass merges.
 
-A part is sorted by split and key, so that any range of keys is one stretch of it.
+A part is sorted by split and key, so that any range of keys is contiguous in it.
 """
 
 import hashlib
-import json
 import os
 import re
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +20,28 @@ from numpy.typing import NDArray
 from llama_pretrain.config.data import OnError
 from llama_pretrain.config.problems import UserError
 from llama_pretrain.data.packed import token_dtype
-from llama_pretrain.data.pool import Counter
-from llama_pretrain.data.read import MAX_DOCUMENT_BYTES, Document, Fault
-from llama_pretrain.data.sources import Span, TextSource
+from llama_pretrain.data.pool import AddProgress
+from llama_pretrain.data.read import MAX_DOCUMENT_BYTES, Fault
+from llama_pretrain.data.text import Span, TextSource
 from llama_pretrain.data.tokenizer import TrainedTokenizer, open_tokenizer
-from llama_pretrain.files import write_text
+from llama_pretrain.files import replacing, write_json
 
 PART_BYTES = 1 << 26
-"""Text of one part: what a process holds."""
+"""Text of one part, which a process holds in memory."""
 BATCH_CHARACTERS = 250_000
-"""Text encoded at a time: the library needs some hundred bytes for each token of it."""
+"""Text encoded at a time: the tokenizers library needs hundreds of bytes per token of it."""
 MAX_LISTED = 20
 """Unreadable documents that are listed; all are counted."""
 WINDOW = 200
-"""Characters on each side of a cut that are encoded together and apart."""
+"""Characters on each side of a cut that are encoded to test it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeJob:
-    """What all tasks of a source share."""
+    """What all tasks of a source have in common."""
 
     sources: list[tuple[TextSource, float]]
-    """With the share that is held out: of training files 0 where there are files to hold out."""
+    """With the share that is held out: 1 for held-out files, and then 0 for the other files."""
     tokenizer_dir: Path
     folder: Path
     shuffle_seed: int | None
@@ -54,21 +55,21 @@ class EncodeJob:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeTask:
-    """One of a job's tasks."""
+    """The spans that one call encodes."""
 
     number: int
     source: int
     spans: list[Span]
 
     @property
-    def size(self) -> int:
-        """Bytes to read."""
-        return sum(span.size for span in self.spans)
+    def name(self) -> str:
+        """Of its result, NAME.json, which marks the task complete."""
+        return f"{self.number:06d}"
 
 
 @dataclass(kw_only=True)
 class TaskResult:
-    """What came out of a task."""
+    """The outcome of a task."""
 
     parts: list[str] = field(default_factory=list)
     blank: int = 0
@@ -84,49 +85,59 @@ PART_DTYPE = np.dtype(
     [
         ("heldout", "?"),
         ("key", "<u8"),
-        ("ordinal", "<u8"),  # which document of the source it is
-        ("digest", "<u8"),  # the first 8 bytes of its text's SHA-256
-        ("first", "<u8"),  # where its tokens begin in the part
-        ("length", "<u4"),  # in tokens, that of the end included
-        ("size", "<u4"),  # in bytes of text
+        ("ordinal", "<u8"),  # position in the source
+        ("digest", "<u8"),  # the first 8 bytes of the text's SHA-256
+        ("first", "<u8"),  # index of its first token in the part
+        ("length", "<u4"),  # tokens, including the end of text
+        ("size", "<u4"),  # bytes of text
     ]
 )
-"""An entry of a part's index, a document each, in the order of (heldout, key, ordinal)."""
+"""The index entry of a document; a part's are sorted by (heldout, key, ordinal)."""
 
 
-def encode_task(job: EncodeJob, task: EncodeTask, counter: Counter) -> TaskResult:
-    """Encode the documents of a task. Parts that are there already are kept.
+def encode_task(job: EncodeJob, task: EncodeTask, add: AddProgress) -> TaskResult:
+    """Encode the documents of a task, except for parts that an interrupted call has written.
 
     Raises:
-        UserError: for a document that can't be read, unless those are skipped.
+        UserError: for an unreadable document, unless they are skipped.
     """
     result = TaskResult()
-    batch: list[str] = []
-    part = _Part(job, task, result)
-    characters = 0
-    for text in _texts(job, task, result, counter):
-        batch.append(text)
-        characters += len(text)
-        if characters >= BATCH_CHARACTERS:
-            part.add(batch)
-            batch, characters = [], 0
-    part.add(batch)
-    part.finish()
-    write_text(task_marker(job.folder, task), json.dumps(asdict(result)) + "\n")
+    texts = _read_texts(job, task, result, add)
+    for number in count():
+        path = job.folder / f"{task.name}-{number:04d}"
+        if path.with_suffix(".npy").exists():
+            index = open_part(path)
+            deque(islice(texts, len(index)), maxlen=0)
+        else:
+            first = (task.number << 32) + result.documents
+            index = _encode_part(job, job.sources[task.source][1], texts, path, first=first)
+        if not len(index):
+            break
+        result.parts.append(path.name)
+        result.documents += len(index)
+        result.tokens += int(index["length"].sum(dtype=np.int64))
+    write_json(job.folder / f"{task.name}.json", asdict(result), indent=None)
     return result
 
 
-def task_marker(folder: Path, task: EncodeTask) -> Path:
-    """The file that says that a task is done, and what came out of it."""
-    return folder / f"{task.number:06d}.json"
+def heldout_threshold(share: float) -> int:
+    """Documents with a digest below this are held out, so a growing corpus moves none of them."""
+    return int(share * (1 << 64))
 
 
-def _texts(job: EncodeJob, task: EncodeTask, result: TaskResult, counter: Counter) -> Iterator[str]:
-    """Documents to encode: not blank, none longer than a piece; whatever else is counted."""
+def digest_text(raw: bytes) -> tuple[bytes, int]:
+    """SHA-256 of a text, and its first 8 bytes as a number."""
+    digest = hashlib.sha256(raw).digest()
+    return digest, int.from_bytes(digest[:8], "big")
+
+
+def _read_texts(
+    job: EncodeJob, task: EncodeTask, result: TaskResult, add: AddProgress
+) -> Iterator[str]:
+    """The documents to encode; counts blank, cut and unreadable ones."""
     source, _ = job.sources[task.source]
     for span in task.spans:
-        counted, step = 0, max(1, span.size // 50)
-        text_bytes = 0
+        counted = text_bytes = 0
         for record in source.read(span):
             if isinstance(record, Fault):
                 if job.on_error is OnError.stop:
@@ -135,177 +146,134 @@ def _texts(job: EncodeJob, task: EncodeTask, result: TaskResult, counter: Counte
                 if len(result.listed) < MAX_LISTED:
                     result.listed.append(record.message)
                 continue
-            if not record.text or record.text.isspace():
+            text = record.text
+            if not text or text.isspace():
                 result.blank += 1
                 result.first_blank = result.first_blank or source.place(span, record)
                 continue
-            text_bytes += len(record.text)
-            if text_bytes >= step and counted + text_bytes <= span.size:
-                counter.add(text_bytes, text_bytes)
+            text_bytes += len(text)
+            if text_bytes >= max(1, span.size // 50) and counted + text_bytes <= span.size:
+                add(text_bytes, text_bytes)
                 counted, text_bytes = counted + text_bytes, 0
-            if len(record.text) <= MAX_DOCUMENT_BYTES // 4:
-                yield record.text
+            if len(text) * 4 <= MAX_DOCUMENT_BYTES or len(text.encode()) <= MAX_DOCUMENT_BYTES:
+                yield text
             else:
-                pieces = list(_cut_document(record))
-                result.cut += len(pieces) > 1
-                del record  # a line of 100 MB is not held twice
-                while pieces:
-                    yield pieces.pop(0)
-        counter.add(span.size - counted, text_bytes)
+                result.cut += 1
+                yield from _cut_document(text)
+        add(span.size - counted, text_bytes)
 
 
-def _cut_document(document: Document) -> Iterator[str]:
-    """A text of more than MAX_DOCUMENT_BYTES in pieces, each a document of its own."""
-    text, limit = document.text, MAX_DOCUMENT_BYTES // 4
-    if len(text.encode("utf-8")) <= MAX_DOCUMENT_BYTES:
-        yield text
-        return
+def _cut_document(text: str) -> Iterator[str]:
+    """Pieces of at most MAX_DOCUMENT_BYTES, each a document of its own."""
     start = 0
     while start < len(text):
-        stop = min(start + limit, len(text))
+        stop = start + MAX_DOCUMENT_BYTES // 4
         if stop < len(text):
             stop = (text.rfind("\n", start, stop) + 1) or stop
         yield text[start:stop]
         start = stop
 
 
-class _Part:
-    """Collects encoded documents and writes them when there are enough."""
+def _encode_part(
+    job: EncodeJob, share: float, texts: Iterator[str], path: Path, *, first: int
+) -> NDArray[Any]:
+    """Encode documents up to PART_BYTES and write them. Returns the index.
 
-    def __init__(self, job: EncodeJob, task: EncodeTask, result: TaskResult):
-        self._job, self._task, self._result = job, task.number, result
-        self._dtype = np.dtype(token_dtype(job.tokenizer.size))
-        self._threshold = int(job.sources[task.source][1] * (1 << 64))
-        seed = job.shuffle_seed
-        self._salt = b"" if seed is None else seed.to_bytes(8, "big")
-        self._documents = 0  # of the task so far
-        self._open()
+    Args:
+        first: ordinal of the first document.
+    """
+    dtype = np.dtype(token_dtype(job.tokenizer.size))
+    threshold = heldout_threshold(share)
+    salt = b"" if job.shuffle_seed is None else job.shuffle_seed.to_bytes(8, "big")
+    tokens: list[NDArray[Any]] = []
+    entries: list[tuple[bool, int, int, int, int, int, int]] = []
+    batch: list[str] = []
+    num_bytes = characters = 0
 
-    def _open(self) -> None:
-        self._texts = 0
-        self._tokens: list[NDArray[Any]] = []
-        self._rows: list[tuple[bool, int, int, int, int, int, int]] = []
-        number = len(self._result.parts)
-        self._path = self._job.folder / f"{self._task:06d}-{number:04d}"
-        self._index = open_part(self._path) if self._path.with_suffix(".npy").exists() else None
+    def encode_batch() -> None:
+        ends = [job.tokenizer.eos_id]
+        tokens.extend(np.array(i + ends, dtype) for i in encode_texts(job.tokenizer.backend, batch))
+        batch.clear()
 
-    def add(self, texts: list[str]) -> None:
-        """Encode documents, or pass by as many as a part that is there already has."""
-        done = 0
-        while done < len(texts):
-            todo = texts[done:]
-            if self._index is not None:
-                left = len(self._index) - self._texts
-                self._texts += min(left, len(todo))
-                done += min(left, len(todo))
-                self._documents += min(left, len(todo))
-                if self._texts == len(self._index):
-                    self._close()
-                continue
-            done += self._encode(todo)
-
-    def _encode(self, texts: list[str]) -> int:
-        """Encode as many as the part takes. Returns how many that is."""
-        taken = 0
-        for text in texts:
-            taken += 1
-            raw = text.encode("utf-8")
-            digest = hashlib.sha256(raw).digest()
-            self._rows.append(self._row(digest, len(raw)))
-            self._documents += 1
-            self._texts += len(raw)
-            if self._texts >= PART_BYTES:
-                break
-        tokenizer = self._job.tokenizer
-        self._tokens += [
-            np.array([*ids, tokenizer.eos_id], dtype=self._dtype)
-            for ids in encode_texts(tokenizer.backend, texts[:taken])
-        ]
-        if self._texts >= PART_BYTES:
-            self._close()
-        return taken
-
-    def _row(self, digest: bytes, size: int) -> tuple[bool, int, int, int, int, int, int]:
-        ordinal = (self._task << 32) | self._documents
-        heldout = int.from_bytes(digest[:8], "big") < self._threshold
-        if self._job.shuffle_seed is None:
-            key = ordinal
-        else:
-            # With duplicates dropped the same text has the same key, wherever it stands.
-            what = digest if self._job.deduplicate else digest + ordinal.to_bytes(8, "big")
-            key = int.from_bytes(hashlib.sha256(self._salt + what).digest()[:8], "big")
-        return heldout, key, ordinal, int.from_bytes(digest[:8], "big"), 0, 0, size
-
-    def finish(self) -> None:
-        """Write what is left."""
-        if self._texts:
-            self._close()
-
-    def _close(self) -> None:
-        index = self._write() if self._index is None else self._index
-        self._result.parts.append(self._path.name)
-        self._result.documents += len(index)
-        self._result.tokens += int(index["length"].sum(dtype=np.int64))
-        self._open()
-
-    def _write(self) -> NDArray[Any]:
-        index = np.array(self._rows, dtype=PART_DTYPE)
-        index["length"] = [len(tokens) for tokens in self._tokens]
-        order = np.lexsort((index["ordinal"], index["key"], index["heldout"]))
-        index = index[order]
-        index["first"][1:] = np.cumsum(index["length"][:-1], dtype=np.uint64)
-        with self._path.with_suffix(".bin").open("wb") as file:
-            for place in order:
-                file.write(self._tokens[place].data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary = self._path.with_suffix(".tmp.npy")
-        np.save(temporary, index)
-        os.replace(temporary, self._path.with_suffix(".npy"))  # a part without it is torn
+    for ordinal, text in enumerate(texts, first):
+        raw = text.encode("utf-8")
+        digest, number = digest_text(raw)
+        key = ordinal
+        if job.shuffle_seed is not None:
+            # With deduplication, equal texts must have equal keys.
+            what = digest if job.deduplicate else digest + ordinal.to_bytes(8, "big")
+            key = digest_text(salt + what)[1]
+        entries.append((number < threshold, key, ordinal, number, 0, 0, len(raw)))
+        batch.append(text)
+        num_bytes += len(raw)
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS:
+            encode_batch()
+            characters = 0
+        if num_bytes >= PART_BYTES:
+            break
+    encode_batch()
+    index = np.array(entries, dtype=PART_DTYPE)
+    if not entries:
         return index
+    index["length"] = [len(ids) for ids in tokens]
+    order = np.lexsort((index["ordinal"], index["key"], index["heldout"]))
+    index = index[order]
+    index["first"][1:] = np.cumsum(index["length"][:-1], dtype=np.uint64)
+    with path.with_suffix(".bin").open("wb") as file:
+        for place in order:
+            file.write(tokens[place].data)
+        file.flush()
+        os.fsync(file.fileno())
+    # Written last: a part without an index is incomplete.
+    with replacing(path.with_suffix(".npy")) as temporary, temporary.open("wb") as file:
+        np.save(file, index)
+    return index
 
 
 def open_part(path: Path) -> NDArray[Any]:
-    """The index of a part, of which only what is looked at is read: PART_DTYPE."""
+    """The memory-mapped index of a part: (documents,) of PART_DTYPE."""
     index: NDArray[Any] = np.load(path.with_suffix(".npy"), mmap_mode="r")
     return index
 
 
 def encode_texts(backend: Any, texts: list[str]) -> Iterator[list[int]]:
-    """Token ids of each text, without special tokens around them; long ones in pieces."""
-    short = [text for text in texts if len(text) <= BATCH_CHARACTERS]
-    encoded = iter(backend.encode_batch_fast(short, add_special_tokens=False))
+    """Token ids of each text, without special tokens; long texts are encoded in pieces."""
+
+    def encode(batch: list[str]) -> list[list[int]]:
+        return [found.ids for found in backend.encode_batch_fast(batch, add_special_tokens=False)]
+
+    encoded = iter(encode([text for text in texts if len(text) <= BATCH_CHARACTERS]))
     for text in texts:
         if len(text) <= BATCH_CHARACTERS:
-            yield next(encoded).ids
+            yield next(encoded)
             continue
         ids: list[int] = []
         start = 0
         while start < len(text):
-            stop = _find_cut(backend, text, start)
-            ids += backend.encode_batch_fast([text[start:stop]], add_special_tokens=False)[0].ids
+            stop = _find_cut(encode, text, start)
+            ids += encode([text[start:stop]])[0]
             start = stop
         yield ids
 
 
-def _find_cut(backend: Any, text: str, start: int) -> int:
-    """Where a long text may be cut without a change of its tokens.
+def _find_cut(encode: Any, text: str, start: int) -> int:
+    """Where a long text can be cut without changing its tokens.
 
-    Tried are ends of lines and of words: what is around one is encoded whole and in two. Where no
-    place is found, say in 250,000 letters without a space, it is cut all the same.
+    Candidates are the ends of lines and words, where the surrounding text has the same tokens whole
+    and in two halves. Without such a place (250,000 letters without a space) a boundary is forced.
     """
     end = start + BATCH_CHARACTERS
     if end >= len(text):
         return len(text)
     low = start + BATCH_CHARACTERS * 9 // 10
-    places = [match.start() for match in re.finditer(r"(?<=\S)(?= \S)", text[low:end])]
-    places += [match.start() for match in re.finditer(r"(?<=\S\n)(?=\S)", text[low:end])]
-    for place in sorted(places, reverse=True)[:50]:
+    places = [
+        found.start() for found in re.finditer(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)", text[low:end])
+    ]
+    for place in places[:-51:-1]:
         cut = low + place
-        parts = [text[cut - WINDOW : cut], text[cut : cut + WINDOW]]
-        whole, *halves = backend.encode_batch_fast(
-            ["".join(parts), *parts], add_special_tokens=False
-        )
-        if whole.ids == halves[0].ids + halves[1].ids:
+        halves = [text[cut - WINDOW : cut], text[cut : cut + WINDOW]]
+        whole, left, right = encode(["".join(halves), *halves])
+        if whole == left + right:
             return cut
     return end

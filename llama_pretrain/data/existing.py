@@ -1,46 +1,47 @@
-"""Tokens that exist already, read where they lie: Megatron's files, and files without a header."""
+"""Existing tokens, read where they are: Megatron's files and headerless ones."""
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from llama_pretrain.config.data import DataName
-from llama_pretrain.config.data import Source as SourceConfig
-from llama_pretrain.config.problems import Problem, UserError, refuse
-from llama_pretrain.data.cache import claim
+from llama_pretrain.config.data import DataName, Source
+from llama_pretrain.config.problems import Problem, refuse
+from llama_pretrain.data.cache import Cache, data_error
+from llama_pretrain.data.hashing import File, hash_files
 from llama_pretrain.data.meta import (
     FORMAT,
     HELDOUT,
     META,
     TRAIN,
     Extent,
-    Split,
     TokensMeta,
     cut_extents,
+    make_split,
     write_meta,
 )
 from llama_pretrain.data.packed import read_index
-from llama_pretrain.data.pool import Report
-from llama_pretrain.data.sources import File, hash_files, list_files
+from llama_pretrain.data.sources import list_files
 from llama_pretrain.data.tokenizer import TrainedTokenizer
 
 KNOWN_HEADERS = {
-    b"\x93NUMPY": "is a .npy array with a header; write it without: array.tofile(FILE)",
-    (20240520).to_bytes(4, "little"): "begins with llm.c's header of 1,024 bytes; cut it off:"
-    " tail -c +1025",
+    b"\x93NUMPY": ("is a .npy array with a header", "Write it with array.tofile(FILE)"),
+    (20240520).to_bytes(4, "little"): (
+        "begins with llm.c's header of 1,024 bytes",
+        "Remove it with tail -c +1025",
+    ),
 }
 SCAN_TOKENS = 1 << 22
 DECODED_TOKENS = 1_000_000
-"""Held-out tokens that are decoded to know their bytes, where there is no text."""
+"""Held-out tokens that are decoded to estimate the bytes of text per token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExistingTokens:
-    """The files of one source, checked."""
+    """The valid files of a source."""
 
     files: list[File]
     extents: list[Extent]
@@ -48,207 +49,53 @@ class ExistingTokens:
     documents: int | None
 
 
-def open_existing(
-    config: SourceConfig,
-    *,
-    path: str,
-    tokenizer: TrainedTokenizer,
-    cache_dir: Path,
-    heldout: bool,
-    report: Report,
-) -> ExistingTokens:
-    """Find token files and check every id in them.
-
-    Args:
-        path: of the source's settings.
-        heldout: of `heldout_paths` instead of `paths`.
-
-    Raises:
-        UserError: for files that are cut short, of another kind, or of another tokenizer.
-    """
-    setting = f"{path}.{'heldout_paths' if heldout else 'paths'}"
-    paths = list_files(config.heldout_paths if heldout else config.paths, path=setting)
-    if config.name is DataName.megatron:
-        paths = [p for p in paths if p.suffix != ".idx"]
-        found = list(_megatron(paths, setting, tokenizer))
-        dtypes = sorted({dtype for dtype, _, _ in found})
-        if len(dtypes) > 1:
-            message = f"the files have different types: {', '.join(dtypes)}"
-            hint = "make each kind a source of a mixture"
-            raise UserError([Problem(path=setting, message=message, hint=hint)])
-        dtype = dtypes[0]
-        sizes = [tokens for _, tokens, _ in found]
-        documents = sum(count for _, _, count in found)
-    else:
-        assert config.dtype is not None
-        dtype, documents = config.dtype.value, None
-        _check_dtype(dtype, path, tokenizer)
-        refuse(_check_headerless(paths, setting, dtype))
-        sizes = [p.stat().st_size // np.dtype(dtype).itemsize for p in paths]
-    files = hash_files(paths, cache_dir=cache_dir, report=report)
-    with report.progress("checking tokens", sum(file.size for file in files)) as show:
-        _scan(files, setting, dtype, tokenizer, show)
-    extents = [
-        Extent(file=str(file.path), first=0, tokens=tokens)
-        for file, tokens in zip(files, sizes, strict=True)
-    ]
-    return ExistingTokens(files=files, extents=extents, dtype=dtype, documents=documents)
-
-
-def _megatron(
-    paths: Sequence[Path], setting: str, tokenizer: TrainedTokenizer
-) -> Iterator[tuple[str, int, int]]:
-    """Type, tokens and documents of each .bin, as its .idx says."""
-    for file in paths:
-        index_file = file.with_suffix(".idx")
-        if not index_file.is_file():
-            message = f"{file} has no {index_file.name} beside it"
-            hint = "for files without an index, add data=tokens"
-            raise UserError([Problem(path=setting, message=message, hint=hint)])
-        try:
-            index = read_index(index_file)
-        except ValueError as error:
-            raise UserError([Problem(path=setting, message=str(error))]) from error
-        wanted = index.tokens * np.dtype(index.dtype).itemsize
-        size = file.stat().st_size
-        if size != wanted:
-            message = f"{file} has {size:,} bytes where its index says {wanted:,}"
-            raise UserError([Problem(path=setting, message=message, hint="it was cut short")])
-        _check_ends(file, index.dtype, index.first_lengths.tolist(), setting, tokenizer)
-        yield index.dtype, index.tokens, index.documents
-
-
-def _check_ends(
-    file: Path, dtype: str, lengths: Sequence[int], setting: str, tokenizer: TrainedTokenizer
-) -> None:
-    """Refuse documents that don't end with the tokenizer's end-of-text token."""
-    tokens = np.fromfile(file, dtype, sum(lengths))
-    ends = tokens[np.cumsum(lengths) - 1] if len(lengths) else tokens
-    other = ends[ends != tokenizer.eos_id]
-    if len(other):
-        message = (
-            f"{file}: {len(other)} of the first {len(ends)} documents end with token"
-            f" {int(other[0])}, not with the tokenizer's end-of-text token {tokenizer.eos_id}"
-        )
-        hint = "give the tokenizer that made them, and write them with --append-eod"
-        raise UserError([Problem(path=setting, message=message, hint=hint)])
-
-
-def _check_dtype(dtype: str, path: str, tokenizer: TrainedTokenizer) -> None:
-    largest = np.iinfo(dtype).max
-    if tokenizer.size - 1 > largest:
-        message = (
-            f"{dtype} holds ids up to {largest:,}, and the tokenizer has {tokenizer.size:,} tokens:"
-            " larger ids have wrapped around where such a file was written"
-        )
-        raise UserError(
-            [Problem(path=f"{path}.dtype", message=message, hint="write the tokens as uint32")]
-        )
-
-
-def _check_headerless(paths: Sequence[Path], setting: str, dtype: str) -> Iterator[Problem]:
-    width = np.dtype(dtype).itemsize
-    for file in paths:
-        size = file.stat().st_size
-        with file.open("rb") as opened:
-            start = opened.read(8)
-        for magic, text in KNOWN_HEADERS.items():
-            if start.startswith(magic):
-                yield Problem(path=setting, message=f"{file} {text}")
-        if size == 0 or size % width:
-            message = f"{file} has {size:,} bytes, which is no number of {dtype} tokens"
-            yield Problem(path=setting, message=message, hint="it was cut short, or has a header")
-
-
-def _scan(
-    files: Sequence[File],
-    setting: str,
-    dtype: str,
-    tokenizer: TrainedTokenizer,
-    show: Callable[[int, int], None],
-) -> None:
-    """Look at every id: one outside the vocabulary would end a run in the middle."""
-    done = 0
-    for file in files:
-        at = 0
-        with file.path.open("rb") as opened:
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            while len(tokens := np.fromfile(opened, dtype, SCAN_TOKENS)):
-                if int(tokens.max()) >= tokenizer.size or int(tokens.min()) < 0:
-                    wrong = (tokens >= tokenizer.size) | (tokens < 0)
-                    place = int(np.argmax(wrong))
-                    message = (
-                        f"{file.path}: token {at + place:,} is {int(tokens[place])}, and the"
-                        f" tokenizer has {tokenizer.size:,} tokens"
-                    )
-                    hint = "give the tokenizer and the dtype that the file was written with"
-                    raise UserError([Problem(path=setting, message=message, hint=hint)])
-                at += len(tokens)
-                done += tokens.nbytes
-                show(done, 0)
-
-
 def prepare_existing(
-    config: SourceConfig,
+    config: Source,
     path: str,
     tokenizer: TrainedTokenizer,
-    cache_dir: Path,
-    report: Report,
+    cache: Cache,
     *,
     heldout_fraction: float,
 ) -> Path:
-    """Check tokens that exist already and write down where they lie. Returns that folder."""
+    """Validate existing tokens and write a meta.json that refers to them. Returns its directory.
 
-    def opened(heldout: bool) -> ExistingTokens:
-        return open_existing(
-            config,
-            path=path,
-            tokenizer=tokenizer,
-            cache_dir=cache_dir,
-            heldout=heldout,
-            report=report,
-        )
-
-    whole = opened(heldout=False)
-    apart = opened(heldout=True) if config.heldout_paths else None
-    files = [*whole.files, *(apart.files if apart else [])]
-    fraction = heldout_fraction
+    Raises:
+        UserError: for files that are truncated, of another type or of another tokenizer.
+    """
+    whole = _open_existing(config, path, tokenizer, cache, heldout=False)
+    files, other = list(whole.files), None
+    if config.heldout_paths:
+        other = _open_existing(config, path, tokenizer, cache, heldout=True)
+        files += other.files
+    listed = [(str(file.path), file.size, file.digest) for file in files]
     recipe = {
         "format": FORMAT,
-        "files": [(str(file.path), file.size, file.digest) for file in files],
+        "files": listed,
         "tokenizer": (tokenizer.digest, tokenizer.eos_id),
-        "options": ("apart" if apart else fraction, whole.dtype),
+        "options": ("apart" if other else heldout_fraction, whole.dtype),
     }
-    with claim(recipe, cache_dir, report) as (target, partial, digest):
+    with cache.claim(recipe) as (target, partial, digest):
         if (target / META).is_file():
             return target
-        train, heldout = list(whole.extents), list(apart.extents) if apart else []
-        if apart is None:  # the end of each file
-            cut = [cut_extents([e], int(e.tokens * (1 - fraction))) for e in whole.extents]
-            train = [extent for head, _ in cut for extent in head]
-            heldout = [extent for _, tail in cut for extent in tail]
-        elif apart.dtype != whole.dtype:
-            message = f"have another type than {path}.paths: {apart.dtype}, not {whole.dtype}"
-            raise UserError([Problem(path=f"{path}.heldout_paths", message=message)])
-        splits = {
-            name: Split(
-                extents=extents,
-                tokens=sum(extent.tokens for extent in extents),
-                documents=count,
-                bytes=None,
-            )
-            for name, extents, count in (
-                (TRAIN, train, whole.documents),
-                (HELDOUT, heldout, apart.documents if apart else None),
-            )
-        }
-        bytes_a_token = _decode_some(heldout, whole.dtype, tokenizer)
-        splits[HELDOUT] = replace(
-            splits[HELDOUT], bytes=int(bytes_a_token * splits[HELDOUT].tokens)
+        if other is None:  # the end of each file is held out
+            cuts = [(e, int(e.tokens * (1 - heldout_fraction))) for e in whole.extents]
+            sides = [cut_extents([extent], tokens) for extent, tokens in cuts]
+            train = [extent for head, _ in sides for extent in head]
+            heldout = [extent for _, tail in sides for extent in tail]
+        elif other.dtype == whole.dtype:
+            train, heldout = whole.extents, other.extents
+        else:
+            message = f"must have the type of {path}.paths, {whole.dtype} (got {other.dtype})"
+            raise data_error(f"{path}.heldout_paths", message)
+        num_bytes = int(
+            _bytes_per_token(heldout, whole.dtype, tokenizer) * sum(e.tokens for e in heldout)
         )
+        splits = {
+            TRAIN: make_split(train, whole.documents, None),
+            HELDOUT: make_split(heldout, other.documents if other else None, num_bytes),
+        }
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        shutil.copytree(tokenizer.folder, partial / "tokenizer")
         meta = TokensMeta(
             format=FORMAT,
             data_hash=digest,
@@ -258,21 +105,132 @@ def prepare_existing(
             dtype=whole.dtype,
             row_tokens=None,
             splits=splits,
-            files=[(str(file.path), file.size, file.digest) for file in files],
+            files=listed,
         )
-        shutil.copytree(tokenizer.folder, partial / "tokenizer")
         write_meta(partial, meta)
         os.rename(partial, target)
     return target
 
 
-def _decode_some(extents: list[Extent], dtype: str, tokenizer: TrainedTokenizer) -> float:
-    """Bytes of text a token, of the first held-out tokens."""
-    head, _ = cut_extents(extents, DECODED_TOKENS)
+def _open_existing(
+    config: Source, path: str, tokenizer: TrainedTokenizer, cache: Cache, *, heldout: bool
+) -> ExistingTokens:
+    """Find the token files of `paths` or `heldout_paths` and check every id in them."""
+    name = "heldout_paths" if heldout else "paths"
+    option = f"{path}.{name}"
+    paths = list_files(getattr(config, name), path=option)
+    documents: int | None = None
+    if config.name is DataName.megatron:
+        paths = [file for file in paths if file.suffix != ".idx"]
+        found = list(_read_indexes(paths, option, tokenizer))
+        dtypes = sorted({dtype for dtype, _, _ in found})
+        if len(dtypes) > 1:
+            message = f"must have one type of token ids (got {', '.join(dtypes)})"
+            raise data_error(option, message, "Make each type a source of a mixture")
+        dtype, sizes = dtypes[0], [tokens for _, tokens, _ in found]
+        documents = sum(count for _, _, count in found)
+    elif config.dtype is None:
+        raise data_error(f"{path}.dtype", "is required with data=tokens")
+    else:
+        dtype = config.dtype.value
+        _check_dtype(dtype, path, tokenizer)
+        refuse(_check_headerless(paths, option, dtype))
+        sizes = [file.stat().st_size // np.dtype(dtype).itemsize for file in paths]
+    files = hash_files(paths, cache)
+    _check_ids(files, option, dtype, tokenizer, cache)
+    extents = [
+        Extent(file=str(file.path), first=0, tokens=tokens)
+        for file, tokens in zip(files, sizes, strict=True)
+    ]
+    return ExistingTokens(files=files, extents=extents, dtype=dtype, documents=documents)
+
+
+def _read_indexes(
+    paths: Sequence[Path], option: str, tokenizer: TrainedTokenizer
+) -> Iterator[tuple[str, int, int]]:
+    """Type, tokens and documents of each .bin according to its .idx."""
+    for file in paths:
+        index_file = file.with_suffix(".idx")
+        if not index_file.is_file():
+            hint = "Add data=tokens for files without an index"
+            raise data_error(option, f"{file} requires {index_file.name} beside it", hint)
+        try:
+            index = read_index(index_file)
+        except ValueError as error:
+            raise data_error(option, str(error)) from error
+        expected, size = index.tokens * np.dtype(index.dtype).itemsize, file.stat().st_size
+        if size != expected:
+            message = f"{file} must have {expected:,} bytes according to its index (got {size:,})"
+            raise data_error(option, message, "The file may be truncated")
+        lengths = index.first_lengths
+        tokens = np.fromfile(file, index.dtype, int(lengths.sum()))
+        ends = tokens[np.cumsum(lengths) - 1] if len(lengths) else tokens
+        wrong = ends[ends != tokenizer.eos_id]
+        if len(wrong):
+            message = (
+                f"{file}: documents must end with the tokenizer's end-of-text token"
+                f" {tokenizer.eos_id} (got {int(wrong[0])} in {len(wrong)} of the first"
+                f" {len(ends)})"
+            )
+            hint = "Use the tokenizer that made the tokens, and write them with --append-eod"
+            raise data_error(option, message, hint)
+        yield index.dtype, index.tokens, index.documents
+
+
+def _check_dtype(dtype: str, path: str, tokenizer: TrainedTokenizer) -> None:
+    largest = np.iinfo(dtype).max
+    if tokenizer.size - 1 > largest:
+        message = (
+            f"{dtype} holds ids up to {largest:,}, but the tokenizer has {tokenizer.size:,} tokens:"
+            " larger ids wrapped around when the file was written"
+        )
+        raise data_error(f"{path}.dtype", message, "Write the tokens as uint32")
+
+
+def _check_headerless(paths: Sequence[Path], option: str, dtype: str) -> Iterator[Problem]:
+    width = np.dtype(dtype).itemsize
+    for file in paths:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            start = opened.read(8)
+        for magic, (message, hint) in KNOWN_HEADERS.items():
+            if start.startswith(magic):
+                yield Problem(path=option, message=f"{file} {message}", hint=hint)
+        if size == 0 or size % width:
+            message = f"{file} must have a multiple of {width} bytes for {dtype} (got {size:,})"
+            hint = "The file may be truncated or have a header"
+            yield Problem(path=option, message=message, hint=hint)
+
+
+def _check_ids(
+    files: Sequence[File], option: str, dtype: str, tokenizer: TrainedTokenizer, cache: Cache
+) -> None:
+    """Check every id: one outside of the vocabulary would stop training midway."""
+    done, total = 0, sum(file.size for file in files)
+    with cache.report.progress("checking tokens", total) as show:
+        for file in files:
+            position = 0
+            with file.path.open("rb") as opened:
+                while len(tokens := np.fromfile(opened, dtype, SCAN_TOKENS)):
+                    if int(tokens.max()) >= tokenizer.size or int(tokens.min()) < 0:
+                        place = int(np.argmax((tokens >= tokenizer.size) | (tokens < 0)))
+                        message = (
+                            f"{file.path}: token {position + place:,} must be below the"
+                            f" tokenizer's size {tokenizer.size:,} (got {int(tokens[place])})"
+                        )
+                        hint = "Use the tokenizer and the dtype that the file was written with"
+                        raise data_error(option, message, hint)
+                    position += len(tokens)
+                    done += tokens.nbytes
+                    show(done, 0)
+
+
+def _bytes_per_token(extents: list[Extent], dtype: str, tokenizer: TrainedTokenizer) -> float:
+    """Bytes of text per token, measured on the first DECODED_TOKENS."""
     num_bytes = tokens = 0
-    for extent in head:
-        width = np.dtype(dtype).itemsize
-        ids = np.fromfile(extent.file, dtype, extent.tokens, offset=extent.first * width)
+    for extent in cut_extents(extents, DECODED_TOKENS)[0]:
+        offset = extent.first * np.dtype(dtype).itemsize
+        ids = np.fromfile(extent.file, dtype, extent.tokens, offset=offset)
         text = tokenizer.backend.decode(ids.tolist(), skip_special_tokens=True)
         num_bytes += len(text.encode("utf-8"))
         tokens += len(ids)

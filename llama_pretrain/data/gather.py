@@ -1,12 +1,9 @@
 """The second pass: from sorted parts to shuffled shards of bounded size.
 
-A shard is a range of keys. Each part has its documents of that range in one stretch, and sorting
-those of all parts shuffles the whole source, because keys are hashes. Duplicates have the same key
-and so lie side by side.
+A shard is a range of keys, and a range is contiguous in every part. Keys are hashes, so sorting the
+range of all parts together shuffles the whole source. Duplicates have equal keys and are adjacent.
 """
 
-import json
-import os
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,9 +15,9 @@ from numpy.typing import NDArray
 
 from llama_pretrain.data.encode import PART_DTYPE, open_part
 from llama_pretrain.data.meta import HELDOUT, TRAIN
-from llama_pretrain.data.packed import TokenWriter
-from llama_pretrain.data.pool import Counter
-from llama_pretrain.files import write_text
+from llama_pretrain.data.packed import write_packed
+from llama_pretrain.data.pool import AddProgress
+from llama_pretrain.files import write_json
 
 SHARD_TOKENS = 1 << 25
 END_OF_KEYS = 1 << 64
@@ -28,7 +25,7 @@ END_OF_KEYS = 1 << 64
 
 @dataclass(frozen=True, kw_only=True)
 class GatherJob:
-    """What all shards of a source share."""
+    """What all shards of a source have in common."""
 
     parts_dir: Path
     parts: list[str]
@@ -36,7 +33,7 @@ class GatherJob:
     dtype: str
     eos_id: int
     row_tokens: int | None
-    """Length of a best-fit row; `None` = documents stand one after another."""
+    """Length of a best-fit sequence; `None` = documents follow one another."""
     deduplicate: bool
 
 
@@ -51,28 +48,29 @@ class Shard:
 
     @property
     def name(self) -> str:
+        """Of its files; NAME.json is its result and marks it complete."""
         return f"{self.split}-{self.number:05d}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardResult:
-    """What a shard holds."""
+    """The contents of a shard."""
 
     tokens: int
     documents: int
     bytes: int
     duplicates: int
     cut: int
-    """Documents that a best-fit row was too short for."""
+    """Documents longer than a best-fit sequence."""
     padding: int
-    """Tokens of it."""
+    """Tokens that fill best-fit sequences."""
 
 
 def plan_shards(parts_dir: Path, parts: Sequence[str], *, by_key: bool) -> list[Shard]:
     """Ranges of keys with about SHARD_TOKENS tokens each.
 
     Args:
-        by_key: whether keys are hashes, evenly spread; else they are the documents' numbers.
+        by_key: whether keys are uniformly distributed hashes; otherwise they number the documents.
     """
     tokens = {TRAIN: 0, HELDOUT: 0}
     starts: dict[str, list[int]] = {TRAIN: [0], HELDOUT: [0]}
@@ -80,14 +78,12 @@ def plan_shards(parts_dir: Path, parts: Sequence[str], *, by_key: bool) -> list[
     for part in parts:
         index = open_part(parts_dir / part)
         for split in tokens:
-            mine = index[index["heldout"] == (split == HELDOUT)]
-            if len(mine) == 0:
-                continue
-            count = int(mine["length"].sum(dtype=np.int64))
-            tokens[split] += count
-            if filled[split] and filled[split] + count > SHARD_TOKENS:
-                starts[split].append(int(mine["key"][0]))
+            entries = index[index["heldout"] == (split == HELDOUT)]
+            count = int(entries["length"].sum(dtype=np.int64))
+            if filled[split] and count and filled[split] + count > SHARD_TOKENS:
+                starts[split].append(int(entries["key"][0]))
                 filled[split] = 0
+            tokens[split] += count
             filled[split] += count
     shards = []
     for split, count in tokens.items():
@@ -100,9 +96,9 @@ def plan_shards(parts_dir: Path, parts: Sequence[str], *, by_key: bool) -> list[
     return shards
 
 
-def gather_shard(job: GatherJob, shard: Shard, counter: Counter) -> ShardResult:
+def gather_shard(job: GatherJob, shard: Shard, add: AddProgress) -> ShardResult:
     """Write a shard's .bin and .idx."""
-    index, origins, buffers = _collect(job, shard)
+    index, tokens = _collect(job, shard)
     order = np.lexsort((index["ordinal"], index["key"]))
     duplicates = 0
     if job.deduplicate and len(order):
@@ -110,73 +106,60 @@ def gather_shard(job: GatherJob, shard: Shard, counter: Counter) -> ShardResult:
         same = (keys[1:] == keys[:-1]) & (digests[1:] == digests[:-1])
         duplicates = int(same.sum())
         order = order[np.concatenate(([True], ~same))]
-    width = np.dtype(job.dtype).itemsize
-    lengths = index["length"][order].astype(np.int64)
+    starts = index["first"][order].tolist()
+    lengths = index["length"][order].tolist()
     cut = padding = 0
-    with TokenWriter(job.folder / shard.name, dtype=job.dtype) as writer:
-
-        def stretch(place: int, start: int, stop: int) -> memoryview:
-            buffer, base = buffers[origins[place]]
-            first = int(index["first"][place]) - base
-            found: memoryview = buffer[(first + start) * width : (first + stop) * width]
-            return found
-
+    with write_packed(job.folder / shard.name, dtype=job.dtype) as writer:
         if job.row_tokens is None:
-            for place, length in zip(order.tolist(), lengths.tolist(), strict=True):
-                writer.add(stretch(place, 0, length))
+            for start, length in zip(starts, lengths, strict=True):
+                writer.add(tokens[start : start + length])
         else:
-            fill = np.full(job.row_tokens, job.eos_id, dtype=job.dtype).tobytes()
-            cut = int((lengths > job.row_tokens).sum())
-            for row in pack_best_fit(lengths.tolist(), width=job.row_tokens):
-                content = b"".join(
-                    stretch(int(order[document]), start, stop) for document, start, stop in row
-                )
-                padding += job.row_tokens - len(content) // width
-                writer.add(content + fill[len(content) :])
-    tokens = sum(writer.lengths)
-    counter.add(tokens * width, 0)
+            cut = sum(length > job.row_tokens for length in lengths)
+            for row in pack_best_fit(lengths, width=job.row_tokens):
+                sequence, filled = np.full(job.row_tokens, job.eos_id, dtype=job.dtype), 0
+                for document, first, stop in row:
+                    content = tokens[starts[document] + first : starts[document] + stop]
+                    sequence[filled : filled + len(content)] = content
+                    filled += len(content)
+                padding += job.row_tokens - filled
+                writer.add(sequence)
     result = ShardResult(
-        tokens=tokens,
+        tokens=sum(writer.lengths),
         documents=len(order),
         bytes=int(index["size"][order].sum(dtype=np.int64)),
         duplicates=duplicates,
         cut=cut,
         padding=padding,
     )
-    write_text(shard_marker(job.folder, shard), json.dumps(asdict(result)) + "\n")
+    add(result.tokens * tokens.itemsize, 0)
+    write_json(job.folder / f"{shard.name}.json", asdict(result), indent=None)
     return result
 
 
-def shard_marker(folder: Path, shard: Shard) -> Path:
-    """The file that says that a shard is done, and what it holds."""
-    return folder / f"{shard.name}.json"
-
-
-def _collect(
-    job: GatherJob, shard: Shard
-) -> tuple[NDArray[Any], NDArray[np.int64], list[tuple[memoryview, int]]]:
-    """Index entries of a shard, which buffer each is in, and buffers with their first token."""
-    heldout = shard.split == HELDOUT
-    width = np.dtype(job.dtype).itemsize
-    entries: list[NDArray[Any]] = []
-    buffers: list[tuple[memoryview, int]] = []
+def _collect(job: GatherJob, shard: Shard) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The index entries of a shard's documents, with `first` in the tokens that follow."""
+    heldout, dtype = shard.split == HELDOUT, np.dtype(job.dtype)
+    found: list[tuple[Path, NDArray[Any]]] = []
     for part in job.parts:
-        index = open_part(job.parts_dir / part)
+        path = job.parts_dir / part
+        index = open_part(path)
         low, high = (_find(index, heldout, key) for key in (shard.low, shard.high))
-        if low == high:
-            continue
-        mine = np.array(index[low:high])
-        first, last = int(mine["first"][0]), int(mine["first"][-1]) + int(mine["length"][-1])
-        with (job.parts_dir / f"{part}.bin").open("rb") as file:
-            content = os.pread(file.fileno(), (last - first) * width, first * width)
-        buffers.append((memoryview(content), first))
-        entries.append(mine)
-    origins = np.repeat(np.arange(len(entries)), [len(mine) for mine in entries])
-    return np.concatenate([np.empty(0, PART_DTYPE), *entries]), origins, buffers
+        if low < high:
+            found.append((path, np.array(index[low:high])))
+    counts = [int(entries["length"].sum(dtype=np.int64)) for _, entries in found]
+    tokens, done = np.empty(sum(counts), dtype), 0
+    for (path, entries), count in zip(found, counts, strict=True):
+        first = int(entries["first"][0])
+        tokens[done : done + count] = np.fromfile(
+            path.with_suffix(".bin"), dtype, count, offset=first * dtype.itemsize
+        )
+        entries["first"] += np.uint64((done - first) % END_OF_KEYS)  # modulo 2^64
+        done += count
+    return np.concatenate([np.empty(0, PART_DTYPE), *(entries for _, entries in found)]), tokens
 
 
 def _find(index: NDArray[Any], heldout: bool, key: int) -> int:
-    """Where (heldout, key) would stand in a part."""
+    """Where (heldout, key) belongs in a part; a bisection touches few pages of the index."""
     return bisect_left(
         range(len(index)),
         (heldout, key),
@@ -189,11 +172,11 @@ Piece = tuple[int, int, int]
 
 
 def pack_best_fit(lengths: Sequence[int], *, width: int) -> Iterator[list[Piece]]:
-    """Rows of at most `width` tokens, documents whole where they fit (arXiv 2404.10830).
+    """Pack documents into sequences of at most `width` tokens, whole where they fit.
 
-    The longest go first, each into the row that it leaves the least room in. A document above the
-    width is cut; the next piece begins with the last token of the one before, which is its target
-    there and an input here.
+    Best-fit decreasing (arXiv 2404.10830): the longest document comes first, and each goes into the
+    sequence with the least sufficient space. A document longer than `width` is cut; each piece
+    begins with the last token of the previous one, which is a target there and an input here.
     """
     rest: list[Piece] = []
     for document, length in enumerate(lengths):
@@ -202,22 +185,22 @@ def pack_best_fit(lengths: Sequence[int], *, width: int) -> Iterator[list[Piece]
             yield [(document, start, start + width)]
             start += width - 1
         rest.append((document, start, length))
-    rest.sort(key=lambda piece: piece[1] - piece[2])  # stable: equal lengths stay in order
+    rest.sort(key=lambda piece: piece[1] - piece[2])  # stable: equal lengths keep their order
     rows: list[list[Piece]] = []
-    with_room: list[list[int]] = [[] for _ in range(width + 1)]  # rows by tokens left
-    rooms = 0  # bit n: a row has n tokens left
+    by_space: list[list[int]] = [[] for _ in range(width + 1)]  # sequences by free tokens
+    spaces = 0  # bit n: some sequence has n free tokens
     for piece in rest:
         length = piece[2] - piece[1]
-        fitting = rooms >> length
+        fitting = spaces >> length
         if fitting:
-            room = (fitting & -fitting).bit_length() - 1 + length
-            number = with_room[room].pop()
-            if not with_room[room]:
-                rooms &= ~(1 << room)
+            space = (fitting & -fitting).bit_length() - 1 + length
+            number = by_space[space].pop()
+            if not by_space[space]:
+                spaces &= ~(1 << space)
         else:
-            room, number = width, len(rows)
+            space, number = width, len(rows)
             rows.append([])
         rows[number].append(piece)
-        with_room[room - length].append(number)
-        rooms |= 1 << (room - length)
+        by_space[space - length].append(number)
+        spaces |= 1 << (space - length)
     yield from rows

@@ -1,28 +1,27 @@
-"""meta.json: what a folder of tokens holds. It is written last, so a folder without one is torn."""
+"""meta.json describes a directory of tokens and, written last, marks it complete."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from llama_pretrain.config.problems import Problem, UserError
-from llama_pretrain.files import write_text
+from llama_pretrain.data.cache import data_error
+from llama_pretrain.files import write_json
 
 META = "meta.json"
 FORMAT = 3
-"""Raised whenever the same text and options would give other tokens, or another meta.json."""
+"""Increase it when the same text and options give other tokens or another meta.json."""
 TRAIN, HELDOUT = "train", "heldout"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extent:
-    """A stretch of tokens in a file."""
+    """A range of tokens in a file."""
 
     file: str
-    """Relative to the folder of meta.json, or absolute where the tokens existed already."""
+    """Relative to the directory of meta.json, or absolute for existing tokens."""
     first: int
-    """Number of the first token; for a headerless file, too."""
+    """Index of the first token in the file."""
     tokens: int
 
 
@@ -33,14 +32,14 @@ class Split:
     extents: list[Extent]
     tokens: int
     documents: int | None
-    """`None` where nothing says it."""
+    """`None` = unknown."""
     bytes: int | None
-    """Of the text; `None` where only tokens are known."""
+    """Bytes of text; `None` = unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokensMeta:
-    """What made the tokens, and where they lie."""
+    """What the tokens were made from, and where they are."""
 
     format: int
     data_hash: str
@@ -49,58 +48,63 @@ class TokensMeta:
     eos_id: int
     dtype: str
     row_tokens: int | None
-    """Rows are cut out of the stream, each overlapping the next by a token (`None`), or have this
-    length and stand one after another (best-fit packing)."""
+    """Length of the sequences of best-fit packing, one after another; `None` = sequences are cut
+    from the stream and share one token with the next."""
     splits: dict[str, Split]
     files: list[tuple[str, int, str]]
-    """Name, size and SHA-256 of each file that went in."""
+    """Name, size and SHA-256 of each input file."""
     notes: dict[str, int] = field(default_factory=dict)
     """Counts: blank, duplicate, cut and unreadable documents, tokens of padding."""
     skipped: list[str] = field(default_factory=list)
-    """The first documents that could not be read, where, and why."""
+    """Location and error of the first unreadable documents."""
+
+
+def make_split(extents: list[Extent], documents: int | None, num_bytes: int | None) -> Split:
+    """A split with the tokens of its extents."""
+    tokens = sum(extent.tokens for extent in extents)
+    return Split(extents=extents, tokens=tokens, documents=documents, bytes=num_bytes)
 
 
 def write_meta(folder: Path, meta: TokensMeta) -> None:
-    """Make a folder of tokens complete."""
-    write_text(folder / META, json.dumps(asdict(meta), indent=2) + "\n")
+    """Write meta.json, which completes a directory of tokens."""
+    write_json(folder / META, asdict(meta))
 
 
 def read_meta(folder: Path, *, path: str) -> TokensMeta:
     """Read meta.json.
 
     Args:
-        path: the setting that names the folder.
+        path: the option that names the directory.
 
     Raises:
-        UserError: if it is missing or not ours.
+        UserError: if meta.json is missing, damaged or of another format.
     """
     file = folder / META
     if not file.is_file():
-        message = f"{folder} has no {META}: it holds no prepared data, or its making was cut short"
-        hint = "task=prepare prints the folder that it made"
-        raise UserError([Problem(path=path, message=message, hint=hint)])
+        message = f"{folder} has no {META}: it is not a complete directory of task=prepare"
+        raise data_error(path, message, "task=prepare prints the directory that it wrote")
     try:
         meta = TypeAdapter(TokensMeta).validate_json(file.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        message = f"{file} can't be read: {place}: {first['msg']}"
-        raise UserError([Problem(path=path, message=message)]) from error
+        raise data_error(path, f"{file} is not valid: {place}: {first['msg']}") from error
     if meta.format != FORMAT:
-        message = f"{file} has format {meta.format}, and this version reads {FORMAT}"
-        raise UserError([Problem(path=path, message=message, hint="prepare the data again")])
+        message = f"{file} must have format {FORMAT} (got {meta.format})"
+        raise data_error(path, message, "Prepare the data again")
     return meta
 
 
 def cut_extents(extents: list[Extent], tokens: int) -> tuple[list[Extent], list[Extent]]:
-    """The first so many tokens, and the rest."""
+    """Split extents after a number of tokens."""
     head: list[Extent] = []
     tail: list[Extent] = []
     for extent in extents:
         taken = min(max(tokens, 0), extent.tokens)
         tokens -= taken
-        parts = ((head, extent.first, taken), (tail, extent.first + taken, extent.tokens - taken))
-        for side, first, count in parts:
-            if count:
-                side.append(Extent(file=extent.file, first=first, tokens=count))
+        if taken:
+            head.append(Extent(file=extent.file, first=extent.first, tokens=taken))
+        if taken < extent.tokens:
+            first, rest = extent.first + taken, extent.tokens - taken
+            tail.append(Extent(file=extent.file, first=first, tokens=rest))
     return head, tail

@@ -1,19 +1,19 @@
-"""Tokens on disk: Megatron-LM's .bin/.idx pair, and rows read out of such files.
+"""Tokens on disk: Megatron-LM's .bin/.idx pair, and the sequences in such files.
 
-The .bin holds the tokens of all documents one after another; the .idx holds a header and each
-document's length and place. Type codes are Megatron's (its indexed_dataset.py).
+The .bin holds the tokens of all documents one after another. The .idx holds a header and each
+document's length and byte offset. Type codes are those of Megatron's indexed_dataset.py.
 """
 
 import os
 import struct
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,59 +24,55 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 DTYPE_CODES = {1: "uint8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+INDEX_CHUNK = 1 << 20
+"""Documents of an index that are read at a time."""
 MAX_OPEN_FILES = 128
 
 
 def token_dtype(vocab_size: int) -> str:
-    """Ids up to 65,535 fit 16 bits; a larger vocabulary would wrap in silence."""
+    """The type of token ids: 16 bits where all ids fit, because a larger id would wrap silently."""
     return "uint16" if vocab_size <= 1 << 16 else "int32"
 
 
+@dataclass(frozen=True, kw_only=True)
 class TokenWriter:
-    """Writes documents to PREFIX.bin, and PREFIX.idx at the end."""
+    """An open .bin file and the lengths of its documents."""
 
-    def __init__(self, prefix: Path, *, dtype: str):
-        self.lengths: list[int] = []
-        self._dtype = np.dtype(dtype)
-        self._prefix = prefix
-        self._file = prefix.with_suffix(".bin").open("wb", buffering=1 << 20)
+    file: BinaryIO
+    lengths: list[int]
 
-    def add(self, document: Any) -> None:
-        """Append one document: bytes-like, of this file's type."""
-        self._file.write(document)
-        self.lengths.append(len(document) // self._dtype.itemsize)
+    def add(self, document: NDArray[Any]) -> None:
+        """Append one document of the file's type: (length,)."""
+        self.file.write(document.data)
+        self.lengths.append(len(document))
 
-    def __enter__(self) -> "TokenWriter":
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        if error is None:
-            self._write_index()
+@contextmanager
+def write_packed(prefix: Path, *, dtype: str) -> Iterator[TokenWriter]:
+    """Write PREFIX.bin, and PREFIX.idx when the block has succeeded."""
+    with prefix.with_suffix(".bin").open("wb", buffering=1 << 20) as file:
+        writer = TokenWriter(file=file, lengths=[])
+        yield writer
+        _sync(file)
+    lengths = np.asarray(writer.lengths, dtype=np.int32)
+    pointers = np.cumsum(lengths, dtype=np.int64) - lengths
+    pointers *= np.dtype(dtype).itemsize
+    code = next(code for code, name in DTYPE_CODES.items() if name == dtype)
+    with prefix.with_suffix(".idx").open("wb") as file:
+        file.write(HEADER.pack(MAGIC, VERSION, code, len(lengths), len(lengths) + 1))
+        file.write(lengths.tobytes() + pointers.tobytes())
+        file.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
+        _sync(file)
 
-    def _write_index(self) -> None:
-        lengths = np.asarray(self.lengths, dtype=np.int32)
-        pointers = np.zeros(len(lengths), dtype=np.int64)
-        np.cumsum(lengths[:-1].astype(np.int64) * self._dtype.itemsize, out=pointers[1:])
-        code = next(code for code, name in DTYPE_CODES.items() if name == self._dtype.name)
-        with self._prefix.with_suffix(".idx").open("wb") as file:
-            file.write(HEADER.pack(MAGIC, VERSION, code, len(lengths), len(lengths) + 1))
-            file.write(lengths.tobytes() + pointers.tobytes())
-            file.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
-            file.flush()
-            os.fsync(file.fileno())
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """What a Megatron .idx says."""
+    """The contents of a Megatron .idx."""
 
     dtype: str
     documents: int
@@ -86,23 +82,24 @@ class Index:
 
 
 def read_index(path: Path) -> Index:
-    """Read a Megatron .idx, a million documents at a time.
+    """Read a Megatron .idx in chunks.
 
     Raises:
-        ValueError: saying what is wrong with it.
+        ValueError: if it is damaged or of another kind.
     """
     with path.open("rb") as file:
         content = file.read(HEADER.size)
         if len(content) < HEADER.size or content[: len(MAGIC)] != MAGIC:
-            raise ValueError(f"{path} is no Megatron index: it doesn't begin with {MAGIC[:7]!r}")
+            raise ValueError(f"{path} is not a Megatron index: it must begin with {MAGIC[:7]!r}")
         _, version, code, count, _ = HEADER.unpack(content)
         if version != VERSION or code not in DTYPE_CODES:
-            raise ValueError(f"{path} has version {version} and type {code}, which are not read")
+            raise ValueError(f"{path} is not supported (got version {version}, type code {code})")
         tokens, first_lengths = 0, np.empty(0, np.int32)
-        for done in range(0, count, 1 << 20):
-            lengths = np.fromfile(file, np.int32, min(count - done, 1 << 20))
-            if len(lengths) < min(count - done, 1 << 20):
-                raise ValueError(f"{path} is cut short")
+        for done in range(0, count, INDEX_CHUNK):
+            wanted = min(count - done, INDEX_CHUNK)
+            lengths = np.fromfile(file, np.int32, wanted)
+            if len(lengths) < wanted:
+                raise ValueError(f"{path} is truncated")
             tokens += int(lengths.sum(dtype=np.int64))
             first_lengths = first_lengths if done else lengths[:1000]
     return Index(
@@ -111,10 +108,10 @@ def read_index(path: Path) -> Index:
 
 
 class TokenRows:
-    """The rows of a split, read with pread; a row never spans two extents.
+    """The sequences of a split, read with pread; a sequence never spans two extents.
 
-    A memory map would be slower on a cold file and dies of SIGBUS on a truncated one. Memory does
-    not grow with the number of tokens.
+    A memory map would be slower on a cold file and raise SIGBUS on a truncated one. Memory does not
+    grow with the number of tokens.
     """
 
     def __init__(
@@ -132,11 +129,11 @@ class TokenRows:
         self._paths = [folder / extent.file for extent in extents]
         self._first = [extent.first for extent in extents]
         for path, extent in zip(self._paths, extents, strict=True):
-            wanted = (extent.first + extent.tokens) * self._dtype.itemsize
+            needed = (extent.first + extent.tokens) * self._dtype.itemsize
             size = path.stat().st_size
-            if size < wanted:
-                raise ValueError(f"{path} has {size:,} bytes where {wanted:,} are needed")
-        overlap = 0 if row_tokens else 1  # the target after a row's last token is the next's first
+            if size < needed:
+                raise ValueError(f"{path} must have at least {needed:,} bytes (got {size:,})")
+        overlap = 0 if row_tokens else 1  # the last target is the first input of the next sequence
         counts = (max(0, extent.tokens - overlap) // self._stride for extent in extents)
         self._ends = list(accumulate(counts))
         self._files: OrderedDict[Path, int] = OrderedDict()
@@ -145,16 +142,15 @@ class TokenRows:
         return self._ends[-1] if self._ends else 0
 
     def row(self, index: int) -> NDArray[np.int64]:
-        """Row `index` and the token after it: (T + 1,) int64."""
+        """Sequence `index` and the token after it: (T + 1,) int64."""
         place = bisect_right(self._ends, index)
         within = index - (self._ends[place - 1] if place else 0)
-        width = self._dtype.itemsize
+        width, path = self._dtype.itemsize, self._paths[place]
         first = self._first[place] + within * self._stride
-        path = self._paths[place]
         wanted = (self._length + 1) * width
         content = os.pread(self._open(path), wanted, first * width)
         if len(content) != wanted:
-            raise ValueError(f"{path} was truncated: row {index} is cut short")
+            raise ValueError(f"{path} is truncated: sequence {index} is incomplete")
         return np.frombuffer(content, self._dtype).astype(np.int64)
 
     def _open(self, path: Path) -> int:
@@ -163,7 +159,7 @@ class TokenRows:
             self._files.move_to_end(path)
             return file
         file = os.open(path, os.O_RDONLY)
-        if hasattr(os, "posix_fadvise"):  # rows are read at random: reading ahead is in vain
+        if hasattr(os, "posix_fadvise"):  # reads are random, so read-ahead is wasted
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
         self._files[path] = file
         if len(self._files) > MAX_OPEN_FILES:
@@ -172,10 +168,10 @@ class TokenRows:
 
 
 def open_rows(folder: Path, meta: TokensMeta, split: str, *, sequence_length: int) -> TokenRows:
-    """The rows of a split of prepared tokens.
+    """Open the sequences of a split.
 
     Raises:
-        ValueError: if a file was cut short since.
+        ValueError: if a file has been truncated.
     """
     return TokenRows(
         folder,

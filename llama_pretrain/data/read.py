@@ -1,17 +1,20 @@
-"""Documents out of files: text, lines of JSON, Parquet and datasets, each with its place."""
+"""Read documents with their location from text, JSON lines, Parquet and datasets."""
 
 import gzip
+import importlib
 import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llama_pretrain.config.problems import Problem, UserError
+from llama_pretrain.config.problems import Problem
+from llama_pretrain.data.cache import data_error
 
 MAX_DOCUMENT_BYTES = 32_000_000
-"""A longer document is cut: memory must not depend on the longest one."""
+"""A longer document is cut, so that memory does not depend on the longest one."""
 BLOCK = 1 << 20
 TEXT_SUFFIXES = (".txt", ".py")
 LINE_SUFFIXES = (".jsonl",)
@@ -20,62 +23,76 @@ COMPRESSED = (".gz", ".zst")
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text and where it is: `line 7`, `byte 0`, `row 3`."""
+    """A text and its location in a file: `line 7`, `byte 0`, `row 3`."""
 
     text: str
     unit: str
     number: int
 
-    @property
-    def place(self) -> str:
-        return f"{self.unit} {self.number}"
-
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A document that can't be read."""
+    """An unreadable document."""
 
-    path: str
-    """The setting that it is about, below that of its source."""
+    option: str
+    """The option to blame, relative to that of the source."""
     message: str
-    """With file and place."""
+    """Includes file and location."""
     hint: str = ""
 
     def problem(self, source: str) -> Problem:
-        """As the user is told it."""
-        return Problem(path=f"{source}.{self.path}", message=self.message, hint=self.hint)
+        """The problem to report; `source` is the path of the source's options."""
+        return Problem(path=f"{source}.{self.option}", message=self.message, hint=self.hint)
 
 
 Record = Document | Fault
 
 
+class UnreadableError(Exception):
+    """A document that cannot be read: the option to blame, and why."""
+
+    def fault(self, place: str) -> Fault:
+        option, message = self.args
+        return Fault(option, f"{place}: {message}")
+
+
 def suffix_of(path: Path) -> str:
-    """The suffix that says what is in a file, without that of a compression."""
+    """The suffix of a file's contents, without that of a compression."""
     return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
-def open_binary(path: Path) -> Any:
-    """A file opened for reading, decompressed.
+def import_optional(name: str, *, extra: str, path: str) -> Any:
+    """Import an optional dependency.
 
     Raises:
-        UserError: if the package for it isn't there.
+        UserError: if it is not installed; `path` is the option that needs it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        hint = f"pip install 'llama-pretrain[{extra}]'"
+        raise data_error(path, f"requires the package {name.split('.')[0]}", hint) from error
+
+
+def open_binary(path: Path) -> Any:
+    """Open a file for reading and decompress it.
+
+    Raises:
+        UserError: if the package for it is not installed.
     """
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     if path.suffix == ".zst":
-        try:
-            import zstandard  # an extra
-        except ImportError as error:
-            hint = "pip install 'llama-pretrain[zstd]'"
-            message = f"{path} needs the package zstandard"
-            raise UserError([Problem(path="data.paths", message=message, hint=hint)]) from error
+        zstandard = import_optional("zstandard", extra="zstd", path="data.paths")
         return io.BufferedReader(ZstdReader(path, zstandard.ZstdDecompressor()), BLOCK)
     return path.open("rb", buffering=BLOCK)
 
 
 class ZstdReader(io.RawIOBase):
-    """The content of a .zst of any number of frames; the package's own ends without a word where
-    the last one is cut short."""
+    """The contents of a .zst with any number of frames.
+
+    The package's own reader ends silently where the last frame is truncated.
+    """
 
     def __init__(self, path: Path, decompressor: Any):
         self._file, self._decompressor = path.open("rb"), decompressor
@@ -110,145 +127,131 @@ class ZstdReader(io.RawIOBase):
 def read_text(
     path: Path, *, start: int, stop: int | None, delimiter: str | None
 ) -> Iterator[Record]:
-    """A file as one document, or the documents between delimiters that begin in [start, stop)."""
-    if delimiter is None:
-        yield from _read_whole(path)
-        return
-    mark = delimiter.replace("\\n", "\n").replace("\\t", "\t").encode("utf-8")
+    """A file as one document, or the delimited documents that begin in [start, stop)."""
     with open_binary(path) as file:
-        for offset, content in _delimited(file, mark, start=start, stop=stop):
+        if delimiter is None:
+            contents = _read_whole(file)
+        else:
+            mark = delimiter.replace("\\n", "\n").replace("\\t", "\t").encode("utf-8")
+            contents = _read_delimited(file, mark, start=start, stop=stop)
+        for offset, content in contents:
             yield _decode(content, path=path, offset=offset)
 
 
 def read_lines(path: Path, *, start: int, stop: int | None, field: str) -> Iterator[Record]:
-    """A document a line of JSON, for the lines that begin in [start, stop) of the file."""
+    """The JSON lines that begin in [start, stop), one document each."""
     with open_binary(path) as file:
-        offset = start
-        if start:  # a line that begins before belongs to the part before
+        first = start
+        if start:  # a line that begins earlier belongs to the previous span
             file.seek(start - 1)
-            offset = start - 1 + len(file.readline())
-        place = Place(path, first=offset)
-        while stop is None or offset < stop:
-            line = file.readline()
-            if not line:
-                return
-            place.offset = offset
-            if line.strip():
-                yield _parse_line(line, place=place, field=field)
-            else:
-                yield Document("", "byte", offset)
+            first = start - 1 + len(file.readline())
+
+        @cache
+        def lines_before() -> int:  # counted only when a message needs it
+            return _count_lines(path, first)
+
+        offset, lines = first, 0
+        while (stop is None or offset < stop) and (line := file.readline()):
+            lines += 1
+            try:
+                yield _parse_line(line, path=path, offset=offset, field=field)
+            except UnreadableError as error:
+                yield error.fault(f"{path}, line {lines_before() + lines}")
             offset += len(line)
-            place.lines += 1
 
 
-class Place:
-    """A line of a file. Its number is only counted when somebody asks for it."""
-
-    def __init__(self, path: Path, *, first: int):
-        self.path, self.offset, self.lines = path, first, 0
-        self._first = first
-        self._before: int | None = None
-
-    def __str__(self) -> str:
-        if self._before is None:
-            self._before, left = 0, self._first
-            with open_binary(self.path) as file:
-                while left and (block := file.read(min(left, BLOCK))):
-                    self._before += block.count(b"\n")
-                    left -= len(block)
-        return f"{self.path}, line {self._before + self.lines + 1}"
+def _count_lines(path: Path, num_bytes: int) -> int:
+    """Line feeds in the first bytes of a file."""
+    lines = 0
+    with open_binary(path) as file:
+        while num_bytes and (block := file.read(min(num_bytes, BLOCK))):
+            lines += block.count(b"\n")
+            num_bytes -= len(block)
+    return lines
 
 
 def read_parquet(path: Path, *, start: int, stop: int | None, field: str) -> Iterator[Record]:
-    """The column of row groups [start, stop)."""
+    """The documents of row groups [start, stop)."""
     file = open_parquet(path)
     if field not in file.schema_arrow.names:
-        seen = ", ".join(file.schema_arrow.names)
-        yield Fault("text_field", f"{path} has no column {field!r} (got {seen})")
+        yield _missing_column(str(path), field, file.schema_arrow.names)
         return
     groups = range(start, file.num_row_groups if stop is None else stop)
-    number = sum(file.metadata.row_group(group).num_rows for group in range(start))
-    for batch in file.iter_batches(batch_size=1000, row_groups=list(groups), columns=[field]):
-        for value in batch.column(0).to_pylist():
-            place = f"{path}, row {number}"
-            yield _take_text(value, place=place, unit="row", number=number, field=field)
-            number += 1
+    first = sum(file.metadata.row_group(group).num_rows for group in range(start))
+    batches = file.iter_batches(batch_size=1000, row_groups=list(groups), columns=[field])
+    rows = (row for batch in batches for row in batch.to_pylist())
+    yield from read_rows(rows, name=str(path), first=first, field=field)
 
 
 def open_parquet(path: Path) -> Any:
-    """A ParquetFile.
+    """Open a ParquetFile.
 
     Raises:
-        UserError: if pyarrow is missing, or it is none.
+        UserError: if pyarrow is not installed, or the file is not Parquet.
     """
-    try:
-        from pyarrow import parquet  # an extra: only who reads .parquet needs it
-    except ImportError as error:
-        hint = "pip install 'llama-pretrain[parquet]'"
-        message = f"{path} needs the package pyarrow"
-        raise UserError([Problem(path="data.paths", message=message, hint=hint)]) from error
+    parquet = import_optional("pyarrow.parquet", extra="parquet", path="data.paths")
     try:
         return parquet.ParquetFile(path)
-    except (ValueError, OSError) as error:  # pyarrow's errors are both
-        raise UserError([Problem(path="data.paths", message=f"{path}: {error}")]) from error
+    except (ValueError, OSError) as error:  # pyarrow raises either
+        raise data_error("data.paths", f"{path}: {error}") from error
 
 
 def read_rows(rows: Iterator[Any], *, name: str, first: int, field: str) -> Iterator[Record]:
-    """The field of a dataset's records, numbered from `first`."""
-    for number, record in enumerate(rows, start=first):
-        if field not in record:
-            seen = ", ".join(record)
-            yield Fault("text_field", f"{name} has no column {field!r} (got {seen})")
+    """The field of a dataset's rows, numbered from `first`."""
+    for number, row in enumerate(rows, start=first):
+        if field not in row:
+            yield _missing_column(name, field, row)
             return
-        place = f"{name}, row {number}"
-        yield _take_text(record[field], place=place, unit="row", number=number, field=field)
+        try:
+            yield Document(_check_text(row[field], field), "row", number)
+        except UnreadableError as error:
+            yield error.fault(f"{name}, row {number}")
 
 
-def _read_whole(path: Path) -> Iterator[Record]:
-    with open_binary(path) as file:
-        rest, offset = b"", 0
-        while True:
-            content = rest + file.read(MAX_DOCUMENT_BYTES + 1 - len(rest))
-            if len(content) <= MAX_DOCUMENT_BYTES:
-                if content or offset == 0:
-                    yield _decode(content, path=path, offset=offset)
-                return
-            cut = _cut_bytes(content)
-            yield _decode(content[:cut], path=path, offset=offset)
-            rest, offset = content[cut:], offset + cut
+def _missing_column(name: str, field: str, columns: Any) -> Fault:
+    return Fault("text_field", f"{name} has no column {field!r} (got {', '.join(columns)})")
+
+
+def _read_whole(file: Any) -> Iterator[tuple[int, bytes]]:
+    """Offset and contents of a file, cut to MAX_DOCUMENT_BYTES."""
+    rest, offset = b"", 0
+    while True:
+        content = rest + file.read(MAX_DOCUMENT_BYTES + 1 - len(rest))
+        if len(content) <= MAX_DOCUMENT_BYTES:
+            if content or offset == 0:
+                yield offset, content
+            return
+        cut = _cut_bytes(content)
+        yield offset, content[:cut]
+        rest, offset = content[cut:], offset + cut
 
 
 def _cut_bytes(content: bytes) -> int:
-    """Where to cut text in UTF-8: after the last line feed, or else between two characters."""
-    cut = content.rfind(b"\n") + 1 or len(content)
-    while cut < len(content) and content[cut] & 0xC0 == 0x80:
+    """Where to cut UTF-8: after the last line feed, or else before the last character."""
+    cut = content.rfind(b"\n") + 1
+    if 0 < cut < len(content):
+        return cut
+    cut = len(content) - 1  # the last character may be incomplete
+    while cut > 1 and content[cut] & 0xC0 == 0x80:
         cut -= 1
-    if cut == len(content):  # the last character may be cut
-        cut -= 1
-        while cut > 1 and content[cut] & 0xC0 == 0x80:
-            cut -= 1
     return cut
 
 
-def _delimited(
+def _read_delimited(
     file: Any, mark: bytes, *, start: int, stop: int | None
 ) -> Iterator[tuple[int, bytes]]:
-    """Offset and content of each record that begins in [start, stop)."""
+    """Offset and contents of each document that begins in [start, stop)."""
     offset, rest, searched = start, b"", 0
     if start:
         offset = max(0, start - len(mark))
         file.seek(offset)
-        while True:  # the first mark that ends at start or after
-            at = rest.find(mark)
-            if at >= 0:
-                rest, offset = rest[at + len(mark) :], offset + at + len(mark)
-                break
+        while (at := rest.find(mark)) < 0:  # the first mark that ends at start or later
             block = file.read(BLOCK)
             if not block:
                 return
-            kept = len(mark) - 1
-            dropped = max(0, len(rest) - kept)
+            dropped = max(0, len(rest) - len(mark) + 1)
             rest, offset = rest[dropped:] + block, offset + dropped
+        rest, offset = rest[at + len(mark) :], offset + at + len(mark)
     while stop is None or offset < stop:
         at = rest.find(mark, searched)
         if at >= 0:
@@ -273,36 +276,49 @@ def _decode(content: bytes, *, path: Path, offset: int) -> Record:
         return Document(content.decode("utf-8"), "byte", offset)
     except UnicodeDecodeError as error:
         message = f"{path} is not UTF-8 at byte {offset + error.start}: {error.reason}"
-        return Fault("paths", message, "convert it, say with iconv -t UTF-8")
+        return Fault("paths", message, "Convert it, e.g. with iconv -t UTF-8")
 
 
-def _parse_line(line: bytes, *, place: Place, field: str) -> Record:
-    text = _decode(line, path=place.path, offset=place.offset)
+def _parse_line(line: bytes, *, path: Path, offset: int, field: str) -> Record:
+    """The document of a JSON line.
+
+    Raises:
+        UnreadableError: if it has none.
+    """
+    if not line.strip():
+        return Document("", "byte", offset)
+    text = _decode(line, path=path, offset=offset)
     if isinstance(text, Fault):
         return text
     try:
         record: Any = json.loads(text.text)
     except ValueError as error:
-        cut = "" if line.endswith(b"\n") else "the last line is cut short: "
-        return Fault("paths", f"{place}: {cut}{error}")
-    del text, line
+        truncated = "" if line.endswith(b"\n") else "the last line is truncated: "
+        raise UnreadableError("paths", f"{truncated}{error}") from error
+    del text  # a line may have 100 MB
     if not isinstance(record, dict):
-        return Fault("paths", f"{place}: no record with fields (got {type(record).__name__})")
+        raise UnreadableError("paths", f"must be an object (got {type(record).__name__})")
     if field not in record:
-        seen = ", ".join(record) or "no field"
-        return Fault("text_field", f"{place}: there is no field {field!r} (got {seen})")
-    return _take_text(record[field], place=place, unit="byte", number=place.offset, field=field)
+        names = ", ".join(record) or "no field"
+        raise UnreadableError("text_field", f"has no field {field!r} (got {names})")
+    return Document(_check_text(record[field], field), "byte", offset)
 
 
-def _take_text(value: Any, *, place: Place | str, unit: str, number: int, field: str) -> Record:
+def _check_text(value: Any, field: str) -> str:
+    """A field as text; empty for `None`.
+
+    Raises:
+        UnreadableError: if it is not text.
+    """
     if value is None:
-        return Document("", unit, number)
+        return ""
     if not isinstance(value, str):
-        message = f"{place}: field {field!r} holds {type(value).__name__}, not text"
-        return Fault("text_field", message)
+        message = f"field {field!r} must be text (got {type(value).__name__})"
+        raise UnreadableError("text_field", message)
     if not value.isascii():
         try:
             value.encode("utf-8")
-        except UnicodeEncodeError as error:  # "\ud800" is valid JSON and no text
-            return Fault("paths", f"{place}: lone surrogate at character {error.start}")
-    return Document(value, unit, number)
+        except UnicodeEncodeError as error:  # "\ud800" is valid JSON but not valid text
+            message = f"lone surrogate at character {error.start}"
+            raise UnreadableError("paths", message) from error
+    return value

@@ -1,6 +1,5 @@
-"""Tokenizers: learnt from the corpus, or read from a directory; kept under their hash."""
+"""Tokenizers: trained on the corpus or loaded from a directory, and cached under their hash."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,12 +11,13 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.config.tokenizer import Tokenizer as TokenizerConfig
+from llama_pretrain.data.cache import Cache, data_error
+from llama_pretrain.files import hash_bytes, hash_text
 
 PAD, BOS, EOS = "[PAD]", "<s>", "</s>"
 FORMAT = 2
-"""Raised whenever the same text and options would give another tokenizer."""
+"""Increase it when the same text and options give another tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +31,12 @@ class TrainedTokenizer:
 
     @property
     def size(self) -> int:
-        """Number of tokens, added ones included."""
+        """Number of tokens, including added ones."""
         return int(self.backend.get_vocab_size(with_added_tokens=True))
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, target: Path) -> None:
-    """Learn a byte-level BPE and write it to `target` as AutoTokenizer reads it."""
+    """Train a byte-level BPE tokenizer and write a directory that AutoTokenizer loads."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -56,41 +56,37 @@ def find_tokenizer(
     *,
     recipe: Sequence[str],
     texts: Callable[[], Iterable[str]],
-    cache_dir: Path,
-    report: Callable[[str], None],
+    cache: Cache,
 ) -> TrainedTokenizer:
-    """The tokenizer that these texts give, learnt now or found in the cache.
+    """The tokenizer that is trained on these texts, from the cache if it is there.
 
     Args:
-        recipe: whatever decides the texts.
+        recipe: what decides the texts.
     """
-    named = [*recipe, str(config.vocab_size), str(config.sample_bytes), str(FORMAT)]
-    key = hashlib.sha256("\n".join(named).encode()).hexdigest()[:16]
-    target = cache_dir / "tokenizers" / key
+    key = "\n".join([*recipe, str(config.vocab_size), str(config.sample_bytes), str(FORMAT)])
+    target = cache.folder / "tokenizers" / hash_text(key)[:16]
     if not target.is_dir():
-        report(f"training a tokenizer of {config.vocab_size:,} tokens")
+        cache.report.say(f"training a tokenizer of {config.vocab_size:,} tokens")
         train_tokenizer(texts(), vocab_size=config.vocab_size, target=target)
     return open_tokenizer(target)
 
 
-def import_tokenizer(config: TokenizerConfig, *, cache_dir: Path) -> Path:
-    """Copy a pretrained tokenizer into the cache, with [PAD] added where it has no padding token.
+def import_tokenizer(config: TokenizerConfig, cache: Cache) -> Path:
+    """Copy a pretrained tokenizer into the cache, and add [PAD] if it has no padding token.
 
     Raises:
-        UserError: if the directory holds no tokenizer.json, or names no end-of-text token.
+        UserError: if the directory has no valid tokenizer.json or no end-of-text token.
     """
-    assert config.path is not None
-    folder = Path(config.path).expanduser().resolve()
-    if not (folder / "tokenizer.json").is_file():
-        message = f"no tokenizer.json in {folder}"
-        hint = "give a directory that save_pretrained of a fast tokenizer wrote"
-        raise UserError([Problem(path="tokenizer.path", message=message, hint=hint)])
+    option, folder = "tokenizer.path", Path(str(config.path)).expanduser().resolve()
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        hint = "Use a directory that save_pretrained of a fast tokenizer wrote"
+        raise data_error(option, f"must have a tokenizer.json (got {folder})", hint)
     try:
-        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # the library raises nothing narrower
-        message = f"{folder / 'tokenizer.json'} can't be read: {error}"
-        raise UserError([Problem(path="tokenizer.path", message=message)]) from error
-    # Settings of another use: they would cut documents, and train on padding.
+        backend = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise data_error(option, f"{file} cannot be read: {error}") from error
+    # Settings for inference would cut documents and train on padding.
     backend.no_truncation()
     backend.no_padding()
     settings: dict[str, Any] = {}
@@ -99,41 +95,34 @@ def import_tokenizer(config: TokenizerConfig, *, cache_dir: Path) -> Path:
             settings |= json.loads((folder / name).read_text(encoding="utf-8"))
     eos = _content(settings.get("eos_token"))
     if eos is None or backend.token_to_id(eos) is None:
-        message = f"{folder} names no eos_token that its vocabulary has (got {eos})"
-        raise UserError([Problem(path="tokenizer.path", message=message)])
+        raise data_error(option, f"{folder} has no eos_token in its vocabulary (got {eos})")
     if _content(settings.get("pad_token")) is None:
         backend.add_special_tokens([PAD])
         settings["pad_token"] = PAD
-    digest = hashlib.sha256(
-        (backend.to_str() + json.dumps(settings, sort_keys=True)).encode()
-    ).hexdigest()
-    target = cache_dir / "tokenizers" / digest[:16]
+    digest = hash_text(backend.to_str() + json.dumps(settings, sort_keys=True))
+    target = cache.folder / "tokenizers" / digest[:16]
     if not target.is_dir():
         _write(backend, settings, target)
     return target
 
 
-@lru_cache(maxsize=1)  # a second copy in a process, its memory scattered, encodes slower
+@lru_cache(maxsize=1)  # a second copy in the process has scattered memory and encodes slower
 def open_tokenizer(folder: Path) -> TrainedTokenizer:
-    """Open a tokenizer of the cache. Special tokens that stand in a text are encoded as text."""
+    """Open a tokenizer of the cache, which encodes special tokens in a text as plain text."""
     content = (folder / "tokenizer.json").read_bytes()
     backend = Tokenizer.from_str(content.decode("utf-8"))
     backend.encode_special_tokens = True
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    eos = _content(settings["eos_token"])
-    assert eos is not None
-    eos_id = backend.token_to_id(eos)
-    assert eos_id is not None
     return TrainedTokenizer(
         folder=folder,
-        digest=hashlib.sha256(content).hexdigest(),
+        digest=hash_bytes(content),
         backend=backend,
-        eos_id=eos_id,
+        eos_id=backend.get_vocab()[_content(settings["eos_token"]) or EOS],
     )
 
 
 def _content(token: Any) -> str | None:
-    """A token's text, from either way that transformers writes it."""
+    """A token's text, in either form that transformers writes."""
     return token.get("content") if isinstance(token, dict) else token
 
 
@@ -142,20 +131,15 @@ def _write(backend: Tokenizer, settings: dict[str, Any], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = target.with_name(f".tmp-{target.name}-{os.getpid()}")
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()  # not mkdtemp, whose folders others may not read
+    folder.mkdir()  # mkdtemp would deny access to others
     backend.save(str(folder / "tokenizer.json"))
     settings = {"pad_token": PAD, "clean_up_tokenization_spaces": False} | settings
     settings["padding_side"] = "right"
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
-    publish(folder, target)
-
-
-def publish(folder: Path, target: Path) -> None:
-    """Rename a finished folder to its place; whoever came first wins."""
     try:
         os.rename(folder, target)
-    except OSError:
+    except OSError:  # another process was faster
         if not target.is_dir():
             raise
         shutil.rmtree(folder)

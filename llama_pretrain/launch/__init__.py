@@ -1,1 +1,1 @@
-"""The plan -> worker processes on this machine."""
+"""Turn a plan into worker processes on this machine, and supervise them."""

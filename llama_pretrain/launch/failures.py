@@ -1,47 +1,38 @@
-"""How ranks have failed, and which failure caused the others."""
+"""How ranks failed, and which failure caused the others."""
 
 import json
+import re
 import signal
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama_pretrain.config.run import Run
+from llama_pretrain.launch.spec import LaunchSpec
 from llama_pretrain.launch.watch import RankError
 from llama_pretrain.plan.advice import advise_memory, is_out_of_memory, may_be_out_of_memory
-from llama_pretrain.plan.plan import Plan
-from llama_pretrain.runs.layout import RunDir
 
-LOST_PEER = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "Socket closed",
-    "Timed out waiting",
-    "remote process exited",
-    "remote error",
+LOST_PEER = re.compile(
+    "Connection (closed|reset) by peer|Broken pipe|Socket closed|Timed out waiting"
+    "|remote (process exited|error)"
 )
-"""What gloo and NCCL say in a rank whose neighbour has died."""
+"""What gloo and NCCL report in a rank whose peer has died."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The end of a rank that failed."""
+    """The exit of a rank that failed."""
 
     exitcode: int
-    """Less than 0: the signal that ended it."""
+    """Less than 0: the signal that killed it."""
     timestamp: int
     """Seconds since 1970."""
     text: str = ""
-    """What it wrote down of its error; empty if it could not."""
+    """The error that it wrote down; empty if it could not."""
 
     @classmethod
     def of(cls, exitcode: int, error_file: Path) -> "Failure":
-        """That of a rank that has ended; torch's `record` may have written the file before.
-
-        torch reads it too, but takes seconds to import, which whoever waits for the error needn't.
-        """
+        """Read the file that torch's `record` may have written, without importing torch."""
         try:
             written = json.loads(error_file.read_text(encoding="utf-8"))["message"]
             timestamp = int(written["extraInfo"]["timestamp"])
@@ -50,62 +41,51 @@ class Failure:
             return cls(exitcode, int(time.time()))
 
 
-def describe_failure(
-    failures: Mapping[int, Failure],
-    run: Run,
-    plan: Plan,
-    run_dir: RunDir,
-    *,
-    killed: Collection[int],
-    stopping: bool,
-    early_logs: Path,
+def describe(
+    failure: Failure, rank: int, spec: LaunchSpec, *, stopping: bool, early_logs: Path
 ) -> RankError:
-    """The failure that caused the others.
+    """Turn the failure of a rank into the error of its run.
 
     Args:
-        failures: by rank.
-        killed: ranks that were ended because another had failed.
-        stopping: whether a signal had asked the run to end.
+        stopping: whether a signal had asked the run to stop.
+        early_logs: holds what ranks printed before they opened their logs.
     """
-    rank = find_first(failures, killed=killed)
-    text, code, log = failures[rank].text, failures[rank].exitcode, run_dir.rank_log(rank)
+    text, code, log = failure.text, failure.exitcode, spec.run_dir.rank_log(rank)
     advice = ""
     if code < 0:
-        text = f"ended by {signal.Signals(-code).name}"
+        text = f"killed by {signal.Signals(-code).name}"
         if code == -signal.SIGKILL:
-            text += " (by hand, or by the system for want of memory)"
-            advice = advise_memory(run, plan)
-    elif not log.exists():
-        early = [path.read_text(errors="replace") for path in early_logs.rglob("stderr.log")]
-        text = "\n".join(content[-2000:] for content in early)
-    elif not text:  # it could not write its error down
+            text += " (by hand, or by the OOM killer)"
+            advice = advise_memory(spec.run, spec.plan)
+    elif not text and log.exists():  # it could not write its error down
         lines = log.read_text(errors="replace").splitlines()
         text = next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
+    elif not text:
+        early = [path.read_text(errors="replace") for path in early_logs.rglob("stderr.log")]
+        text = "\n".join(content[-2000:] for content in early) or f"exit code {code}"
     if is_out_of_memory(text):
-        advice = advise_memory(run, plan)
+        advice = advise_memory(spec.run, spec.plan)
     elif may_be_out_of_memory(text):
-        advice = advise_memory(run, plan, certain=False)
+        advice = advise_memory(spec.run, spec.plan, certain=False)
     return RankError(rank=rank, error=text, log=log, advice=advice, stopping=stopping)
 
 
 def find_first(failures: Mapping[int, Failure], *, killed: Collection[int]) -> int:
-    """The rank whose failure is not for want of another.
+    """Find the rank whose failure no other rank caused; `killed` were killed because of it.
 
-    Times don't tell: they are in seconds, and of a killed rank it is the time when that was
+    Times alone do not tell: they are in seconds, and that of a killed rank is when its death was
     noticed.
     """
 
     def order(rank: int) -> tuple[int, int, int]:
         failure = failures[rank]
-        degree = 0
-        if failure.exitcode == -signal.SIGABRT:  # gloo's threads abort where a neighbour is lost
-            degree = 1
-        if any(text in failure.text for text in LOST_PEER):
-            degree = 2
-        if failure.exitcode == -signal.SIGTERM or (
-            failure.exitcode == -signal.SIGKILL and rank in killed
-        ):
-            degree = 3
-        return degree, failure.timestamp, rank
+        by_us = failure.exitcode == -signal.SIGKILL and rank in killed
+        if by_us or failure.exitcode == -signal.SIGTERM:
+            likely_caused = 3
+        elif LOST_PEER.search(failure.text):
+            likely_caused = 2
+        else:  # gloo's threads abort when they lose a peer
+            likely_caused = int(failure.exitcode == -signal.SIGABRT)
+        return likely_caused, failure.timestamp, rank
 
     return min(failures, key=order)

@@ -1,4 +1,4 @@
-"""The launching process's signals: what each asks for, and how a command that got one ends."""
+"""Signals to the launching process: what each asks for, and how a command that got one exits."""
 
 import os
 import shlex
@@ -8,43 +8,47 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from llama_pretrain.process import STOPPING
 
 PREEMPTED_CODE = 75
 """EX_TEMPFAIL of sysexits.h: try again. Slurm's RequeueExit acts on it."""
 SAME_S = 1.0
-"""Signals so close together are one request: `timeout` and Slurm send each of theirs twice."""
+"""Signals this close together are one request: `timeout` and Slurm send theirs twice."""
 
 
-class Preempted(BaseException):
-    """A signal has ended the command, and nothing that was done is lost.
+class _Ended(BaseException):
+    """A signal has ended the command. As an `Exception`, Hydra would start the next job."""
 
-    No `Exception`: Hydra would go on with the next job of a sweep.
-    """
-
-    def __init__(self, number: int):
-        self.number = number
-        super().__init__(f"preempted by {signal.Signals(number).name}")
-
-
-class Stopped(BaseException):
-    """A second signal has ended the ranks where they were."""
+    how = ""
 
     def __init__(self, number: int):
         self.number = number
-        super().__init__(f"stopped at once by {signal.Signals(number).name}")
+        super().__init__(f"{self.how} by {signal.Signals(number).name}")
+
+
+class Preempted(_Ended):
+    """The first signal has ended the command, and no work is lost."""
+
+    how = "preempted"
+
+
+class Stopped(_Ended):
+    """A second signal has killed the ranks."""
+
+    how = "stopped at once"
 
 
 class Requests:
-    """The signals of one stretch of the command, each request counted once."""
+    """The signals that have come, each request counted once."""
 
     def __init__(self) -> None:
         self.numbers: list[int] = []
         self._last = 0.0
 
     def add(self, number: int) -> bool:
-        """Note a signal. Returns whether it is a new request."""
+        """Record a signal. Returns whether it is a new request."""
         now, before = time.monotonic(), self._last
         self._last = now
         if self.numbers and now - before < SAME_S:
@@ -53,7 +57,7 @@ class Requests:
         return True
 
     def check(self) -> None:
-        """Act on a signal whose exception was lost: one that comes in an import may be.
+        """Act on a signal whose exception was lost, as one raised during an import may be.
 
         Raises:
             Preempted: if there was one.
@@ -63,57 +67,55 @@ class Requests:
 
 
 def leave_at_signals() -> None:
-    """From here on a signal ends this process, which has begun nothing: SIGUSR1 would just kill it.
+    """From here on a signal ends this process, which has not started anything yet.
 
-    Not by an exception: extension modules lose one that comes while they are imported.
+    Without an exception: extension modules lose one that is raised while they are imported.
     """
 
     def leave(number: int, _frame: FrameType | None) -> None:
         os.write(2, f"{Preempted(number)}; nothing was started\n".encode())
         os._exit(PREEMPTED_CODE)
 
-    for number in _heeded():
-        signal.signal(number, leave)
+    _handle(leave)
 
 
 def catch_signals(requests: Requests) -> None:
-    """From here on a signal ends the command at once, with every child and every status seen to.
+    """From here on a signal ends the command at once, by an exception that cleans up.
 
-    That is for what can be done again: composing, preparing data, compiling, planning, exporting.
-    While ranks run, `receive_signals` takes over.
+    For work that can be repeated: composing, preparing data, compiling, planning, exporting. While
+    ranks run, `receive_signals` takes over.
 
     Args:
-        requests: where the signals that come are noted.
+        requests: records the signals.
     """
 
     def end(number: int, _frame: FrameType | None) -> None:
         if requests.add(number):
             raise Preempted(number) if len(requests.numbers) == 1 else Stopped(number)
 
-    for number in _heeded():
-        signal.signal(number, end)
+    _handle(end)
 
 
 def ignore_signals() -> None:
-    """From here on nothing is left to end; the interpreter would put handlers back that kill."""
+    """From here on signals are ignored: the interpreter's exit would restore handlers that kill."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
-def receive_signals(tell: Callable[[int], None] = lambda number: None) -> Iterator[Requests]:
-    """Collect signals instead of acting on them.
+def receive_signals(on_request: Callable[[int], None] = lambda number: None) -> Iterator[Requests]:
+    """Record signals instead of acting on them.
 
     Args:
-        tell: called with each that is a new request.
+        on_request: called with each new request.
     """
     requests = Requests()
 
-    def note(number: int, _frame: FrameType | None) -> None:
+    def record(number: int, _frame: FrameType | None) -> None:
         if requests.add(number):
-            tell(number)
+            on_request(number)
 
-    before = {number: signal.signal(number, note) for number in _heeded()}
+    before = _handle(record)
     try:
         yield requests
     finally:
@@ -121,14 +123,21 @@ def receive_signals(tell: Callable[[int], None] = lambda number: None) -> Iterat
             signal.signal(number, handler)
 
 
-def _heeded() -> list[signal.Signals]:
-    """Those that we act on: what is ignored stays so, as SIGHUP is under nohup."""
-    return [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
+    """Install a handler, except for ignored signals, as SIGHUP is under nohup.
+
+    Returns the handlers before.
+    """
+    return {
+        number: signal.signal(number, handler)
+        for number in STOPPING
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
 
 
-def how_to_go_on(path: Path, *, checkpoint: Path | None) -> str:
-    """The command that goes on with a run."""
+def describe_resume(path: Path, *, checkpoint: Path | None) -> str:
+    """The command that continues a run."""
     folder = shlex.quote(str(path))
     if checkpoint is None:
-        return f"it has no checkpoint yet; to start it anew: python run.py reproduce={folder}"
-    return f"to go on from {checkpoint.name}: python run.py resume={folder}"
+        return f"the run has no checkpoint yet; to start again: python run.py reproduce={folder}"
+    return f"to resume from {checkpoint.name}: python run.py resume={folder}"

@@ -1,4 +1,4 @@
-"""The parent's watch over the ranks of one launch: signals passed on, the dead and the hanging."""
+"""The parent's watch over the ranks of a launch: forwards signals, finds dead and hanging ranks."""
 
 import contextlib
 import os
@@ -8,81 +8,84 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from llama_pretrain.launch.signals import Preempted, Requests, Stopped
-from llama_pretrain.launch.stacks import RankState, describe_stack, find_hanging, read_stacks
+from llama_pretrain.launch.spec import LaunchSpec
+from llama_pretrain.launch.stacks import Stacks, describe_stack, find_hanging, read_stacks
 from llama_pretrain.process import DUMP, STARTED, Beat, is_alive, kill_session, read_beats
-from llama_pretrain.runs.layout import RunDir
 
 LAST_WORDS_S = 1.0
-"""What the others have when a rank has ended with an error, to write down their own."""
+"""What the other ranks have after a rank has died to write down their errors."""
 DUMP_S = 2.0
 """What ranks have to write their stacks."""
+PERMANENT = ("NonFiniteError", "CheckpointError")
+"""Errors that a restart would only repeat."""
 
 
 class RankError(Exception):
-    """A rank ended with an error, or hung; the others were ended."""
+    """A rank failed or hung, and the others were killed."""
 
     def __init__(
         self, *, rank: int, error: str, log: Path, advice: str = "", stopping: bool = False
     ):
         self.rank, self.error, self.log = rank, error, log
-        lasting = ("NonFiniteError", "CheckpointError")
-        self.may_pass = not stopping and not error.startswith(lasting)
-        """Whether the run should be tried again: not where the same would happen, nor where a
-        signal had asked it to end."""
+        self.may_pass = not stopping and not error.startswith(PERMANENT)
+        """Whether a restart may help; not when a signal had asked the run to stop."""
         text = f"rank {rank} failed: {error}\n  its log: {log}"
         super().__init__(f"{text}\n{advice}" if advice else text)
 
 
 class Watch:
-    """Looks after the ranks of one launch."""
+    """Watches the ranks of one launch."""
 
     def __init__(
         self,
-        run_dir: RunDir,
+        spec: LaunchSpec,
         *,
-        world_size: int,
-        timeout_s: int,
         requests: Requests,
         report: Callable[[str], None],
-        workers: Callable[[], Iterable[int]] = tuple,
+        pids: Callable[[], Iterable[int]] = tuple,
     ):
-        self._run_dir, self._world_size, self._timeout_s = run_dir, world_size, timeout_s
-        self._requests, self._report, self._workers = requests, report, workers
+        self._run_dir, self._world_size = spec.run_dir, spec.plan.world_size
+        self._timeout_s = spec.run.launch.timeout_s
+        self._requests, self._report, self._pids = requests, report, pids
         self._began = time.monotonic()
         self._asked: set[int] = set()
         self._first_death: float | None = None
         self.killed: set[int] = set()
-        """Ranks that this process has ended, or that it found alive when it ended the others."""
+        """Ranks that this process has killed, or found alive when it killed the others."""
 
     @property
     def signal(self) -> int:
-        """The signal that asked the run to end; 0 for none."""
+        """The signal that asked the run to stop; 0 for none."""
         return self._requests.numbers[0] if self._requests.numbers else 0
 
-    def look(self) -> None:
-        """Do what is due. Whoever calls it ends the ranks when it raises.
+    def check(self) -> None:
+        """Act on what has happened. The caller kills the ranks when this raises.
 
         Raises:
             Stopped: after a second signal.
-            Preempted: after a first one, where nothing has been trained yet.
+            Preempted: after the first one, when nothing has been trained yet.
             RankError: if a rank hangs.
         """
-        beats = read_beats(self._run_dir.heartbeats, world_size=self._world_size)
+        beats = self._read_beats()
         if self.signal:
             self._ask_to_stop(beats)
-        dead = [
-            rank
-            for rank, beat in enumerate(beats)
-            if beat.pid and not beat.finished and not is_alive(beat.pid)
-        ]
-        if dead:
-            now = time.monotonic()
-            self._first_death = self._first_death or now
-            # The agent would wait half a minute for ranks that wait for the dead one.
-            if now - self._first_death > LAST_WORDS_S:
-                self.kill()
-        else:
+        if not any(beat.pid and not beat.finished and not is_alive(beat.pid) for beat in beats):
             self._look_for_hang(beats)
+            return
+        self._first_death = self._first_death or time.monotonic()
+        # torch's agent would wait half a minute for ranks that wait for the dead one.
+        if time.monotonic() - self._first_death > LAST_WORDS_S:
+            self.kill()
+
+    def kill(self) -> None:
+        """Kill all ranks, and what they have started."""
+        beats = self._read_beats()
+        self.killed |= {rank for rank, beat in enumerate(beats) if beat.pid and is_alive(beat.pid)}
+        for pid in {beat.pid for beat in beats if beat.pid} | set(self._pids()):
+            kill_session(pid)  # each rank leads its own session
+
+    def _read_beats(self) -> list[Beat]:
+        return read_beats(self._run_dir.heartbeats, world_size=self._world_size)
 
     def _ask_to_stop(self, beats: Sequence[Beat]) -> None:
         name = signal.Signals(self.signal).name
@@ -90,12 +93,12 @@ class Watch:
             raise Stopped(self._requests.numbers[-1])
         if not self._asked:
             if max(beat.count for beat in beats) <= STARTED:
-                self._report(f"{name}: leaving; no step has been begun")
+                self._report(f"{name}: exiting; no step has begun")
                 raise Preempted(self.signal)
             self._report(
-                f"{name}: finishing the step and writing a checkpoint; once more to leave at once"
+                f"{name}: finishing the step and writing a checkpoint; repeat it to exit at once"
             )
-        for beat in beats:  # a rank registers when its handlers are there
+        for beat in beats:  # a rank's first heartbeat comes after its handlers
             if beat.pid and beat.pid not in self._asked:
                 self._asked.add(beat.pid)
                 with contextlib.suppress(ProcessLookupError):
@@ -106,44 +109,32 @@ class Watch:
         silence = [now - (beat.at if beat.pid else self._began) for beat in beats]
         if max(silence) <= self._timeout_s:
             return
-        absent = [rank for rank, beat in enumerate(beats) if not beat.pid]
-        if absent:
-            error = f"it did not begin within {self._timeout_s} s (launch.timeout_s)"
-            log = self._run_dir.rank_log(absent[0])
-            raise RankError(rank=absent[0], error=error, log=log, stopping=self.signal > 0)
-        states = self._ask_for_stacks(beats)
-        hanging = find_hanging(states)
-        where = "it wrote no stack: it is stopped, or stuck in the system"
-        if hanging.stacks:
-            where = f"it is in {describe_stack(hanging.stacks[-1])}"
-        raise RankError(
-            rank=hanging.rank,
-            error=f"nothing was heard of it for {silence[hanging.rank]:.0f} s"
-            f" (launch.timeout_s={self._timeout_s}); {where}\n  stacks of all ranks are at the end"
-            f" of {self._run_dir.ranks}/rank*.log",
-            log=self._run_dir.rank_log(hanging.rank),
-            stopping=self.signal > 0,
-        )
+        rank = next((rank for rank, beat in enumerate(beats) if not beat.pid), None)
+        error = f"it did not start within {self._timeout_s} s (launch.timeout_s)"
+        if rank is None:
+            stacks = self._request_stacks(beats)
+            rank = find_hanging(stacks, [beat.count for beat in beats])
+            where = "it wrote no stack: it is stopped, or in a system call"
+            if stacks[rank]:
+                where = f"it is in {describe_stack(stacks[rank][-1])}"
+            error = (
+                f"no heartbeat for {silence[rank]:.0f} s (launch.timeout_s={self._timeout_s});"
+                f" {where}\n  stacks of all ranks are at the end of {self._run_dir.ranks}/rank*.log"
+            )
+        log = self._run_dir.rank_log(rank)
+        raise RankError(rank=rank, error=error, log=log, stopping=self.signal > 0)
 
-    def _ask_for_stacks(self, beats: Sequence[Beat]) -> list[RankState]:
+    def _request_stacks(self, beats: Sequence[Beat]) -> dict[int, Stacks]:
         logs = [self._run_dir.rank_log(rank) for rank in range(len(beats))]
         sizes = [log.stat().st_size for log in logs]
         for beat in beats:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(beat.pid, DUMP)
         time.sleep(DUMP_S)
-        states = []
-        for rank, (beat, log, size) in enumerate(zip(beats, logs, sizes, strict=True)):
-            with log.open("rb") as file:
-                file.seek(size)
-                text = file.read().decode(errors="replace")
-            if not beat.finished:
-                states.append(RankState(rank=rank, count=beat.count, stacks=read_stacks(text)))
-        return states
-
-    def kill(self) -> None:
-        """End all ranks at once, and what they have started."""
-        beats = read_beats(self._run_dir.heartbeats, world_size=self._world_size)
-        self.killed |= {rank for rank, beat in enumerate(beats) if beat.pid and is_alive(beat.pid)}
-        for pid in {beat.pid for beat in beats if beat.pid} | set(self._workers()):
-            kill_session(pid)  # each rank leads a session of its own
+        texts = [
+            log.read_bytes()[size:].decode(errors="replace")
+            for log, size in zip(logs, sizes, strict=True)
+        ]
+        return {
+            rank: read_stacks(texts[rank]) for rank, beat in enumerate(beats) if not beat.finished
+        }

@@ -1,17 +1,16 @@
-"""What to lower when a rank has run out of memory: settings that are valid for the run, with what
-the plan expects of each."""
+"""What to change when a rank has run out of memory: settings that are valid for the run, with the
+plan's estimate for each."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from llama_pretrain.config.launch import Device
 from llama_pretrain.config.optim import OptimName
-from llama_pretrain.config.run import Run
+from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.validate import validate_run
-from llama_pretrain.config.zero import OffloadDevice, OffloadOptimizer
-from llama_pretrain.plan.batch import count_ranks
+from llama_pretrain.config.zero import OffloadDevice, OffloadOptimizer, Zero
 from llama_pretrain.plan.memory import MemoryPlan, estimate_memory
-from llama_pretrain.plan.plan import Plan, check_plan
+from llama_pretrain.plan.plan import Plan, validate_plan
 from llama_pretrain.plan.resolve import resolve_zero
 
 OUT_OF_MEMORY = (
@@ -22,26 +21,27 @@ OUT_OF_MEMORY = (
     "MemoryError",
     "bad_alloc",
 )
-"""What torch, CUDA, Python, the system and C++ say."""
-PERHAPS_OUT_OF_MEMORY = (
+"""In messages of torch, CUDA, Python, the system and C++."""
+AMBIGUOUS = (
     "could not create a primitive",
     "could not execute a primitive",
     "can't start new thread",
 )
-"""What oneDNN says of its own allocations, and Python of a thread's stack; of other faults too."""
+"""In messages of oneDNN about its allocations, of Python about a thread's stack, and of other
+failures."""
 ON_THE_HOST = {
     OptimName.fused_adam: OptimName.cpu_adam,
     OptimName.torch_adamw: OptimName.cpu_adam,
     OptimName.fused_lion: OptimName.cpu_lion,
 }
-"""The same rule where the state is offloaded; the others have none there, or are there already."""
+"""The same update rule with offloaded state, for optimizers that have one."""
 WORTH = 0.97
-"""What doesn't lower the estimate to this share of it is not worth saying."""
+"""Advice that does not lower the estimate to this share is left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """One way to need less memory."""
+    """One way to reduce memory."""
 
     words: str
     """What to add to the command."""
@@ -51,58 +51,57 @@ class Advice:
 
 
 def is_out_of_memory(error: str) -> bool:
-    """Whether an error says that memory was short."""
+    """Whether an error says that memory ran out."""
     return any(text in error for text in OUT_OF_MEMORY)
 
 
 def may_be_out_of_memory(error: str) -> bool:
-    """Whether memory may have been short, by an error that doesn't say."""
-    return any(text in error for text in PERHAPS_OUT_OF_MEMORY)
+    """Whether memory may have run out, by an error that does not say so."""
+    return any(text in error for text in AMBIGUOUS)
 
 
-def advise_memory(run: Run, plan: Plan, *, certain: bool = True) -> str:
-    """What the plan expected of a rank, and what would lower it, best first: a few lines.
+def advise_memory(run: ResolvedRun, plan: Plan, *, certain: bool = True) -> str:
+    """The plan's estimate for a rank, and what would lower it, best first: a few lines.
 
     Args:
-        run: with its choices resolved.
-        certain: whether memory is known to be what was short.
+        certain: whether memory is known to have run out.
     """
     memory = plan.memory
     largest = sorted(memory.parts.items(), key=lambda part: -part[1])[:3]
     parts = ", ".join(f"{name} {_size(size)}" for name, size in largest)
-    expected = f"the plan expects {_size(memory.total)} of a rank at its peak ({parts})"
-    about = "memory" if certain else "memory, if that was short (the error doesn't say)"
+    expected = f"the plan expects a peak of {_size(memory.total)} a rank ({parts})"
+    about = "memory" if certain else "memory, if that ran out (the error does not say)"
     lines = [f"  {about}: {expected}, and its device has {_size(plan.device_memory)}"]
     advices = list_advice(run, plan)
     if advices:
-        lines.append("  to need less, best first:")
+        lines.append("  to reduce it, best first:")
         lines += [
             f"    {advice.words}  ({_size(advice.memory.total)}; {advice.cost})"
             for advice in advices
         ]
     else:
         lines.append(
-            "  to need less: a shorter data.sequence_length, a smaller model, or more ranks"
+            "  to reduce it: a shorter data.sequence_length, a smaller model, or more ranks"
         )
     return "\n".join(lines)
 
 
-def list_advice(run: Run, plan: Plan) -> list[Advice]:
-    """What is valid for this run and lowers its estimate, best first.
+def list_advice(run: ResolvedRun, plan: Plan) -> list[Advice]:
+    """Changes that are valid for this run and lower its estimate, best first.
 
-    Where activations and logits weigh more than what the optimizer keeps, they come first.
+    If activations and logits take more memory than the optimizer state, they come first.
     """
     memory = plan.memory
     rows = memory.activations + memory.logits
     states = memory.weights + memory.master_weights + memory.gradients + memory.optimizer
-    of_rows, of_stages = list(_of_rows(run, plan)), list(_of_stages(run, plan))
+    of_rows, of_stages = list(_smaller_batches(run, plan)), list(_higher_stages(run, plan))
     ordered = [*of_rows, *of_stages] if rows >= states else [*of_stages, *of_rows]
-    ordered += [*_of_host(run, plan), *_of_allocator(run, plan)]
+    ordered += [*_offload(run, plan), *_return_memory(run, plan)]
     return [advice for advice in ordered if advice.memory.total <= WORTH * memory.total]
 
 
-def _of_rows(run: Run, plan: Plan) -> Iterator[Advice]:
-    """Fewer rows at a time, and recomputation."""
+def _smaller_batches(run: ResolvedRun, plan: Plan) -> Iterator[Advice]:
+    """A smaller micro batch, and recomputation."""
     batch = plan.batch
     share = batch.micro_batch_size * batch.gradient_accumulation_steps
     smaller = [n for n in range(1, batch.micro_batch_size // 2 + 1) if share % n == 0]
@@ -111,10 +110,10 @@ def _of_rows(run: Run, plan: Plan) -> Iterator[Advice]:
         more = share // micro
         solved = replace(batch, micro_batch_size=micro, gradient_accumulation_steps=more)
         yield Advice(
-            # Both, so that the global batch stays what it is, given or derived.
+            # Both, so that the global batch stays the same, given or derived.
             words=f"batch.micro_batch_size={micro} batch.gradient_accumulation_steps={more}",
-            cost="the same steps, in smaller pieces",
-            memory=estimate_memory(run, solved, world_size=count_ranks(run)),
+            cost="the same steps, in smaller micro batches",
+            memory=estimate_memory(run, solved),
         )
     if not run.train.gradient_checkpointing:
         candidate = replace(run, train=replace(run.train, gradient_checkpointing=True))
@@ -126,16 +125,16 @@ def _of_rows(run: Run, plan: Plan) -> Iterator[Advice]:
         )
 
 
-def _of_stages(run: Run, plan: Plan) -> Iterator[Advice]:
-    """Higher ZeRO stages, where there are ranks to share with."""
-    stages = range(run.zero.stage + 1, 4) if count_ranks(run) > 1 else ()
+def _higher_stages(run: ResolvedRun, plan: Plan) -> Iterator[Advice]:
+    """Higher ZeRO stages, if there are several ranks."""
+    stages = range(run.zero.stage + 1, 4) if run.num_ranks > 1 else ()
     for stage in stages:
-        cost = "more between ranks" if stage == 3 else "hardly slower"
+        cost = "more communication" if stage == 3 else "hardly slower"
         yield from _advise(_at_stage(run, stage), plan, words=f"zero.stage={stage}", cost=cost)
 
 
-def _of_host(run: Run, plan: Plan) -> Iterator[Advice]:
-    """The host's memory beside a GPU's."""
+def _offload(run: ResolvedRun, plan: Plan) -> Iterator[Advice]:
+    """Offload from a GPU to the host."""
     offloads = run.zero.offload_optimizer.device is not OffloadDevice.none
     name = ON_THE_HOST.get(run.optim.name)
     if run.launch.device is Device.cpu or offloads or name is None:
@@ -154,21 +153,23 @@ def _of_host(run: Run, plan: Plan) -> Iterator[Advice]:
     yield from _advise(moved, plan, words=words, cost="a slower update; for a new run")
 
 
-def _at_stage(run: Run, stage: int) -> Run:
+def _at_stage(run: ResolvedRun, stage: int) -> ResolvedRun:
     """The run at another stage, its sizes derived anew."""
-    zero = replace(
-        run.zero,
-        stage=stage,
-        reduce_scatter=None,
-        reduce_bucket_size=None,
-        stage3_prefetch_bucket_size=None,
-        stage3_param_persistence_threshold=None,
+    zero = Zero(
+        **{
+            **vars(run.zero),
+            "stage": stage,
+            "reduce_scatter": None,
+            "reduce_bucket_size": None,
+            "stage3_prefetch_bucket_size": None,
+            "stage3_param_persistence_threshold": None,
+        }
     )
-    return replace(run, zero=resolve_zero(replace(run, zero=zero)))
+    return replace(run, zero=resolve_zero(zero, run, num_processes=run.launch.num_processes))
 
 
-def _of_allocator(run: Run, plan: Plan) -> Iterator[Advice]:
-    """On a CPU, what glibc keeps of what was freed."""
+def _return_memory(run: ResolvedRun, plan: Plan) -> Iterator[Advice]:
+    """On a CPU, memory that glibc keeps after it is freed."""
     if run.launch.device is Device.cpu and run.launch.malloc_mmap_threshold is None:
         threshold = 262_144
         candidate = replace(run, launch=replace(run.launch, malloc_mmap_threshold=threshold))
@@ -176,14 +177,14 @@ def _of_allocator(run: Run, plan: Plan) -> Iterator[Advice]:
             candidate,
             plan,
             words=f"launch.malloc_mmap_threshold={threshold}",
-            cost="up to a quarter more time",
+            cost="up to 25% more time",
         )
 
 
-def _advise(candidate: Run, plan: Plan, *, words: str, cost: str) -> Iterator[Advice]:
+def _advise(candidate: ResolvedRun, plan: Plan, *, words: str, cost: str) -> Iterator[Advice]:
     """A changed run, unless a rule refuses it."""
-    if not any(validate_run(candidate)) and not any(check_plan(candidate)):
-        memory = estimate_memory(candidate, plan.batch, world_size=count_ranks(candidate))
+    if not any(validate_run(candidate)) and not any(validate_plan(candidate)):
+        memory = estimate_memory(candidate, plan.batch)
         yield Advice(words=words, cost=cost, memory=memory)
 
 

@@ -1,30 +1,29 @@
-"""Hours, energy and money of a run, from a throughput that was measured or given."""
+"""Hours, energy and money of a run, from a measured or given throughput."""
 
 from dataclasses import dataclass
 
 from llama_pretrain.config.launch import Device
-from llama_pretrain.config.run import Run
+from llama_pretrain.config.resolved import ResolvedRun
 
 
 @dataclass(frozen=True, kw_only=True)
 class CostPlan:
-    """What the steps of a run come to; evaluations and checkpoints are not in it."""
+    """Cost of the steps of a run, without evaluations and checkpoints."""
 
     tokens_per_s: float
     """Over all ranks."""
     hours: float
     device_hours: float
-    """Hours times GPUs, or times machines on a CPU."""
+    """Hours times GPUs, or times nodes on a CPU."""
     kilowatt_hours: float | None
-    """`None` where no power is given."""
+    """`None` without a power."""
     price: float | None
-    """In the currency of plan.price_per_device_hour; `None` where none is given."""
+    """In the currency of plan.price_per_device_hour; `None` without one."""
 
 
-def estimate_cost(run: Run, *, tokens: int, tokens_per_s: float) -> CostPlan:
-    """Cost of `tokens` at a throughput; launch.num_processes is resolved."""
+def estimate_cost(run: ResolvedRun, *, tokens: int, tokens_per_s: float) -> CostPlan:
+    """Cost of `tokens` at a throughput."""
     launch, asked = run.launch, run.plan
-    assert launch.num_processes is not None
     devices = launch.nodes * (launch.num_processes if launch.device is Device.cuda else 1)
     hours = tokens / tokens_per_s / 3600
     device_hours = hours * devices

@@ -1,43 +1,43 @@
-"""What fits a device of a given memory: stages, offloads and recomputation, best first."""
+"""What fits a device of a given memory: stages, offload and recomputation, best first."""
 
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from llama_pretrain.config.optim import OptimName
-from llama_pretrain.config.run import Run
-from llama_pretrain.config.zero import OffloadDevice, OffloadOptimizer, OffloadParam
-from llama_pretrain.plan.batch import BatchPlan, count_ranks, count_replicas
+from llama_pretrain.config.resolved import ResolvedRun
+from llama_pretrain.config.zero import OffloadDevice, OffloadOptimizer, OffloadParam, Zero
+from llama_pretrain.plan.batch import BatchPlan
 from llama_pretrain.plan.memory import MemoryPlan, estimate_memory
+from llama_pretrain.plan.resolve import resolve_zero
 from llama_pretrain.plan.traffic import count_traffic
 
 ZEROS = ("stage0", "stage1", "stage2", "stage3", "stage2_offload", "stage3_offload")
-"""Options of the group `zero` that are tried, from what costs least time to what costs most."""
+"""Options of the group `zero` to try, from the fastest to the slowest."""
 
-
-MOST_ROWS = 4096
-"""The search for the largest micro batch ends here."""
+MAX_MICRO_BATCH = 4096
+"""Where the search for the largest micro batch ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """One way to run that was tried."""
+    """One way to run."""
 
     overrides: tuple[str, ...]
     """What to add to the command, with the largest micro batch that divides the global batch."""
     micro_batch_size: int | None
-    """The largest that fits, whatever the global batch; `None` if not even one row does."""
+    """The largest that fits, whatever the global batch; `None` if not even one sequence does."""
     memory: MemoryPlan
     """With the micro batch of `overrides`."""
     traffic: int
     """Bytes that a rank sends in a step."""
 
 
-def list_fits(run: Run, batch: BatchPlan, *, limit: int) -> list[Fit]:
+def list_fits(run: ResolvedRun, batch: BatchPlan, *, limit: int) -> list[Fit]:
     """Every stage, with and without recomputation: what fits `limit` bytes first, best first.
 
-    Best is a rule of thumb: no offload before offload, no recomputation (a third more work) before
-    recomputation, then the fewest bytes between ranks, then the larger micro batch.
+    The order is a rule of thumb: no offload first, then no recomputation (which costs a third more
+    work), then the fewest bytes between ranks, then the larger micro batch.
     """
 
     def cost(fit: Fit) -> tuple[bool, int, bool, int, int]:
@@ -47,63 +47,66 @@ def list_fits(run: Run, batch: BatchPlan, *, limit: int) -> list[Fit]:
         missing = fit.micro_batch_size is None
         return missing, offloads, recomputes, fit.traffic, -(fit.micro_batch_size or 0)
 
-    return sorted(_tried(run, batch, limit=limit), key=cost)
+    return sorted(_candidates(run, batch, limit=limit), key=cost)
 
 
-def _tried(run: Run, batch: BatchPlan, *, limit: int) -> Iterator[Fit]:
-    world_size, share = count_ranks(run), batch.global_batch_size // count_replicas(run)
+def _candidates(run: ResolvedRun, batch: BatchPlan, *, limit: int) -> Iterator[Fit]:
+    share = batch.global_batch_size // run.num_ranks
     for option in ZEROS:
         for recompute in (False, True):
-            candidate = _with(run, option, recompute=recompute)
+            candidate = _at_option(run, option, recompute=recompute)
             words = [f"zero={option}"]
             words += ["train.gradient_checkpointing=true"] if recompute else []
 
-            def memory(
-                rows: int, accumulated: int = 1, *, candidate: Run = candidate
-            ) -> MemoryPlan:
-                trial = replace(
-                    batch, micro_batch_size=rows, gradient_accumulation_steps=accumulated
+            def solved(size: int, accumulation: int = 1) -> BatchPlan:
+                return replace(
+                    batch, micro_batch_size=size, gradient_accumulation_steps=accumulation
                 )
-                return estimate_memory(candidate, trial, world_size=world_size)
 
-            # Memory grows with the rows: the first size that doesn't fit ends the search.
-            most = bisect_right(range(1, MOST_ROWS + 1), limit, key=lambda rows: memory(rows).total)
+            def memory(
+                size: int, accumulation: int = 1, *, candidate: ResolvedRun = candidate
+            ) -> MemoryPlan:
+                return estimate_memory(candidate, solved(size, accumulation))
+
+            # Memory grows with the micro batch: the first size that does not fit ends the search.
+            most = bisect_right(
+                range(1, MAX_MICRO_BATCH + 1), limit, key=lambda size: memory(size).total
+            )
             usable = [
                 size
                 for size in range(1, min(most, share) + 1)
                 if share % size == 0 and memory(size, share // size).total <= limit
             ]
-            rows = max(usable, default=1)
-            chosen = replace(
-                batch, micro_batch_size=rows, gradient_accumulation_steps=share // rows
-            )
+            size = max(usable, default=1)
             yield Fit(
-                overrides=(*words, f"batch.micro_batch_size={rows}"),
+                overrides=(*words, f"batch.micro_batch_size={size}"),
                 micro_batch_size=most if usable else None,
-                memory=memory(rows, share // rows),
-                traffic=count_traffic(candidate, chosen, world_size=world_size).total,
+                memory=memory(size, share // size),
+                traffic=count_traffic(candidate, solved(size, share // size)).total,
             )
 
 
-def _with(run: Run, option: str, *, recompute: bool) -> Run:
-    """The run at another stage, with sizes as plan/resolve.py derives them."""
-    stage, width = int(option[len("stage")]), run.model.hidden_size
+def _at_option(run: ResolvedRun, option: str, *, recompute: bool) -> ResolvedRun:
+    """The run with another option of `zero`, with sizes derived as plan/resolve.py does."""
+    stage = int(option[len("stage")])
     host = OffloadDevice.cpu if option.endswith("_offload") else OffloadDevice.none
-    zero = replace(
-        run.zero,
-        stage=stage,
-        offload_optimizer=OffloadOptimizer(device=host),
-        offload_param=OffloadParam(device=host if stage == 3 else OffloadDevice.none),
-        reduce_bucket_size=width**2 if stage == 3 else 500_000_000,
-        stage3_prefetch_bucket_size=9 * width**2 // 10,
-        zero_hpz_partition_size=1,
+    zero = Zero(
+        **{
+            **vars(run.zero),
+            "stage": stage,
+            "offload_optimizer": OffloadOptimizer(device=host),
+            "offload_param": OffloadParam(device=host if stage == 3 else OffloadDevice.none),
+            "reduce_bucket_size": None,
+            "stage3_prefetch_bucket_size": None,
+            "zero_hpz_partition_size": 1,
+        }
     )
     optim = run.optim.name
     if host is not OffloadDevice.none:
         optim = OptimName.cpu_lion if "lion" in optim.value else OptimName.cpu_adam
     return replace(
         run,
-        zero=zero,
+        zero=resolve_zero(zero, run, num_processes=run.launch.num_processes),
         optim=replace(run.optim, name=optim),
         train=replace(run.train, gradient_checkpointing=recompute),
     )

@@ -1,4 +1,4 @@
-"""Which kernels a model is computed with: the choice, and what can't be."""
+"""Which kernels a model is computed with: the choice, and what is not supported."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,15 +17,20 @@ from llama_pretrain.config.kernels import (
 from llama_pretrain.config.launch import Device
 from llama_pretrain.config.precision import PrecisionName
 from llama_pretrain.config.problems import Problem
+from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.run import Run
 from llama_pretrain.plan.machine import Machine
 
 LAYERS = ("rms_norm", "rotary", "swiglu")
-"""Settings of what a layer computes between its products."""
+"""Settings of what a layer computes between its matrix products."""
 
 
 def choose_kernels(run: Run, machine: Machine) -> Kernels:
-    """The fastest kernels that are sound here, by the measurements of docs/performance.md."""
+    """The fastest kernels that are sound here, by the measurements of docs/performance.md.
+
+    Args:
+        run: with device and precision decided.
+    """
     kernels = run.kernels
     open_ones = [name for name in LAYERS if getattr(kernels, name) is LayerKernel.auto]
     changes: dict[str, Any] = dict.fromkeys(open_ones, _layer(run))
@@ -83,77 +88,62 @@ def _layer(run: Run) -> LayerKernel:
     return LayerKernel.fused
 
 
-def check_kernels(run: Run, machine: Machine) -> Iterator[Problem]:
-    """Kernels, their choices made, that this machine or this run can't have."""
-    yield from _check_attention(run)
-    yield from _check_compilation(run, machine)
-    kernels = run.kernels
+def validate_kernels(run: ResolvedRun, machine: Machine) -> Iterator[Problem]:
+    """Kernels that this machine or this run does not support."""
+    yield from _validate_attention(run)
+    yield from _validate_compilation(run, machine)
+    kernels, autocast = run.kernels, run.precision.torch_autocast.enabled
     installed = find_spec("liger_kernel") is not None
-    for name in ("loss", *LAYERS):
-        if getattr(kernels, name).value == "liger" and not (_on_gpu(run) and installed):
-            needs = (
-                "Liger's kernels need CUDA" if installed else "the package liger-kernel isn't here"
-            )
-            hint = f"set kernels.{name}=auto"
-            yield Problem(path=f"kernels.{name}", message=f"{needs} (got liger)", hint=hint)
-    autocast = run.precision.torch_autocast.enabled
     for name in ("loss", "matmul", *LAYERS):
-        chosen = getattr(kernels, name).value
+        chosen, path = getattr(kernels, name).value, f"kernels.{name}"
+        if chosen == "liger" and not (_on_gpu(run) and installed):
+            needs = "CUDA" if installed else "the package liger-kernel, which is not installed"
+            message = f"liger requires {needs}"
+            yield Problem(path=path, message=message, hint=f"Set {path}=auto")
         if autocast and chosen in ("chunked", "fp32", "fused"):
-            message = f"torch.autocast doesn't see into this kernel (got {chosen})"
-            hint = f"set kernels.{name}=plain"
-            yield Problem(path=f"kernels.{name}", message=message, hint=hint)
+            message = f"{chosen} is not supported with torch.autocast, which cannot see into it"
+            yield Problem(path=path, message=message, hint=f"Set {path}=plain")
     if kernels.matmul is Matmul.fp32 and run.precision.name is PrecisionName.fp32 and not autocast:
-        message = "is for 16 bits, and precision is fp32 (got fp32)"
-        yield Problem(path="kernels.matmul", message=message, hint="set kernels.matmul=auto")
+        message = "fp32 requires a 16-bit precision (got precision=fp32)"
+        yield Problem(path="kernels.matmul", message=message, hint="Set kernels.matmul=auto")
     if kernels.loss is LossKernel.chunked and run.precision.name is PrecisionName.fp16:
-        message = "makes the gradient before the loss is scaled, which fp16 needs (got chunked)"
-        yield Problem(path="kernels.loss", message=message, hint="set kernels.loss=plain")
+        message = "chunked is not supported with fp16, whose loss is scaled before the gradient"
+        yield Problem(path="kernels.loss", message=message, hint="Set kernels.loss=plain")
 
 
-def _check_attention(run: Run) -> Iterator[Problem]:
-    chosen, path = run.kernels.attention, "kernels.attention"
-    hint = f"set {path}=sdpa"
+def _validate_attention(run: ResolvedRun) -> Iterator[Problem]:
+    chosen = run.kernels.attention
+    needs, without = [], []
     if chosen is AttentionKernel.flash_attention_2:
-        needs = []
-        if not _on_gpu(run):
-            needs.append("CUDA")
-        if find_spec("flash_attn") is None:
-            needs.append("the package flash-attn")
-        if run.precision.name is PrecisionName.fp32:
-            needs.append("16 bits")
-        if needs:
-            message = f"needs {', '.join(needs)} (got flash_attention_2)"
-            yield Problem(path=path, message=message, hint=hint)
+        needs += [] if _on_gpu(run) else ["CUDA"]
+        needs += [] if find_spec("flash_attn") is not None else ["the package flash-attn"]
+        needs += ["16 bits"] if run.precision.name is PrecisionName.fp32 else []
     if chosen is AttentionKernel.flex_attention and not _on_gpu(run):
-        message = "has no backward pass on a CPU (got flex_attention)"
-        yield Problem(path=path, message=message, hint=hint)
-    if run.model.attention_dropout and chosen in (
-        AttentionKernel.blocked,
-        AttentionKernel.flex_attention,
-    ):
-        message = f"has no dropout, and model.attention_dropout is {run.model.attention_dropout:g}"
-        yield Problem(path=path, message=f"{message} (got {chosen.value})", hint=hint)
+        needs.append("CUDA for its backward pass")
+    own = chosen in (AttentionKernel.blocked, AttentionKernel.flex_attention)
+    if own and run.model.attention_dropout:
+        without.append(f"model.attention_dropout={run.model.attention_dropout:g}")
     if chosen is AttentionKernel.blocked and run.precision.torch_autocast.enabled:
-        message = "torch.autocast doesn't see into this kernel (got blocked)"
-        yield Problem(path=path, message=message, hint=hint)
+        without.append("torch.autocast, which cannot see into it")
+    messages = [f"{chosen.value} requires {', '.join(needs)}"] if needs else []
+    messages += [f"{chosen.value} is not supported with {reason}" for reason in without]
+    for message in messages:
+        yield Problem(path="kernels.attention", message=message, hint="Set kernels.attention=sdpa")
 
 
-def _check_compilation(run: Run, machine: Machine) -> Iterator[Problem]:
+def _validate_compilation(run: ResolvedRun, machine: Machine) -> Iterator[Problem]:
     chosen, path = run.kernels.compile, "kernels.compile"
     if chosen is CompiledPart.none:
         return
-    hint = f"set {path}=none"
     if run.zero.stage == 3:
-        message = f"layers can't be compiled whose weights are gathered (got {chosen.value})"
-        yield Problem(path=path, message=message, hint=f"{hint}, or zero.stage to 2 or less")
+        message = f"{chosen.value} is not supported at stage 3, where weights are gathered"
+        hint = f"Set {path}=none, or zero.stage to at most 2"
+        yield Problem(path=path, message=message, hint=hint)
     if not _on_gpu(run) and not machine.has_compiler:
-        message = f"needs a C++ compiler, and there is none here (got {chosen.value})"
-        yield Problem(path=path, message=message, hint=f"install g++ and ninja, or {hint}")
+        message = f"{chosen.value} requires a C++ compiler, but there is none here"
+        hint = f"Install g++ and ninja, or set {path}=none"
+        yield Problem(path=path, message=message, hint=hint)
     for name in LAYERS:
         if getattr(run.kernels, name) is LayerKernel.fused:
-            message = (
-                f"torch.compile makes kernels of what is plain (got {run.kernels.compile.value}"
-            )
-            message += f", and kernels.{name}=fused)"
-            yield Problem(path=path, message=message, hint=f"set kernels.{name}=plain")
+            message = f"{chosen.value} only compiles plain parts (got kernels.{name}=fused)"
+            yield Problem(path=path, message=message, hint=f"Set kernels.{name}=plain")

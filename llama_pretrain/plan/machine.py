@@ -1,4 +1,4 @@
-"""What this machine has, found out without importing torch."""
+"""The hardware of this machine, detected without importing torch."""
 
 import ctypes
 import ctypes.util
@@ -13,14 +13,14 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The facts that a plan depends on."""
+    """The facts about a machine that a plan depends on."""
 
     cores: int
     """Cores that this process may use."""
     memory_bytes: int
     """Host memory."""
     num_gpus: int
-    """GPUs that torch here can use: 0 for a CPU build of torch, whatever is plugged in."""
+    """GPUs that the installed torch can use: 0 for a CPU build of torch."""
     gpu_name: str | None
     gpu_memory_bytes: int | None
     gpu_capability: tuple[int, int] | None
@@ -28,7 +28,7 @@ class Machine:
     cpu_bf16: bool
     """Whether the CPU multiplies bf16 natively."""
     cpu_intel: bool
-    """Whether it is Intel's, for which MKL is made."""
+    """Whether it is Intel's, for which MKL is optimized."""
     cpu_fast_bf16: bool
     """Whether products in bf16 are faster on it than in fp32."""
     has_compiler: bool
@@ -37,8 +37,8 @@ class Machine:
 
 
 def detect_machine() -> Machine:
-    """Look at this machine."""
-    gpus = _query_gpus() if _torch_has_cuda() else []
+    """Detect this machine's hardware."""
+    gpus = _query_gpus()
     processor = _describe_processor()
     intel = "GenuineIntel" in processor
     fast = r"\bamx_bf16\b" if intel else r"\b(avx512_bf16|amx_bf16|bf16)\b"
@@ -51,15 +51,20 @@ def detect_machine() -> Machine:
         gpu_capability=gpus[0][2] if gpus else None,
         cpu_bf16=re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", processor) is not None,
         cpu_intel=intel,
-        # Intel's AVX512-BF16 alone has half the speed of its fp32 (docs/performance.md).
+        # Intel's AVX512-BF16 without AMX has half the speed of its fp32 (docs/performance.md).
         cpu_fast_bf16=re.search(fast, processor) is not None,
         has_compiler=_has_compiler(),
         has_libaio=ctypes.util.find_library("aio") is not None,
     )
 
 
+def count_gpus() -> int:
+    """GPUs that the installed torch can use, in a millisecond if there are none."""
+    return len(_query_gpus())
+
+
 def _count_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # fewer than the machine's in a container or under Slurm
+    if hasattr(os, "sched_getaffinity"):  # fewer in a container or under Slurm
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
@@ -75,7 +80,9 @@ def _torch_has_cuda() -> bool:
 
 
 def _query_gpus() -> list[tuple[str, int, tuple[int, int]]]:
-    """Name, memory in bytes and compute capability of each GPU, asked of the CUDA driver."""
+    """Name, memory in bytes and compute capability of each GPU, from the CUDA driver."""
+    if not _torch_has_cuda():
+        return []
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -104,7 +111,7 @@ def _describe_processor() -> str:
 
 
 def _has_compiler() -> bool:
-    """torch compiles with $CXX or c++; ninja may lie beside the interpreter, off the PATH."""
+    """torch compiles with $CXX or c++; ninja may be next to the interpreter, not on the PATH."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     needed = (os.environ.get("CXX", "c++"), "ninja")
     return all(shutil.which(program, path=path) is not None for program in needed)

@@ -1,10 +1,10 @@
 """Peak memory of a rank, by part: an estimate from the config alone.
 
-Letters: P parameters, E those of the largest matrix, W ranks, B rows of a micro batch, T tokens,
-D model width, F feed-forward width, V vocabulary, L layers. What is sharded follows the ZeRO paper
-(arXiv 1910.02054, section 3); buffers and copies follow DeepSpeed 0.19's source, activations the
-tensors that autograd keeps for transformers' LLaMA layer. docs/plan.md works one example through;
-benchmarks/memory.py measures real runs beside it.
+Symbols: P parameters, E those of the largest matrix, W ranks, B sequences of a micro batch, T
+tokens, D model width, F feed-forward width, V vocabulary, L layers. Sharding follows the ZeRO paper
+(arXiv 1910.02054, section 3), buffers and copies DeepSpeed 0.19's source, and activations the
+tensors that autograd saves for transformers' LLaMA layer. docs/plan.md works through an example;
+benchmarks/memory.py compares the plan with measured runs.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from llama_pretrain.config.kernels import (
 )
 from llama_pretrain.config.launch import Device
 from llama_pretrain.config.optim import OptimName
-from llama_pretrain.config.run import Run
+from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.zero import OffloadDevice
 from llama_pretrain.plan.batch import BatchPlan
 from llama_pretrain.plan.model_size import ModelSize, count_parameters, head_width
@@ -35,35 +35,33 @@ MOMENTS = {
     OptimName.cpu_lion: 1,
     OptimName.cpu_adagrad: 1,
 }
-"""fp32 numbers that an optimizer keeps for a parameter, where they are not Adam's two."""
+"""fp32 values that an optimizer stores a parameter, if not two as Adam."""
 
 LOSS_CHUNK = 1024
-"""Tokens of which the chunked loss holds the logits (train/kernels/cross_entropy.py)."""
+"""Tokens whose logits the chunked loss holds at a time (train/kernels/cross_entropy.py)."""
 
 FRAMEWORK_BYTES = {Device.cpu: 360 << 20, Device.cuda: 1 << 30}
-"""What libraries take before there is a model: on a CPU the resident memory after imports (torch
-2.13, transformers 5, DeepSpeed 0.19, Python 3.11); on a GPU the CUDA context and the workspaces of
-cuBLAS and NCCL, an assumption until someone measures it."""
+"""Memory of the libraries before there is a model: on a CPU the resident memory after imports
+(torch 2.13, transformers 5, DeepSpeed 0.19, Python 3.11); on a GPU the CUDA context and the
+workspaces of cuBLAS and NCCL, an assumption that has not been measured."""
 
 RUNTIME_BYTES = {Device.cpu: 48 << 20, Device.cuda: 0}
-"""What a run adds on a CPU beside tensors: threads, generated kernels, gloo, the tokenizer; and of
-a forked rank pages of libraries, which count as its own once it reads them."""
+"""What a run adds on a CPU besides tensors: threads, generated kernels, gloo, the tokenizer; for a
+forked rank also pages of libraries, which count as its own once it touches them."""
 
 ALLOCATOR_SHARES = {
     Allocator.keep: {0: (0.2, 0.0), 1: (0.4, 2.3), 2: (0.4, 2.3), 3: (1.0, 0.0)},
     Allocator.plain: {0: (0.2, 0.0), 1: (0.2, 1.1), 2: (0.2, 1.1), 3: (0.5, 0.0)},
 }
-"""What a CPU's allocator holds beside live tensors at a ZeRO stage, as shares of them and of what
-the reduction allocates; the larger counts. Blocks that come and go in turns don't fit where one
-was, those of the reduction don't fit between them, and at stage 3 parameters come and go as well
-(docs/plan.md)."""
+"""Fragmentation of a CPU's allocator at a ZeRO stage, as shares of live tensors and of what the
+reduction allocates; the larger counts. Blocks of different sizes do not fit into each other's gaps,
+and at stage 3 parameters are allocated and freed as well (docs/plan.md)."""
 
 OFFLOADED_KEEP_SHARE = 1.8
-"""The share of live tensors where stage 3 offloads the optimizer and what is freed is kept."""
+"""The share of live tensors when stage 3 offloads the optimizer and freed memory is kept."""
 
 GPU_ALLOCATOR_SHARE = 0.05
-"""The same of torch's caching allocator, of live tensors: an assumption until someone measures it.
-"""
+"""The same for torch's caching allocator: an assumption that has not been measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,43 +69,43 @@ class MemoryPlan:
     """Bytes of one rank at its peak, by part."""
 
     phase: str
-    """Where the peak is: `forward`, `backward` (its start, with all activations), `reduce` (its
+    """Phase of the peak: `forward`, `backward` (its start, with all activations), `reduce` (its
     end, with all gradients) or `step`."""
     weights: int = 0
     """Parameters in the precision of the forward pass."""
     master_weights: int = 0
-    """fp32 weights that the optimizer updates, where they are a copy of their own."""
+    """fp32 weights that the optimizer updates, if they are a separate copy."""
     gradients: int = 0
     optimizer: int = 0
     """Moments."""
     activations: int = 0
-    """What the backward pass needs of the decoder layers."""
+    """What the decoder layers save for the backward pass."""
     logits: int = 0
-    """Logits, their log-softmax and its gradient; with the loss by chunks those of a chunk, and the
-    gradients that are made with them."""
+    """Logits, their log-softmax and its gradient; with the chunked loss those of a chunk, and the
+    gradients that are computed with them."""
     gathered: int = 0
     """Parameters that stage 3 has gathered."""
     buffers: int = 0
-    """Buckets of the reduction and copies that the step makes."""
+    """Buckets of the reduction and copies made by the step."""
     checkpoint: int = 0
     """The copy of weights and optimizer state that an asynchronous checkpoint is written from."""
     allocator: int = 0
-    """What the allocator loses between live tensors."""
+    """Fragmentation."""
     runtime: int = 0
-    """What a running step takes beside tensors."""
+    """What a running step needs besides tensors."""
     framework: int = 0
     """Libraries."""
     host: int = 0
-    """Of the machine's memory beside the GPU: what is offloaded there, or the fp32 model while it
-    is built. On a CPU all memory is the host's, and what is offloaded stands in its own part."""
+    """Host memory when the device is a GPU: what is offloaded there, or the fp32 model while it
+    is built. On a CPU all memory is the host's, and offloaded parts count as what they are."""
     disk: int = 0
     """Offloaded to `nvme`."""
 
     @property
     def parts(self) -> dict[str, int]:
-        """What makes up the total, by name."""
-        beside = ("phase", "host", "disk")
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in beside}
+        """The parts of the total, by name."""
+        others = ("phase", "host", "disk")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
 
     @property
     def total(self) -> int:
@@ -115,17 +113,17 @@ class MemoryPlan:
         return sum(self.parts.values())
 
 
-def estimate_memory(run: Run, batch: BatchPlan, *, world_size: int) -> MemoryPlan:
-    """The peak of one rank: the largest of the phases of a step. Choices are resolved."""
-    states = states_memory(run, world_size=world_size)
-    phases = list(list_phases(run, batch, states, world_size=world_size))
+def estimate_memory(run: ResolvedRun, batch: BatchPlan) -> MemoryPlan:
+    """The peak of one rank: the largest of the phases of a step."""
+    states = states_memory(run)
+    phases = list(list_phases(run, batch, states))
     if run.launch.device is Device.cuda:
         phases = [_offload(run, phase, states) for phase in phases]
     peak = max(phases, key=lambda phase: phase.total)
     live = peak.total - peak.framework
     if run.launch.device is Device.cuda:
         return changed(peak, allocator=int(live * GPU_ALLOCATOR_SHARE))
-    if run.launch.malloc_mmap_threshold is not None:  # what was freed goes back at once
+    if run.launch.malloc_mmap_threshold is not None:  # freed memory is returned at once
         return peak
     of_live, of_reduction = ALLOCATOR_SHARES[run.kernels.allocator][run.zero.stage]
     if run.zero.stage == 3 and _offloads(run) and run.kernels.allocator is Allocator.keep:
@@ -135,26 +133,27 @@ def estimate_memory(run: Run, batch: BatchPlan, *, world_size: int) -> MemoryPla
 
 
 def loss_chunk(*, wide: bool) -> int:
-    """Tokens whose logits are there at once; `wide` = in fp32 where all else has 16 bits."""
+    """Tokens whose logits exist at a time; `wide` = in fp32 when everything else has 16 bits."""
     return LOSS_CHUNK // 2 if wide else LOSS_CHUNK
 
 
-def states_memory(run: Run, *, world_size: int) -> MemoryPlan:
-    """What lies in memory between two steps, on the device and beside it."""
+def states_memory(run: ResolvedRun) -> MemoryPlan:
+    """What is in memory between two steps, on the device and on the host."""
+    world_size = run.num_ranks
     zero, optim, precision = run.zero, run.optim.name, run.precision
     size, stage, width = count_parameters(run.model), zero.stage, _width(run)
     low = precision.bf16_master_weights_and_grads or precision.fp16_master_weights_and_grads
     master_width = 2 if low else 4
     moments = size.total * MOMENTS.get(optim, 2)
-    if optim is OptimName.muon:  # momentum alone for the matrices of the layers
+    if optim is OptimName.muon:  # only momentum for the matrices of the layers
         moments -= size.decayed - size.embedding - size.head
     # At stage 0 in fp32 the optimizer updates the weights themselves.
     has_master = stage > 0 or width < 4
     gradients = size.total * _accumulation_width(run) if stage == 3 else 0
     buffers = 0
-    if _offloads(run):  # DeepSpeed's CPU optimizers read fp32 gradients of their own
+    if _offloads(run):  # DeepSpeed's CPU optimizers have their own fp32 gradients
         gradients += size.total * master_width
-        if stage < 3:  # the updated partition, and a gradient on its way to the host
+        if stage < 3:  # the updated partition, and a gradient being copied to the host
             buffers = _shard(size.total * width, world_size) + 2 * _largest(size) * width
     moment_bytes = moments * (2 if precision.bf16_optimizer_states else 4)
     saved = size.total * master_width + moment_bytes if run.checkpoint.asynchronous else 0
@@ -171,8 +170,8 @@ def states_memory(run: Run, *, world_size: int) -> MemoryPlan:
     )
 
 
-def _offload(run: Run, phase: MemoryPlan, states: MemoryPlan) -> MemoryPlan:
-    """A phase on a GPU, with what is offloaded in the host's part or on the disk."""
+def _offload(run: ResolvedRun, phase: MemoryPlan, states: MemoryPlan) -> MemoryPlan:
+    """A phase on a GPU, with offloaded parts moved to `host` or `disk`."""
     zero, size = run.zero, count_parameters(run.model)
     beside = {OffloadDevice.cpu: 0, OffloadDevice.nvme: 0}
     left: dict[str, Any] = {}
@@ -181,7 +180,7 @@ def _offload(run: Run, phase: MemoryPlan, states: MemoryPlan) -> MemoryPlan:
             part: int(getattr(states, part) * zero.offload_optimizer.ratio)
             for part in ("master_weights", "optimizer")
         }
-        low = _accumulation_width(run) * zero.stage // 3  # what stage 3 keeps on the device
+        low = _accumulation_width(run) * zero.stage // 3  # kept on the device by stage 3
         moved["gradients"] = states.gradients * 4 // (4 + low)
         if zero.stage < 3:
             moved["buffers"] = states.buffers - _largest(size) * _width(run)
@@ -190,14 +189,14 @@ def _offload(run: Run, phase: MemoryPlan, states: MemoryPlan) -> MemoryPlan:
     if zero.offload_param.device is not OffloadDevice.none:
         left["weights"] = 0
         beside[zero.offload_param.device] += states.weights
-    # Below stage 3 each rank first builds the whole model in fp32, on the host.
+    # Below stage 3 each rank first builds the whole model in fp32 on the host.
     built = size.total * 4 if zero.stage < 3 else 0
     host = max(beside[OffloadDevice.cpu] + states.checkpoint, built)
     left["checkpoint"] = 0
     return changed(phase, host=host, disk=beside[OffloadDevice.nvme], **left)
 
 
-def _offloads(run: Run) -> bool:
+def _offloads(run: ResolvedRun) -> bool:
     return run.zero.offload_optimizer.device is not OffloadDevice.none
 
 
@@ -206,16 +205,14 @@ def _largest(size: ModelSize) -> int:
     return max(size.embedding, size.head)
 
 
-def list_phases(
-    run: Run, batch: BatchPlan, states: MemoryPlan, *, world_size: int
-) -> Iterator[MemoryPlan]:
-    """What is there in each phase of a step, wherever it lies."""
+def list_phases(run: ResolvedRun, batch: BatchPlan, states: MemoryPlan) -> Iterator[MemoryPlan]:
+    """What is in memory in each phase of a step, offloaded parts included."""
     size = count_parameters(run.model)
     activations, layer = _activation_bytes(run, batch)
     logits, gradient = _logits_bytes(run, batch)
-    gathered = _gathered_bytes(run, size, world_size=world_size)
+    gathered = _gathered_bytes(run, size)
     largest = _largest(size) * _width(run)
-    held = _held_gradients(run, batch, size, world_size=world_size)
+    held = _held_gradients(run, batch, size)
     ready = states.gradients + held
     forward = changed(
         states,
@@ -224,20 +221,20 @@ def list_phases(
         logits=logits,
         gathered=gathered,
         gradients=ready,
-        # The head is gathered through a buffer of its size, before there are logits.
+        # The head is gathered through a buffer of its size before logits exist.
         buffers=states.buffers + (max(0, largest - logits) if gathered else 0),
     )
     yield forward
     ring = states.buffers
-    if run.launch.device is Device.cuda:  # torch.empty is all there at once on a GPU
+    if run.launch.device is Device.cuda:  # torch.empty is backed by memory at once on a GPU
         ring += _bucket_bytes(run, size)
-    # Its start: the gradient of the logits is there, that of the weights not yet.
+    # Its start: the gradient of the logits exists, those of the weights do not yet.
     yield changed(forward, phase="backward", logits=gradient, buffers=ring)
-    # Behind the head: with recomputation one layer is whole again.
+    # After the head: with recomputation one layer has all its activations again.
     yield changed(
         forward, phase="backward", activations=activations + layer, logits=0, buffers=ring
     )
-    gradients, copies = _reduced_bytes(run, batch, size, world_size=world_size)
+    gradients, copies = _reduced_bytes(run, batch, size)
     yield changed(
         states,
         phase="reduce",
@@ -245,7 +242,7 @@ def list_phases(
         gradients=states.gradients + gradients,
         buffers=states.buffers + copies,
     )
-    gradients, copies = _step_bytes(run, size, world_size=world_size)
+    gradients, copies = _step_bytes(run, size)
     yield changed(
         states,
         phase="step",
@@ -254,11 +251,11 @@ def list_phases(
     )
 
 
-def _width(run: Run) -> int:
+def _width(run: ResolvedRun) -> int:
     return NUM_BYTES[run.precision.name.value]
 
 
-def _accumulation_width(run: Run) -> int:
+def _accumulation_width(run: ResolvedRun) -> int:
     chosen = run.precision.grad_accum_dtype
     return _width(run) if chosen is None else NUM_BYTES[chosen.value]
 
@@ -267,59 +264,57 @@ def _shard(size: int, ranks: int) -> int:
     return -(-size // ranks)
 
 
-def _activation_bytes(run: Run, batch: BatchPlan) -> tuple[int, int]:
-    """What the forward pass keeps, and what recomputing one layer adds to it.
+def _activation_bytes(run: ResolvedRun, batch: BatchPlan) -> tuple[int, int]:
+    """What the forward pass saves, and what recomputing one layer adds to it.
 
-    A norm keeps its fp32 input, the normalised input and its output, a fused one its input and its
-    output; attention keeps q, k, v and its output; SwiGLU keeps gate, its activation, up and the
+    A norm saves its fp32 input, the normalized input and its output, a fused one its input and its
+    output; attention saves q, k, v and its output; SwiGLU saves gate, its activation, up and the
     product, a fused one all but the activation. Counted with autograd's saved-tensor hooks
-    (tests/test_memory.py). Of what is compiled, torch decides; it comes to about as little.
+    (tests/plan/test_memory.py). In compiled parts torch decides; it saves about as little.
     """
     model, width = run.model, _width(run)
     autocast = run.precision.torch_autocast.enabled
-    if autocast:  # products keep 16-bit copies of what they multiply
+    if autocast:  # matrix products save 16-bit copies of their operands
         width = 2
     tokens = batch.micro_batch_size * run.data.sequence_length
-    tokens //= run.deepspeed.sequence_parallel_size
     heads = model.num_attention_heads
     groups = heads if model.num_key_value_heads is None else model.num_key_value_heads
     queries, keys = heads * head_width(model), groups * head_width(model)
     norm = tokens * model.hidden_size * (2 * width if _is_lean(run, "rms_norm") else 4 + 2 * width)
     inner = 3 if _is_lean(run, "swiglu") else 4
     outputs = 1
-    if run.kernels.rotary is LayerKernel.fused:  # heads first: the output is turned into a copy
+    if run.kernels.rotary is LayerKernel.fused:  # heads first: the output is transposed into a copy
         outputs = 1 if run.kernels.attention is AttentionKernel.blocked else 2
     attention = (1 + outputs) * queries + 2 * keys
-    if run.kernels.matmul is Matmul.fp32:  # all that attention keeps is of twice the width
+    if run.kernels.matmul is Matmul.fp32:  # everything that attention saves has twice the width
         kept_outputs = 0 if run.kernels.attention is AttentionKernel.blocked else 1
         attention = 2 * ((1 + kept_outputs) * queries + 2 * keys) + queries
     products = attention + inner * model.intermediate_size
-    layer = 2 * norm + tokens * width * products // run.deepspeed.tensor_parallel.autotp_size
+    layer = 2 * norm + tokens * width * products
     if not run.train.gradient_checkpointing:
         return model.num_hidden_layers * layer + norm, 0
     kept = model.num_hidden_layers * tokens * model.hidden_size * width
-    # The gradients of two of SwiGLU's tensors are there beside the layer.
+    # The gradients of two of SwiGLU's tensors exist along with the layer.
     gradients = 2 * tokens * width * model.intermediate_size
     return kept + norm, layer + gradients - norm
 
 
-def _is_lean(run: Run, name: str) -> bool:
-    """Whether a kernel of a layer keeps less than transformers' module."""
+def _is_lean(run: ResolvedRun, name: str) -> bool:
+    """Whether a kernel of a layer saves less than transformers' module."""
     chosen: LayerKernel = getattr(run.kernels, name)
     return chosen is not LayerKernel.plain or run.kernels.compile is not CompiledPart.none
 
 
-def _logits_bytes(run: Run, batch: BatchPlan) -> tuple[int, int]:
-    """What the loss takes at the end of the forward pass and at the start of the backward pass.
+def _logits_bytes(run: ResolvedRun, batch: BatchPlan) -> tuple[int, int]:
+    """What the loss needs at the end of the forward pass and at the start of the backward pass.
 
     Plain: the log-softmax, its gradient and that of the logits, each (B * T, V) float32.
-    By chunks: 16-bit logits of one (or fp32 ones of half as many tokens, and the head in fp32), and
-    the gradients of the hidden states and of the head, of which several chunks are added up in
-    fp32; then both are scaled.
+    Chunked: 16-bit logits of one chunk (or fp32 ones of half as many tokens, and the head in fp32),
+    and the gradients of the hidden states and of the head, summed over chunks in fp32; then both
+    are scaled.
     """
     model, width = run.model, _width(run)
     tokens = batch.micro_batch_size * run.data.sequence_length
-    tokens //= run.deepspeed.sequence_parallel_size
     if run.kernels.loss is LossKernel.plain:
         return tokens * model.vocab_size * 2 * 4, tokens * model.vocab_size * 3 * 4
     hidden, head = tokens * model.hidden_size, model.vocab_size * model.hidden_size
@@ -331,29 +326,27 @@ def _logits_bytes(run: Run, batch: BatchPlan) -> tuple[int, int]:
     return chunk + hidden * width + sums + copy, 2 * (hidden + head) * width
 
 
-def _gathered_bytes(run: Run, size: ModelSize, *, world_size: int) -> int:
-    """Parameters that stage 3 holds whole: as many as it may, and at least a layer and a matrix.
+def _gathered_bytes(run: ResolvedRun, size: ModelSize) -> int:
+    """Parameters that stage 3 has gathered: as many as it may, and at least a layer and a matrix.
 
-    The input embedding is let go of while the head is in use, and the other way round.
+    The input embedding is released while the head is in use, and the other way round.
     """
     zero = run.zero
-    fetched = world_size > 1 or (
+    fetched = run.num_ranks > 1 or (
         run.launch.device is Device.cuda and zero.offload_param.device is not OffloadDevice.none
     )
     if zero.stage < 3 or not fetched:
         return 0
-    assert zero.stage3_prefetch_bucket_size is not None
     least = size.layers // run.model.num_hidden_layers + _largest(size)
     most = max(zero.stage3_max_live_parameters, least) + zero.stage3_prefetch_bucket_size
     idle = min(size.embedding, size.head)
     return min(size.total - idle, most) * _width(run)
 
 
-def _bucket_bytes(run: Run, size: ModelSize) -> int:
-    """The reduction's buffers. A GPU holds all of a buffer; a CPU what is written to it."""
+def _bucket_bytes(run: ResolvedRun, size: ModelSize) -> int:
+    """The reduction's buffers: whole ones on a GPU, only the pages written on a CPU."""
     zero = run.zero
-    assert zero.reduce_bucket_size is not None or zero.stage == 0
-    bucket = 500_000_000 if zero.reduce_bucket_size is None else zero.reduce_bucket_size
+    bucket = zero.reduce_bucket_size
     if run.launch.device is Device.cpu or zero.stage == 0:
         bucket = min(size.total, bucket)
     overlaps = zero.stage == 3 if zero.overlap_comm is None else zero.overlap_comm
@@ -361,22 +354,20 @@ def _bucket_bytes(run: Run, size: ModelSize) -> int:
     return bucket * _width(run) * (2 if doubled else 1)
 
 
-def _held_gradients(run: Run, batch: BatchPlan, size: ModelSize, *, world_size: int) -> int:
-    """Gradients of earlier micro batches of the step, beside what `states_memory` counts."""
+def _held_gradients(run: ResolvedRun, batch: BatchPlan, size: ModelSize) -> int:
+    """Gradients of earlier micro batches of the step, in addition to `states_memory`."""
     zero = run.zero
     if batch.gradient_accumulation_steps == 1 or zero.stage == 3:
         return 0
     if zero.stage == 2:
         if _offloads(run):
             return 0
-        return _shard(size.total * _accumulation_width(run), world_size)
+        return _shard(size.total * _accumulation_width(run), run.num_ranks)
     return size.total * _accumulation_width(run)
 
 
-def _reduced_bytes(
-    run: Run, batch: BatchPlan, size: ModelSize, *, world_size: int
-) -> tuple[int, int]:
-    """Gradients and copies of them at the end of the backward pass."""
+def _reduced_bytes(run: ResolvedRun, batch: BatchPlan, size: ModelSize) -> tuple[int, int]:
+    """Gradients and their copies at the end of the backward pass."""
     zero, width = run.zero, _width(run)
     whole, bucket = size.total * width, _bucket_bytes(run, size)
     if zero.stage == 0:
@@ -384,19 +375,19 @@ def _reduced_bytes(
     largest = _largest(size) * width
     if zero.stage == 3:  # the largest gradient, and an fp32 copy of it that is reduced
         return largest, bucket + _largest(size) * 4
-    held = _held_gradients(run, batch, size, world_size=world_size)
-    elements = 500_000_000 if zero.reduce_bucket_size is None else zero.reduce_bucket_size
-    if size.total <= elements:  # nothing is reduced, and nothing freed, before the end
+    held = _held_gradients(run, batch, size)
+    elements = zero.reduce_bucket_size
+    if size.total <= elements:  # nothing is reduced or freed before the end
         live = whole if zero.stage == 1 else held + whole
     else:
-        part = _shard(size.total * _accumulation_width(run), world_size)
+        part = _shard(size.total * _accumulation_width(run), run.num_ranks)
         live = max(held, part) + max(largest, elements * width)
     return live, bucket
 
 
-def _step_bytes(run: Run, size: ModelSize, *, world_size: int) -> tuple[int, int]:
+def _step_bytes(run: ResolvedRun, size: ModelSize) -> tuple[int, int]:
     """Gradients that the optimizer reads, and the copies that DeepSpeed makes of them."""
-    zero, total = run.zero, size.total
+    zero, total, world_size = run.zero, size.total, run.num_ranks
     accumulated = _accumulation_width(run)
     if zero.stage == 0:
         return total * _width(run), total * 4 if _width(run) < 4 else 0

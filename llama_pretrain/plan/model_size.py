@@ -1,6 +1,6 @@
 """Parameters and FLOPs of a LLaMA, from its shape.
 
-Letters: D model width, F feed-forward width, V vocabulary, L layers, T tokens of a row.
+Symbols: D model width, F feed-forward width, V vocabulary, L layers, T tokens of a sequence.
 """
 
 from dataclasses import dataclass, replace
@@ -13,9 +13,9 @@ class ModelSize:
     """Parameter counts of the whole model."""
 
     embedding: int
-    """Input embedding matrix (the output head too where they are tied)."""
+    """Input embedding matrix (the output head too if they are tied)."""
     head: int
-    """Output head of its own; 0 where tied."""
+    """Separate output head; 0 if tied."""
     layers: int
     """All decoder layers, norms included."""
     decayed: int
@@ -36,7 +36,7 @@ def head_width(model: Model) -> int:
 
 
 def count_parameters(model: Model) -> ModelSize:
-    """Count every parameter, as transformers' LlamaForCausalLM makes them."""
+    """Count every parameter, as transformers' LlamaForCausalLM has them."""
     width, hidden = model.hidden_size, model.intermediate_size
     heads = model.num_attention_heads
     groups = heads if model.num_key_value_heads is None else model.num_key_value_heads

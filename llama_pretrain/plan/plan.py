@@ -1,18 +1,21 @@
 """The plan: everything that follows from a resolved run, and plan.json."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
 
 from llama_pretrain.config.data import DataName, named_sources, validate_data
 from llama_pretrain.config.fields import parse_size
 from llama_pretrain.config.problems import Problem, UserError, refuse
-from llama_pretrain.config.run import Run
+from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.schedule import ScheduleName
-from llama_pretrain.plan.batch import BatchPlan, count_ranks, count_replicas, solve_batch
+from llama_pretrain.plan.batch import BatchPlan, solve_batch
 from llama_pretrain.plan.cost import CostPlan, estimate_cost
-from llama_pretrain.plan.feasible import check_scale
+from llama_pretrain.plan.feasible import validate_world_size
 from llama_pretrain.plan.memory import MemoryPlan, estimate_memory
 from llama_pretrain.plan.model_size import (
     ModelSize,
@@ -31,7 +34,7 @@ class SourceTokens:
     name: str
     tokens_dir: str
     data_hash: str
-    """Names the tokens: of the files, the tokenizer and the options that made them."""
+    """Identifies the tokens by the files, the tokenizer and the options that made them."""
     train_rows: int
     train_tokens: int
     heldout_rows: int
@@ -51,7 +54,7 @@ class Corpus:
     content_hash: str
     """Of the tokenizer and of every source's tokens."""
     fingerprint: dict[str, str]
-    """Whatever decides which tokens a position has, by setting: to say what has changed."""
+    """Everything that decides which tokens a position has, by setting: to report what changed."""
     sources: list[SourceTokens]
 
     @property
@@ -61,27 +64,34 @@ class Corpus:
 
 @dataclass(frozen=True, kw_only=True)
 class Steps:
-    """Lengths in optimizer steps, and what they come to."""
+    """Lengths in optimizer steps, and the tokens that they add up to."""
 
     total: int
     last: int
-    """Where this launch ends: at the total, or before it where only the beginning is tried."""
+    """Where this launch ends: at the total, or earlier when only the beginning is trained."""
     warmup: int
     decay: int
-    """Steps of the decay at the end: all after warm-up but for `wsd` and `constant`."""
+    """Steps of the decay at the end: all after warm-up, except for `wsd` and `constant`."""
     tokens_per_step: int
     tokens: int
-    epochs: dict[str, float] | None
-    """Passes over each source's training rows; `None` where the data is not prepared yet."""
     eval_rows: int | None
-    """Rows of one evaluation, over all sources."""
-    eval_rows_of: list[int] | None
-    """Rows of each source in it."""
+    """Sequences of one evaluation over all sources; `None` = all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSteps(Steps):
+    """Lengths when the data is known."""
+
+    epochs: dict[str, float]
+    """Passes over each source's training sequences."""
+    eval_rows: int
+    eval_rows_of: list[int]
+    """Sequences of each source in one evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run will do."""
+    """What a run will do, as far as it is known without data."""
 
     device: str
     world_size: int
@@ -91,21 +101,19 @@ class Plan:
     parameters: ModelSize
     flops_per_token: int
     vocab_size: int
-    """Rows of the embedding matrix, after it has grown to hold the tokenizer."""
+    """Rows of the embedding matrix, after it has grown to fit the tokenizer."""
     peak_learning_rate: float
     final_learning_rate: float
     memory: MemoryPlan
     device_memory: int
     """Bytes of one rank's device, or its share of the host's memory on a CPU."""
     parameters_per_rank: int
-    """Parameters that a rank keeps between steps."""
+    """Parameters that a rank stores between steps."""
     traffic: TrafficPlan
     cost: CostPlan | None
-    """`None` where no throughput is given."""
-    corpus: Corpus | None
-    """`None` where the data is not prepared yet (`task=plan`)."""
+    """`None` without a throughput."""
     deepspeed_sources: dict[str, str] = field(default_factory=dict)
-    """Where each value of ds_config.json is from: a YAML, the command line, or how it follows."""
+    """Where each value of ds_config.json comes from: a YAML file, the command line, or a rule."""
 
     @property
     def fits(self) -> bool:
@@ -114,18 +122,16 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
-    """One point of a sweep with task=plan: its plan, or why there is none."""
+class TrainingPlan(Plan):
+    """What a run will do on its data: plan.json."""
 
-    words: Sequence[str]
-    """Its overrides."""
-    plan: Plan | None = None
-    problem: str = ""
+    steps: TrainingSteps
+    corpus: Corpus
 
 
-def check_plan(run: Run) -> Iterator[Problem]:
-    """What keeps a run, its choices resolved, from being planned."""
-    yield from check_scale(run)
+def validate_plan(run: ResolvedRun) -> Iterator[Problem]:
+    """What keeps a run from being planned."""
+    yield from validate_world_size(run)
     for path, size in (
         ("plan.fit", run.plan.fit),
         ("launch.device_memory", run.launch.device_memory),
@@ -133,106 +139,140 @@ def check_plan(run: Run) -> Iterator[Problem]:
         try:
             parse_size(size or "1GiB")
         except ValueError:
-            message = f"should be a size with its unit (got {size})"
-            yield Problem(path=path, message=message, hint="write it as 80GiB, 24GB or 500MiB")
+            message = f"must be a size with its unit (got {size})"
+            yield Problem(path=path, message=message, hint="Write it as 80GiB, 24GB or 500MiB")
     try:
-        batch = _solve(run)
+        batch = solve(run)
         if not any(validate_data(run)):
             plan_sampling(run.data, global_batch_size=batch.global_batch_size)
     except UserError as error:
         yield from error.problems
 
 
-def check_fits(run: Run, plan: Plan) -> Iterator[Problem]:
-    """A run that is to start and whose estimate is above its device's memory."""
+def validate_memory(run: ResolvedRun, plan: Plan) -> Iterator[Problem]:
+    """A run that is to start and whose estimate exceeds its device's memory."""
     if run.task.trains and not plan.fits:
         need, have = (size / (1 << 30) for size in (plan.memory.total, plan.device_memory))
         yield Problem(
             path="launch.device_memory",
             message=f"a rank needs about {need:.1f} GiB, and its device has {have:.1f} GiB",
-            hint=f"task=plan plan.fit={have:.1f}GiB lists what fits; to start all the same, set it"
+            hint=f"task=plan plan.fit={have:.1f}GiB lists what fits; to start anyway, set it"
             f" to {need + 0.1:.1f}GiB",
         )
 
 
-def check_corpus(run: Run, plan: Plan) -> Iterator[Problem]:
+def validate_corpus(run: ResolvedRun, plan: TrainingPlan) -> Iterator[Problem]:
     """What a run may not do with the data that was found."""
-    assert plan.corpus is not None
-    assert plan.steps.epochs is not None
     rows, batch = plan.corpus.train_rows, plan.batch.global_batch_size
     wanted, found = run.data.hash, plan.corpus.content_hash
     if wanted is not None and wanted != found and run.resume.run_dir is None:
         yield Problem(
             path="data.hash",
-            message=f"the data and its tokenizer are {found[:16]} now (got {wanted[:16]})",
-            hint="to train on them all the same, set data.hash=null",
+            message=f"the data and its tokenizer are now {found[:16]} (got {wanted[:16]})",
+            hint="To train on them anyway, set data.hash=null",
         )
     if rows < batch and run.data.limit_train_rows is None:
         yield Problem(
             path="data",
-            message=f"there are {rows} rows of {run.data.sequence_length} training tokens, fewer"
+            message=f"has {rows} sequences of {run.data.sequence_length} training tokens, fewer"
             f" than one global batch (got {batch})",
-            hint="give more text, shorten data.sequence_length or lower batch.global_batch_size;"
-            f" to train on them all the same, set data.limit_train_rows={rows}",
+            hint="Add more text, shorten data.sequence_length or lower batch.global_batch_size;"
+            f" to train on them anyway, set data.limit_train_rows={rows}",
         )
     mixed = run.data.name is DataName.mixture
     for name, source in named_sources(run.data).items():
         epochs = plan.steps.epochs[name]
         if source.max_epochs is not None and epochs > source.max_epochs:
-            hint = "lower its weight, or shorten the run" if mixed else "shorten the run"
             yield Problem(
                 path=f"data.sources.{name}.max_epochs" if mixed else "data.max_epochs",
                 message=f"the run would read {name} {epochs:.2f} times (got {source.max_epochs:g})",
-                hint=hint,
+                hint="Lower its weight, or shorten the run" if mixed else "Shorten the run",
             )
 
 
-def build_plan(run: Run, corpus: Corpus | None) -> Plan:
-    """Plan a run whose choices are resolved.
+def build_plan(run: ResolvedRun) -> Plan:
+    """Plan a run whose data is not known yet.
 
     Raises:
-        UserError: if the batch doesn't divide, or DeepSpeed would ignore a key.
+        UserError: if the batch does not divide, or a size is not valid.
     """
-    world_size = count_ranks(run)
-    refuse(check_plan(run))
-    batch = _solve(run)
-    if corpus is not None:
-        run = replace(run, model=with_vocabulary(run.model, tokenizer_size=corpus.tokenizer_size))
-    assert run.launch.device_memory is not None
-    sampling = plan_sampling(run.data, global_batch_size=batch.global_batch_size)
-    size, steps = count_parameters(run.model), _count_steps(run, batch, sampling, corpus)
-    speed = run.plan.tokens_per_s
-    cost = None if speed is None else estimate_cost(run, tokens=steps.tokens, tokens_per_s=speed)
+    batch, sampling = _solve_all(run)
+    steps = Steps(**_count_steps(run, batch), eval_rows=run.train.eval_rows)
+    return Plan(steps=steps, **_plan_values(run, batch, sampling, steps))
+
+
+def build_training_plan(run: ResolvedRun, corpus: Corpus) -> TrainingPlan:
+    """Plan a run on its data.
+
+    Raises:
+        UserError: if the batch does not divide, or a size is not valid.
+    """
+    batch, sampling = _solve_all(run)
+    model = with_vocabulary(run.model, tokenizer_size=corpus.tokenizer_size)
+    counts = _count_steps(run, batch)
+    used = sampling.consumed(counts["total"] * batch.global_batch_size)
+    limit = run.data.limit_train_rows
+    shares = share_evenly([source.heldout_rows for source in corpus.sources], run.train.eval_rows)
+    steps = TrainingSteps(
+        **counts,
+        epochs={
+            source.name: rows / min(source.train_rows, limit or source.train_rows)
+            for source, rows in zip(corpus.sources, used, strict=True)
+        },
+        eval_rows=sum(shares),
+        eval_rows_of=shares,
+    )
+    values = _plan_values(replace(run, model=model), batch, sampling, steps)
+    return TrainingPlan(steps=steps, corpus=corpus, **values)
+
+
+def _solve_all(run: ResolvedRun) -> tuple[BatchPlan, SamplingPlan]:
+    refuse(validate_plan(run))
+    batch = solve(run)
+    return batch, plan_sampling(run.data, global_batch_size=batch.global_batch_size)
+
+
+def solve(run: ResolvedRun) -> BatchPlan:
+    """The batch sizes of a run.
+
+    Raises:
+        UserError: if they do not divide.
+    """
+    length = run.data.sequence_length
+    return solve_batch(run.batch, sequence_length=length, world_size=run.num_ranks)
+
+
+def _plan_values(
+    run: ResolvedRun, batch: BatchPlan, sampling: SamplingPlan, steps: Steps
+) -> dict[str, Any]:
+    """What both kinds of plans have in common."""
+    size, speed = count_parameters(run.model), run.plan.tokens_per_s
     constant = run.schedule.name is ScheduleName.constant
     peak = run.optim.learning_rate
-    return Plan(
-        device=run.launch.device.value,
-        world_size=world_size,
-        batch=batch,
-        steps=steps,
-        sampling=sampling,
-        parameters=size,
-        flops_per_token=flops_per_token(run.model, sequence_length=run.data.sequence_length),
-        vocab_size=run.model.vocab_size,
-        peak_learning_rate=peak,
-        final_learning_rate=peak if constant else peak * run.schedule.min_learning_rate_ratio,
-        memory=estimate_memory(run, batch, world_size=world_size),
-        device_memory=parse_size(run.launch.device_memory),
-        parameters_per_rank=-(-size.total // world_size) if run.zero.stage == 3 else size.total,
-        traffic=count_traffic(run, batch, world_size=world_size),
-        cost=cost,
-        corpus=corpus,
-    )
+    return {
+        "device": run.launch.device.value,
+        "world_size": run.num_ranks,
+        "batch": batch,
+        "sampling": sampling,
+        "parameters": size,
+        "flops_per_token": flops_per_token(run.model, sequence_length=run.data.sequence_length),
+        "vocab_size": run.model.vocab_size,
+        "peak_learning_rate": peak,
+        "final_learning_rate": peak if constant else peak * run.schedule.min_learning_rate_ratio,
+        "memory": estimate_memory(run, batch),
+        "device_memory": parse_size(run.launch.device_memory),
+        "parameters_per_rank": -(-size.total // run.num_ranks)
+        if run.zero.stage == 3
+        else size.total,
+        "traffic": count_traffic(run, batch),
+        "cost": None
+        if speed is None
+        else estimate_cost(run, tokens=steps.tokens, tokens_per_s=speed),
+    }
 
 
-def _solve(run: Run) -> BatchPlan:
-    length, replicas = run.data.sequence_length, count_replicas(run)
-    return solve_batch(run.batch, sequence_length=length, replicas=replicas)
-
-
-def _count_steps(
-    run: Run, batch: BatchPlan, sampling: SamplingPlan, corpus: Corpus | None
-) -> Steps:
+def _count_steps(run: ResolvedRun, batch: BatchPlan) -> dict[str, int]:
+    """The lengths of a run in steps, by field of `Steps`."""
     tokens_per_step = batch.global_batch_size * run.data.sequence_length
 
     def in_steps(steps: int | None, tokens: int | None) -> int | None:
@@ -241,7 +281,7 @@ def _count_steps(
     limits = (run.train.max_steps, in_steps(None, run.train.max_tokens))
     total = min(limit for limit in limits if limit is not None)
     schedule = run.schedule
-    # A run shorter than its warm-up ends while it warms up, like the beginning of a longer one.
+    # A run shorter than its warm-up ends during warm-up, like the beginning of a longer one.
     warmup = in_steps(schedule.warmup_steps, schedule.warmup_tokens) or 0
     rest = max(0, total - warmup)
     decay = rest
@@ -250,36 +290,21 @@ def _count_steps(
     if schedule.name is ScheduleName.wsd:
         wanted = in_steps(schedule.decay_steps, schedule.decay_tokens)
         decay = min(rest, -(-total // 10) if wanted is None else wanted)
-    epochs, eval_rows, shares = None, run.train.eval_rows, None
-    if corpus is not None:
-        used = sampling.consumed(total * batch.global_batch_size)
-        limit = run.data.limit_train_rows
-        epochs = {
-            source.name: rows / min(source.train_rows, limit or source.train_rows)
-            for source, rows in zip(corpus.sources, used, strict=True)
-        }
-        shares = share_evenly([source.heldout_rows for source in corpus.sources], eval_rows)
-        eval_rows = sum(shares)
-    return Steps(
-        total=total,
-        last=total,
-        warmup=warmup,
-        decay=decay,
-        tokens_per_step=tokens_per_step,
-        tokens=total * tokens_per_step,
-        epochs=epochs,
-        eval_rows=eval_rows,
-        eval_rows_of=shares,
-    )
+    return {
+        "total": total,
+        "last": total,
+        "warmup": warmup,
+        "decay": decay,
+        "tokens_per_step": tokens_per_step,
+        "tokens": total * tokens_per_step,
+    }
 
 
-def render_plan(plan: Plan) -> str:
+def render_plan(plan: TrainingPlan) -> str:
     """The text of plan.json."""
     return json.dumps(asdict(plan), indent=2) + "\n"
 
 
-def load_plan(path: Path) -> Plan:
+def load_plan(path: Path) -> TrainingPlan:
     """Read plan.json, as workers do."""
-    from pydantic import TypeAdapter  # 0.1 s that --help need not pay
-
-    return TypeAdapter(Plan).validate_json(path.read_bytes())
+    return TypeAdapter(TrainingPlan).validate_json(path.read_bytes())

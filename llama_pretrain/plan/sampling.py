@@ -1,4 +1,4 @@
-"""Which source each row of a run is from, as counts: quotas of a block, stages, epochs."""
+"""Which source each sequence of a run comes from, as counts: quotas of a block, stages, epochs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,30 +9,30 @@ from llama_pretrain.config.problems import Problem, UserError
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """What holds from a sample on."""
+    """What applies from a sample on."""
 
     first_sample: int
     """A multiple of the global batch size: a stage begins with a step."""
     quotas: list[int]
-    """Rows of each source in every block of the stage; together they are the block."""
+    """Sequences of each source in every block of the stage; they add up to the block."""
     sequence_length: int
-    """Rows are cut to this length."""
+    """Sequences are cut to this length."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingPlan:
-    """Where the rows of a run come from. A sample is one row at one global position."""
+    """Where the sequences of a run come from. A sample is one sequence at one global position."""
 
     names: list[str]
     block: int
     stages: list[StagePlan]
 
     def stage_at(self, sample: int) -> StagePlan:
-        """The stage that a sample lies in."""
+        """The stage that a sample belongs to."""
         return next(stage for stage in reversed(self.stages) if stage.first_sample <= sample)
 
     def consumed(self, samples: int) -> list[float]:
-        """Rows of each source among the first samples, but for the rounding of a begun block."""
+        """Sequences of each source among the first samples, but for the rounding of a block."""
         total = [0.0] * len(self.names)
         ends = [stage.first_sample for stage in self.stages[1:]] + [samples]
         for stage, end in zip(self.stages, ends, strict=True):
@@ -64,13 +64,13 @@ def plan_sampling(data: Data, *, global_batch_size: int) -> SamplingPlan:
             sequence_length=stage.sequence_length or length,
         )
         if stages[-1].first_sample == planned.first_sample:
-            stages.pop()  # it would not have a step
+            stages.pop()  # it would have no steps
         stages.append(planned)
     return SamplingPlan(names=names, block=block, stages=stages)
 
 
 def _quotas(weights: Mapping[str, float], block: int) -> list[int]:
-    """Whole numbers in the ratio of the weights that add up to the block, largest rest first."""
+    """Integers in the ratio of the weights that add up to the block, by largest remainder."""
     total = sum(weights.values())
     exact = [weight / total * block for weight in weights.values()]
     quotas = [int(share + 1e-9) for share in exact]
@@ -79,14 +79,14 @@ def _quotas(weights: Mapping[str, float], block: int) -> list[int]:
         quotas[index] += 1
     for (name, weight), quota in zip(weights.items(), quotas, strict=True):
         if weight > 0 and quota == 0:
-            message = f"gives {name} less than one row of a block (got {block})"
-            hint = f"set it to {int(total / weight) + 1}, or raise the weight of {name}"
+            message = f"gives {name} less than one sequence of a block (got {block})"
+            hint = f"Set it to {int(total / weight) + 1}, or raise the weight of {name}"
             raise UserError([Problem(path="data.mixture_block", message=message, hint=hint)])
     return quotas
 
 
 def share_evenly(rows: Sequence[int], wanted: int | None) -> list[int]:
-    """How many rows of each source an evaluation reads: as many of each as there are to give."""
+    """How many sequences of each source an evaluation reads: equally many, as far as they exist."""
     if wanted is None:
         return list(rows)
     shares, left = [0] * len(rows), wanted

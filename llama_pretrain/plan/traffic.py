@@ -1,15 +1,14 @@
-"""What ranks say to each other in an optimizer step, in bytes, by arithmetic.
+"""Bytes that ranks exchange in an optimizer step, by arithmetic.
 
-Letters: P parameters, W ranks, A micro batches of a step. A ring moves (W - 1) / W of a buffer in
+Symbols: P parameters, W ranks, A micro batches of a step. A ring moves (W - 1) / W of a buffer in
 and out of each rank for an all-gather or a reduce-scatter, and twice that for an all-reduce (ZeRO
-paper, arXiv 1910.02054, section 7: 2P for stages 0 to 2, 3P for stage 3). Ranks of tensor and
-sequence parallelism also exchange activations, which is not counted.
+paper, arXiv 1910.02054, section 7: 2P for stages 0 to 2, 3P for stage 3).
 """
 
 from dataclasses import dataclass
 
 from llama_pretrain.config.precision import Dtype
-from llama_pretrain.config.run import Run
+from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.plan.batch import BatchPlan
 from llama_pretrain.plan.model_size import count_parameters
 
@@ -18,14 +17,14 @@ NUM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class TrafficPlan:
-    """Bytes that one rank sends in an optimizer step; it receives as many."""
+    """Bytes that one rank sends in an optimizer step; it receives the same number."""
 
     gather: int
     """Parameters, gathered before they are used (stage 3) or after they are updated."""
     reduce: int
     """Gradients."""
     between_machines: int
-    """The part of both that leaves the machine, where each rank has a link of its own."""
+    """The part of both that leaves the node, if each rank has its own link."""
     volume: float
     """Both in parameters a micro batch, as the paper counts: 2 for stages 0 to 2, 3 for stage 3."""
 
@@ -34,16 +33,16 @@ class TrafficPlan:
         return self.gather + self.reduce
 
 
-def count_traffic(run: Run, batch: BatchPlan, *, world_size: int) -> TrafficPlan:
-    """Count the collectives of a step, as DeepSpeed makes them.
+def count_traffic(run: ResolvedRun, batch: BatchPlan) -> TrafficPlan:
+    """Count the collectives of a step, as DeepSpeed issues them.
 
-    Stage 1 reduces once a step, stage 2 with each micro batch (its gradients are sharded as they
-    are made), stage 3 gathers each layer for the forward and again for the backward pass. ZeRO++
-    (arXiv 2306.10209, table 1) gathers weights in 8 bits, takes the backward gather from a copy
-    inside the machine, and reduces gradients in 4 bits.
+    Stage 1 reduces once a step, stage 2 with each micro batch (its gradients are sharded at once),
+    stage 3 gathers each layer for the forward and again for the backward pass. ZeRO++ (arXiv
+    2306.10209, table 1) gathers weights in 8 bits, does the backward gather from a copy inside the
+    node, and reduces gradients in 4 bits.
     """
     zero, size = run.zero, count_parameters(run.model).total
-    share = (world_size - 1) / world_size
+    share = (run.num_ranks - 1) / run.num_ranks
     width = NUM_BYTES[run.precision.name.value]
     reduced = run.precision.communication_data_type or Dtype(run.precision.name.value)
     reduce_width: float = NUM_BYTES[reduced.value]
@@ -58,9 +57,9 @@ def count_traffic(run: Run, batch: BatchPlan, *, world_size: int) -> TrafficPlan
     gather_width = 1 if zero.zero_quantized_weights else width
     if zero.zero_quantized_gradients:
         reduce_width = 0.5
-    group = zero.zero_hpz_partition_size or 1
+    group = zero.zero_hpz_partition_size
     one = share * size * gather_width * micro
-    # The secondary copy is kept in the precision of the weights, by the ranks of one group.
+    # The secondary copy is stored in the precision of the weights, by the ranks of one group.
     second = (group - 1) / group * size * width * micro if group > 1 else one
     reduce = share * size * reduce_width * micro
     inside = second if group > 1 else 0.0
@@ -69,9 +68,8 @@ def count_traffic(run: Run, batch: BatchPlan, *, world_size: int) -> TrafficPlan
 
 
 def _plan(
-    run: Run, gather: float, reduce: float, *, local_gather: float, volume: float
+    run: ResolvedRun, gather: float, reduce: float, *, local_gather: float, volume: float
 ) -> TrafficPlan:
-    assert run.launch.num_processes is not None
     between = 0.0
     if run.launch.nodes > 1:
         between = gather - local_gather + reduce

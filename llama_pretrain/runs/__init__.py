@@ -1,1 +1,1 @@
-"""Run directories: what lies where in them, and what can be told from them."""
+"""Run directories: layout, metrics, provenance, drift, comparison and reports."""

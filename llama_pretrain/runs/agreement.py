@@ -1,16 +1,17 @@
-"""How far two runs are equal, step by step and to the bit, and what the likeliest cause is."""
+"""How far two runs agree, step by step and to the bit, and the likeliest cause of a difference."""
 
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from llama_pretrain.files import hash_text
 from llama_pretrain.runs.drift import Drift, Group, Kind
+from llama_pretrain.runs.metrics import Row, StepRow, evaluations, initial_weights, steps
 
 QUANTITIES = {"sample_hash": "sample ids", "loss": "loss", "grad_norm": "gradient norm"}
-"""What is compared of a step, the cause before its effect."""
+"""What is compared in a step, the cause before its effect."""
 OF_SAMPLES = ("seed", "data.", "batch.", "train.max_", "tokenizer.")
 """Settings that decide which samples a step has."""
 OF_WEIGHTS = ("seed", "model.", "tokenizer.", "data.")
@@ -18,55 +19,43 @@ OF_WEIGHTS = ("seed", "model.", "tokenizer.", "data.")
 
 
 class DivergedError(Exception):
-    """A run that was to equal another has ended, and doesn't."""
+    """A reproduction ended and differs from the original run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """The first one: of a quantity of a step."""
+    """The first difference: one quantity of one step."""
 
     step: int
     quantity: str
     before: float | str | None
     now: float | str | None
 
-    @property
-    def absolute(self) -> float | None:
-        """`None` where the values are no numbers."""
-        if isinstance(self.before, int | float) and isinstance(self.now, int | float):
-            return abs(self.now - self.before)
-        return None
-
-    @property
-    def relative(self) -> float | None:
-        """To the earlier value."""
-        size = abs(self.before) if isinstance(self.before, int | float) else 0.0
-        return None if self.absolute is None or not size else self.absolute / size
-
     def __str__(self) -> str:
         text = f"{self.quantity} {_show(self.before)} -> {_show(self.now)}"
-        if self.absolute is None:
+        if not isinstance(self.before, int | float) or not isinstance(self.now, int | float):
             return text
-        relative = "" if self.relative is None else f", {self.relative:.2g} of it"
-        return f"{text} (a difference of {self.absolute:.2g}{relative})"
+        size = abs(self.now - self.before)
+        relative = f", {size / abs(self.before):.2g} of it" if self.before else ""
+        return f"{text} (a difference of {size:.2g}{relative})"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """What a comparison of the steps of two runs has found."""
+    """The result of comparing the steps of two runs."""
 
     steps_before: int
-    """Steps of the earlier run."""
+    """Steps of the original run."""
     steps_now: int
     equal_steps: int
-    """Steps from the first on that are equal."""
+    """Steps that are equal, counted from the first."""
     digest: str
-    """SHA-256 of those steps' hashes: of loss, gradient norm and sample ids."""
+    """SHA-256 over the hashes of those steps: loss, gradient norm and sample ids."""
     difference: Difference | None
     initial_weights: bool | None
-    """Whether the initial weights are the same; `None` where one run doesn't tell."""
+    """Whether the initial weights are equal; `None` if a run does not record them."""
     evaluations: int
-    """Evaluations that both have."""
+    """Evaluations that both runs have."""
     equal_evaluations: int
 
     @property
@@ -75,27 +64,27 @@ class Agreement:
 
     @property
     def is_equal(self) -> bool:
-        """Whether all that can be compared is the same; something must be comparable."""
+        """Whether everything comparable is equal, and at least one step is comparable."""
         same = self.difference is None and self.initial_weights is not False
         return same and self.compared > 0 and self.evaluations == self.equal_evaluations
 
 
-def compare_rows(
-    before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
-) -> Agreement:
-    """Compare the lines of two metrics.jsonl."""
-    old, new = _steps(before), _steps(now)
+def compare_rows(before: Sequence[Row], now: Sequence[Row]) -> Agreement:
+    """Compare the rows of two metrics.jsonl."""
+    old, new = ({row.step: row for row in steps(rows)} for rows in (before, now))
     digest, equal = hashlib.sha256(), 0
     difference = None
     for step in sorted({*old} & {*new}):
         if step_hash(old[step]) != step_hash(new[step]):
-            difference = _first_quantity(step, old[step], new[step])
+            difference = _first_difference(old[step], new[step])
             break
         digest.update(step_hash(new[step]).encode())
         equal += 1
-    weights = [_first(rows, "initial_weights") for rows in (before, now)]
-    evaluations = [_evaluations(rows) for rows in (before, now)]
-    shared = {*evaluations[0]} & {*evaluations[1]}
+    weights = [initial_weights(rows) for rows in (before, now)]
+    first, second = (
+        {row.step: json.dumps(row.eval_loss) for row in evaluations(rows)} for rows in (before, now)
+    )
+    shared = {*first} & {*second}
     return Agreement(
         steps_before=len(old),
         steps_now=len(new),
@@ -104,58 +93,42 @@ def compare_rows(
         difference=difference,
         initial_weights=None if None in weights else weights[0] == weights[1],
         evaluations=len(shared),
-        equal_evaluations=sum(evaluations[0][step] == evaluations[1][step] for step in shared),
+        equal_evaluations=sum(first[step] == second[step] for step in shared),
     )
 
 
-def step_hash(row: Mapping[str, Any]) -> str:
-    """SHA-256 of a step's loss, gradient norm and sample ids; JSON keeps every bit of a number."""
-    values = [row.get(name) for name in QUANTITIES]
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+def step_hash(row: StepRow) -> str:
+    """SHA-256 of a step's sample ids, loss and gradient norm; JSON keeps every bit of a number."""
+    return hash_text(json.dumps([getattr(row, name) for name in QUANTITIES]))
 
 
 def likeliest_cause(drifts: Iterable[Drift], agreement: Agreement) -> Drift | None:
-    """The drift that a difference is most likely due to; `None` where none can be.
+    """The drift that most likely explains a difference; `None` if none can.
 
-    What differs first says where to look: other samples come of the data and its settings, other
-    initial weights of the seed and the model.
+    What differs first shows where to look: other samples point to the data and its settings, other
+    initial weights to the seed and the model.
     """
-    candidates = [drift for drift in drifts if drift.group is not Group.harmless]
     order = list(Kind)
+    deciding: tuple[str, ...] = ("",)
+    first = agreement.difference
+    if first is not None and first.quantity == QUANTITIES["sample_hash"]:
+        deciding = OF_SAMPLES
+    elif agreement.initial_weights is False:
+        deciding = OF_WEIGHTS
 
-    def score(drift: Drift) -> tuple[int, int, int]:
-        fits = 1
-        first = agreement.difference
-        if first is not None and first.quantity == QUANTITIES["sample_hash"]:
-            fits = 0 if drift.kind is Kind.data or drift.path.startswith(OF_SAMPLES) else 1
-        elif agreement.initial_weights is False:
-            fits = 0 if drift.kind is Kind.data or drift.path.startswith(OF_WEIGHTS) else 1
-        return fits, order.index(drift.kind), 0 if drift.path == "seed" else 1
+    def score(drift: Drift) -> tuple[bool, int, bool]:
+        fits = drift.kind is Kind.data or drift.path.startswith(deciding)
+        return not fits, order.index(drift.kind), drift.path != "seed"
 
+    candidates = [drift for drift in drifts if drift.group is not Group.harmless]
     return min(candidates, key=score, default=None)
 
 
-def _steps(rows: Iterable[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
-    return {row["step"]: row for row in rows if "sample_hash" in row and "step" in row}
-
-
-def _evaluations(rows: Iterable[Mapping[str, Any]]) -> dict[int, Any]:
-    return {
-        row["step"]: json.dumps(row["eval_loss"])
-        for row in rows
-        if "eval_loss" in row and "step" in row
-    }
-
-
-def _first(rows: Iterable[Mapping[str, Any]], key: str) -> Any:
-    return next((row[key] for row in rows if key in row), None)
-
-
-def _first_quantity(step: int, old: Mapping[str, Any], new: Mapping[str, Any]) -> Difference:
-    key = next(
-        name for name in QUANTITIES if json.dumps(old.get(name)) != json.dumps(new.get(name))
-    )
-    return Difference(step=step, quantity=QUANTITIES[key], before=old.get(key), now=new.get(key))
+def _first_difference(old: StepRow, new: StepRow) -> Difference:
+    pairs = {name: (getattr(old, name), getattr(new, name)) for name in QUANTITIES}
+    name = next(name for name, (was, now) in pairs.items() if json.dumps(was) != json.dumps(now))
+    was, now = pairs[name]
+    return Difference(step=old.step, quantity=QUANTITIES[name], before=was, now=now)
 
 
 def _show(value: float | str | None) -> str:

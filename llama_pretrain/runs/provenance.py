@@ -1,8 +1,5 @@
-"""provenance.json: what a run was made with, beside its config. No secret is in it."""
+"""provenance.json: what a run was made with besides its config. It holds no secret."""
 
-import hashlib
-import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -15,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from llama_pretrain.config.secrets import is_secret_file, known_secrets, redact, redact_values
-from llama_pretrain.files import write_text
+from llama_pretrain.files import hash_file, read_json, write_json, write_text
 from llama_pretrain.runs.layout import RunDir
-from llama_pretrain.runs.metrics import read_metrics
 
 PACKAGES = (
     "torch",
@@ -34,24 +30,24 @@ PACKAGES = (
     "ninja",
     "triton",
 )
-"""Those that a result can depend on; of all others the version is noted too."""
+"""Packages that a result can depend on; the versions of all others are recorded too."""
 VARIABLES = re.compile(
     r"(?:OMP|MKL|KMP|GOMP|OPENBLAS|NUMEXPR|ONEDNN|DNNL)_\w+|CUDA_\w+|CUBLAS_\w+|CUDNN_\w+|NVIDIA_\w+"
     r"|NCCL_\w+|GLOO_\w+|UCX_\w+|TORCH\w*|PYTORCH_\w+|DS_\w+|DEEPSPEED_\w+|PYTHONHASHSEED"
     r"|ATEN_CPU_CAPABILITY|MALLOC_\w+|LD_PRELOAD|TOKENIZERS_PARALLELISM|HF_HOME|HF_HUB_OFFLINE"
     r"|LLAMA_PRETRAIN_\w+|SLURM_JOB_ID|SLURM_JOB_NODELIST|SLURM_NNODES|SLURM_NTASKS|LANG|LC_ALL|TZ"
 )
-"""Environment variables that are noted: of how numbers are computed, or of where a run was."""
+"""Recorded environment variables: how numbers are computed, and where a run was."""
 ISA = re.compile(r"(?:sse4_[12]|avx\w*|amx_\w+|fma|f16c|bf16|asimd\w*|sve\w*|i8mm)")
 CPU_INFO = Path("/proc/cpuinfo")
-CHANGES = 1 << 20
-"""Bytes of changed and untracked files that are kept, in all."""
+MAX_CHANGES = 1 << 20
+"""Bytes of changed and untracked files that are kept, in total."""
 MAX_UNTRACKED = 200
 MAX_DATA_FILES = 20_000
-"""Of a source: beyond these its own hash must do."""
-GIT_S = 10
-KEPT_LAUNCHES = 8
-"""Of a run that was resumed: what its earlier launches were made with."""
+"""Files of a source that are recorded; its own hash covers the rest."""
+TIMEOUT_S = 10
+MAX_LAUNCHES = 8
+"""Earlier launches of a resumed run that are recorded."""
 
 
 def collect_provenance(
@@ -61,10 +57,10 @@ def collect_provenance(
     machine: dict[str, Any],
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Code, packages, machine, environment and command line, as plain values without secrets.
+    """Code, packages, machine, environment and command line as plain values, without secrets.
 
     Args:
-        root: folder of run.py and of the package.
+        root: the folder of run.py and the package.
         environment: `None` = this process's.
     """
     variables = os.environ if environment is None else environment
@@ -95,43 +91,23 @@ def collect_provenance(
     return redacted
 
 
-def render_provenance(values: dict[str, Any]) -> str:
-    """The text of provenance.json."""
-    return json.dumps(values, indent=2) + "\n"
-
-
-def read_provenance(run_dir: RunDir) -> dict[str, Any]:
-    """What provenance.json says; empty where there is none that can be read."""
-    try:
-        values = json.loads(run_dir.provenance.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
 def add_provenance(run_dir: RunDir, **values: Any) -> None:
-    """Note what is known only when a run has begun."""
-    before = read_provenance(run_dir)
+    """Add what is known only after a run has started."""
+    before = read_json(run_dir.provenance) or {}
     if any(before.get(name) != value for name, value in values.items()):
-        write_text(run_dir.provenance, render_provenance(before | values))
+        write_json(run_dir.provenance, before | values)
 
 
 def earlier_launches(run_dir: RunDir) -> list[dict[str, Any]]:
-    """What a run that is about to be resumed has been made with so far, the oldest first."""
-    newest = read_provenance(run_dir)
+    """The provenance of a run's launches so far, the oldest first."""
+    newest = read_json(run_dir.provenance) or {}
     before = newest.pop("earlier_launches", [])
     before = before if isinstance(before, list) else []
-    return [*before, newest][-KEPT_LAUNCHES:] if newest else []
-
-
-def initial_weights(run_dir: RunDir) -> str | None:
-    """SHA-256 of the weights that a run began with, as rank 0 has written it."""
-    found = (row["initial_weights"] for row in read_metrics(run_dir.metrics) if _has_weights(row))
-    return next(found, None)
+    return [*before, newest][-MAX_LAUNCHES:] if newest else []
 
 
 def list_data_files(metas: Mapping[str, Path]) -> dict[str, dict[str, str]]:
-    """SHA-256 of the files that each source's tokens were made from, by path.
+    """SHA-256 of the files from which each source's tokens were made, by path.
 
     Args:
         metas: the source's meta.json (data/meta.py), by the source's name.
@@ -139,31 +115,23 @@ def list_data_files(metas: Mapping[str, Path]) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for name, path in metas.items():
         try:
-            files = json.loads(path.read_text(encoding="utf-8"))["files"]
+            files = (read_json(path) or {})["files"]
             found[name] = {str(file): str(digest) for file, _, digest in files[:MAX_DATA_FILES]}
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return found
 
 
-def _has_weights(row: Mapping[str, Any]) -> bool:
-    return isinstance(row.get("initial_weights"), str)
-
-
 def hash_code(root: Path) -> dict[str, str]:
     """SHA-256 of run.py and of every file of the package, by path."""
     files = [root / "run.py", *sorted((root / "llama_pretrain").rglob("*.py"))]
-    return {
-        file.relative_to(root).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in files
-        if file.is_file()
-    }
+    return {file.relative_to(root).as_posix(): hash_file(file) for file in files if file.is_file()}
 
 
 def list_packages() -> dict[str, str | None]:
-    """The version of every installed distribution, by its normalised name.
+    """The version of every installed distribution, by normalized name.
 
-    From the names of their folders: reading each one's metadata takes ten times as long.
+    Read from folder names, which is ten times as fast as reading each one's metadata.
     """
     found: dict[str, str | None] = {}
     for place in sys.path:
@@ -171,34 +139,26 @@ def list_packages() -> dict[str, str | None]:
         names = sorted(os.listdir(folder)) if place and folder.is_dir() else []
         for name in names:
             match = re.fullmatch(r"(.+?)-(\d[^-]*)(?:-py[\d.]+)?\.(?:dist|egg)-info", name)
-            if match is not None:  # what comes first on the path is what is imported
+            if match is not None:  # the first on the path is the one that is imported
                 found.setdefault(re.sub(r"[-_.]+", "-", match[1]).lower(), match[2])
-    return {name: found.get(name) or _version(name) for name in PACKAGES} | {
-        name: found[name] for name in sorted(found) if name not in PACKAGES
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    others = sorted({*found} - {*PACKAGES})
+    return {name: found.get(name) for name in (*PACKAGES, *others)}
 
 
 def cpu_name() -> str:
-    """The processor's model."""
+    """The CPU's model."""
     match = re.search(r"^model name\s*:\s*(.+)$", _read(CPU_INFO), re.M)
     return match.group(1) if match else platform.processor() or sys.platform
 
 
 def cpu_isa() -> list[str]:
-    """Instruction sets that numbers are computed with."""
+    """Instruction sets that affect how numbers are computed."""
     match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _read(CPU_INFO), re.M)
     return sorted({name for name in match[1].split() if ISA.fullmatch(name)}) if match else []
 
 
 def list_gpus(driver: Path = Path("/proc/driver/nvidia")) -> list[dict[str, str]]:
-    """Name and driver of each GPU: from the kernel's module, or else of nvidia-smi, in a second."""
+    """Name and driver of each GPU, from the kernel module or from nvidia-smi (one second)."""
     version = re.search(r"Kernel Module\D*([\d.]+)", _read(driver / "version"))
     models = [
         match[1]
@@ -222,7 +182,7 @@ def _read(path: Path) -> str:
 
 
 def _git(root: Path, *words: str) -> str | None:
-    # No hooks, no pagers, no filters of the user's own, and no lock taken for a status.
+    # Without the user's hooks and pagers, and without a lock for a status.
     safe = ["-c", "core.fsmonitor=false", "--no-optional-locks", "--no-pager"]
     return _run(["git", "-C", str(root), *safe, *words])
 
@@ -234,7 +194,7 @@ def _run(words: Sequence[str]) -> str | None:
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=GIT_S,
+            timeout=TIMEOUT_S,
             stdin=subprocess.DEVNULL,
         )
     except (OSError, subprocess.TimeoutExpired):
@@ -249,44 +209,44 @@ def _changed_files(root: Path) -> list[str]:
 def write_changes(
     root: Path, target: Path, *, environment: Mapping[str, str] | None = None
 ) -> dict[str, Any] | None:
-    """Keep what git hasn't: a patch of changed files and copies of untracked ones, bounded.
+    """Keep what git lacks: a patch of changed files and copies of untracked ones, bounded.
 
-    Files that are secret by their name are left out, and so are links and what is no text; what
-    looks like a secret in a line is cut out of it. Returns what was kept and what was not; `None`
-    outside of git, or where nothing has changed.
+    Files whose names suggest secrets, links and binary files are left out, and secrets inside
+    lines are redacted.
+
+    Returns:
+        What was kept and what was left out; `None` outside of git or without changes.
     """
     shutil.rmtree(target, ignore_errors=True)  # of an earlier launch
     if _git(root, "rev-parse", "HEAD") is None or not _changed_files(root):
         return None
-    known, left_out, room = known_secrets(environment), [], CHANGES
-    kept: list[str] = []
-    patch = ""
-    for name, part in _diff(root):
-        reason = "its name" if is_secret_file(name) else ""
-        if not reason and len(part.encode()) > room:
-            reason = "its size"
-        if reason:
-            left_out.append(f"{name} ({reason})")
-            continue
-        part = redact(part, known=known)
-        room -= len(part.encode())
-        patch += part
-    for name in _paths(root, "ls-files", "-z", "--others", "--exclude-standard"):
-        text, reason = "", "too many" if len(kept) >= MAX_UNTRACKED else ""
-        if not reason:
-            text, reason = _read_untracked(root / name, name, room=room)
-        if reason:
-            left_out.append(f"{name} ({reason})")
-            continue
-        text = redact(text, known=known)
-        room -= len(text.encode())
-        kept.append(name)
-        write_text(target / "untracked" / name, text)
+    known, room = known_secrets(environment), MAX_CHANGES
+    patch, untracked, left_out = "", list[str](), list[str]()
+    diffs = ((name, part, "") for name, part in _diff(root))
+    others = _paths(root, "ls-files", "-z", "--others", "--exclude-standard")
+    files = ((name, *_read_untracked(root / name)) for name in others)
+    for is_patch, found in ((True, diffs), (False, files)):
+        for name, text, fault in found:
+            reason = "its name" if is_secret_file(name) else fault
+            if not reason and len(text.encode()) > room:
+                reason = "its size"
+            if not reason and len(untracked) == MAX_UNTRACKED:
+                reason = "too many"
+            if reason:
+                left_out.append(f"{name} ({reason})")
+                continue
+            text = redact(text, known=known)
+            room -= len(text.encode())
+            if is_patch:
+                patch += text
+            else:
+                untracked.append(name)
+                write_text(target / "untracked" / name, text)
     if patch:
         write_text(target / "changes.patch", patch)
     more = len(left_out) - MAX_UNTRACKED
     named = left_out[:MAX_UNTRACKED] + ([f"and {more} more"] if more > 0 else [])
-    return {"patch": bool(patch), "untracked": kept, "left_out": named}
+    return {"patch": bool(patch), "untracked": untracked, "left_out": named}
 
 
 def _diff(root: Path) -> Iterator[tuple[str, str]]:
@@ -294,31 +254,29 @@ def _diff(root: Path) -> Iterator[tuple[str, str]]:
     options = ("--no-color", "--no-ext-diff", "--no-textconv", "--no-renames", "--relative", "HEAD")
     names = list(_paths(root, "diff", "--name-only", "-z", *options))
     text = _git(root, "diff", *options) or ""
-    # Lines of a file begin with a space, + or -: none begins like this.
+    # Lines of a file's content begin with a space, + or -, so none looks like this.
     parts = [part + "\n" for part in re.split(r"\n(?=diff --git )", text) if part]
     if len(parts) == len(names):
         yield from zip(names, parts, strict=True)
 
 
 def _paths(root: Path, *words: str) -> Iterator[str]:
-    """Paths that git lists, ended by zero bytes."""
+    """Paths that git lists, terminated by zero bytes."""
     for name in (_git(root, *words) or "").split("\0"):
         if name and ".." not in Path(name).parts:
             yield name
 
 
-def _read_untracked(file: Path, name: str, *, room: int) -> tuple[str, str]:
-    """An untracked file's text, or why it isn't kept."""
-    if is_secret_file(name):
-        return "", "its name"
-    if file.is_symlink() or not file.is_file():
-        return "", "no plain file"
+def _read_untracked(file: Path) -> tuple[str, str]:
+    """A file's text, or why it is not kept."""
+    if is_secret_file(file.name) or file.is_symlink() or not file.is_file():
+        return "", "not a regular file"
     try:
-        if file.stat().st_size > room:
+        if file.stat().st_size > MAX_CHANGES:
             return "", "its size"
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        return "", "no text"
+        return "", "not text"
     except OSError as error:
         return "", str(error.strerror)
-    return ("", "no text") if "\0" in text else (text, "")
+    return ("", "not text") if "\0" in text else (text, "")

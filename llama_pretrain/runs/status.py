@@ -1,13 +1,13 @@
-"""status.json: how a run stands."""
+"""status.json: the state of a run."""
 
-import json
 import os
+from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 
 from llama_pretrain.config.secrets import redact
-from llama_pretrain.files import write_text
-from llama_pretrain.runs.layout import RunDir
+from llama_pretrain.files import read_json, write_json
+from llama_pretrain.runs.layout import RunDir, is_held
 
 
 class Status(str, Enum):
@@ -17,48 +17,67 @@ class Status(str, Enum):
     stopped = "stopped"
     preempted = "preempted"
     reproduced = "reproduced"
-    """Completed, and equal to the run that it does again."""
+    """Completed, and bitwise equal to the run that it reproduces."""
     diverged = "diverged"
-    """Completed, and not equal."""
+    """Completed, and different from the run that it reproduces."""
     pruned = "pruned"
-    """A point of a sweep that was ended because it fell behind the others."""
+    """A job of a sweep that was ended because it fell behind the others."""
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether all work is done."""
         return self in (Status.completed, Status.reproduced, Status.diverged)
 
 
+CRASHED = "crashed"
+"""Not in status.json: see `read_state`."""
 FINISHED = (Status.completed, Status.reproduced, Status.diverged, Status.pruned)
-"""A point of a sweep that is one of these is not run again."""
+"""A job of a sweep with one of these is not run again."""
 
 
-def write_status(
-    run_dir: RunDir,
-    status: Status,
-    *,
-    objective: float | None = None,
-    error: str | None = None,
-    rank: int | None = None,
-    log: Path | None = None,
-    restarts: int = 0,
-) -> None:
-    """Say how a run stands. Only the parent writes it: before the ranks, and after all of them."""
-    values = {
-        "status": status.value,
-        "objective": objective,
-        "error": None if error is None else redact(error),
-        "rank": rank,
-        "log": None if log is None else str(log),
-        "restarts": restarts,
-        "pid": os.getpid(),
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What is known of how a run went."""
+
+    objective: float | None = None
+    """The last evaluation loss."""
+    error: str | None = None
+    rank: int | None = None
+    """The rank that failed."""
+    log: Path | None = None
+    """Its log."""
+    restarts: int = 0
+
+
+NOTHING = Outcome()
+
+
+def write_status(run_dir: RunDir, status: Status, outcome: Outcome = NOTHING) -> None:
+    """Write status.json. Only the parent does: before the ranks start and after all have ended."""
+    values = asdict(outcome) | {
+        "error": None if outcome.error is None else redact(outcome.error),
+        "log": None if outcome.log is None else str(outcome.log),
     }
-    write_text(run_dir.status, json.dumps(values, indent=2) + "\n")
+    write_json(run_dir.status, {"status": status.value, **values, "pid": os.getpid()})
 
 
 def read_status(run_dir: RunDir) -> Status | None:
-    """What status.json says; `None` where it says nothing that can be read."""
+    """The status in status.json; `None` if it cannot be read."""
     try:
-        return Status(json.loads(run_dir.status.read_text(encoding="utf-8"))["status"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return Status((read_json(run_dir.status) or {}).get("status"))
+    except ValueError:
         return None
+
+
+def read_state(run_dir: RunDir) -> tuple[str | None, str]:
+    """The status now, and its error; `None` if status.json cannot be read.
+
+    `crashed` if the status is `running` and no process holds the run.
+    """
+    values = read_json(run_dir.status) or {}
+    if values.get("status") == Status.running and not is_held(run_dir):
+        values = read_json(run_dir.status) or {}  # it may have ended in between
+        if values.get("status") == Status.running:
+            return CRASHED, "its process is gone"
+    known = values.get("status") in {status.value for status in Status}
+    return values["status"] if known else None, str(values.get("error") or "")

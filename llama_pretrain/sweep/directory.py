@@ -1,4 +1,4 @@
-"""What lies in a sweep's directory: the points that were planned, and what came of each."""
+"""The directory of a sweep: the jobs that were planned, and their results."""
 
 import csv
 import fcntl
@@ -12,12 +12,22 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from llama_pretrain.config.sweep import Objective
-from llama_pretrain.files import write_text
-from llama_pretrain.runs.figures import last_number, median, seconds_of_steps
-from llama_pretrain.runs.layout import RunDir, is_held
-from llama_pretrain.runs.metrics import read_metrics
-from llama_pretrain.runs.status import FINISHED, Status
+from llama_pretrain.files import write_json, write_text
+from llama_pretrain.runs import status
+from llama_pretrain.runs.layout import RunDir
+from llama_pretrain.runs.metrics import (
+    SummaryRow,
+    last,
+    last_value,
+    median_value,
+    read_metrics,
+    seconds_by_step,
+    steps,
+)
+from llama_pretrain.runs.status import FINISHED
 
 Row = dict[str, Any]
 
@@ -33,11 +43,11 @@ MEASURES = (
     "planned_memory_bytes",
     "seconds",
 )
-"""Numbers of a row of results; losses in nats a token, seconds of training alone."""
+"""Numbers of a row of results; losses in nats a token, seconds of the training steps only."""
 
 
 class Verdict(str, Enum):
-    """What was found of a point before the first was started."""
+    """Whether a job runs, decided before the first starts."""
 
     runs = "runs"
     refused = "refused"
@@ -45,21 +55,21 @@ class Verdict(str, Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PointRecord:
-    """One point of a sweep."""
+class JobRecord:
+    """One job of a sweep."""
 
     index: int
     label: str
-    """What sets it apart: its own overrides."""
+    """The overrides that set it apart."""
     settings: dict[str, str]
     """The same by setting, as they were written."""
     words: list[str]
     """All its overrides."""
     verdict: Verdict = Verdict.runs
     reason: str = ""
-    """Why it was left out."""
+    """Why it does not run."""
     folder: str = ""
-    """Its run directory, by name; empty where it has none."""
+    """Name of its run directory; empty if it has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,17 +78,23 @@ class SweepRecord:
 
     command: list[str]
     objective: Objective
-    points: list[PointRecord] = field(default_factory=list)
+    fixed: list[str] = field(default_factory=list)
+    """Keys of overrides that all jobs share."""
+    jobs: list[JobRecord] = field(default_factory=list)
+
+    def find(self, words: Sequence[str]) -> JobRecord | None:
+        """The job with these overrides."""
+        return next((job for job in self.jobs if set(job.words) == set(words)), None)
 
     @property
     def swept(self) -> list[str]:
-        """The settings that differ between points."""
-        return list(dict.fromkeys(key for point in self.points for key in point.settings))
+        """The settings that differ between jobs."""
+        return list(dict.fromkeys(key for job in self.jobs for key in job.settings))
 
 
 @dataclass(frozen=True)
 class SweepDir:
-    """The folder of a sweep; its points' run directories lie in it."""
+    """The directory of a sweep; the run directories of its jobs are inside."""
 
     path: Path
 
@@ -88,7 +104,7 @@ class SweepDir:
 
     @property
     def results(self) -> Path:
-        """A JSON line a point."""
+        """One JSON line a job."""
         return self.path / "results.jsonl"
 
     @property
@@ -101,97 +117,80 @@ class SweepDir:
 
     @property
     def hparams(self) -> Path:
-        """What TensorBoard's HParams page reads."""
+        """Event files for TensorBoard's HParams page."""
         return self.path / "hparams"
 
-    def point(self, record: PointRecord) -> RunDir:
-        """The run directory of a point that has one."""
+    def job(self, record: JobRecord) -> RunDir:
+        """The run directory of a job that has one."""
         return RunDir(self.path / record.folder)
 
 
 def write_sweep(folder: SweepDir, record: SweepRecord) -> None:
     """Write sweep.json."""
-    write_text(folder.record, json.dumps(asdict(record), indent=2) + "\n")
+    write_json(folder.record, asdict(record))
 
 
 def read_sweep(folder: SweepDir) -> SweepRecord:
     """Read sweep.json.
 
     Raises:
-        ValueError: if it isn't ours.
-        OSError: if it isn't there.
+        ValueError: if it has another format.
+        OSError: if it does not exist.
     """
-    from pydantic import TypeAdapter  # 0.1 s that --help need not pay
-
     return TypeAdapter(SweepRecord).validate_json(folder.record.read_bytes())
 
 
 @contextmanager
 def change(folder: SweepDir) -> Iterator[None]:
-    """Keep sweep.json to this process while it is read and written again."""
+    """Lock sweep.json while it is read and written again."""
     with (folder.path / ".change").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def read_row(folder: SweepDir, point: PointRecord, *, objective: Objective) -> Row:
-    """What has come of a point so far, from its run directory."""
-    row: Row = {"index": point.index, "label": point.label, "status": point.verdict.value}
-    row |= {"reason": point.reason, **dict.fromkeys(MEASURES), "run_dir": point.folder}
-    row["settings"] = point.settings
-    if point.verdict is not Verdict.runs:
+def read_row(folder: SweepDir, job: JobRecord, *, objective: Objective) -> Row:
+    """The results of a job so far, from its run directory."""
+    row: Row = {"index": job.index, "label": job.label, "status": job.verdict.value}
+    row |= {"reason": job.reason, **dict.fromkeys(MEASURES), "run_dir": job.folder}
+    row["settings"] = job.settings
+    if job.verdict is not Verdict.runs:
         return row
-    run_dir = folder.point(point)
+    run_dir = folder.job(job)
     row["status"], row["reason"] = read_state(run_dir)
     rows = read_metrics(run_dir.metrics)
-    steps = [line for line in rows if "loss" in line]
-    if steps:
-        last = steps[-1]
-        row |= {"steps": last["step"], "tokens": last["tokens"], "train_loss": last["loss"]}
-        row["tokens_per_s"] = median(steps, "tokens_per_s")
-        row["peak_memory_bytes"] = max(line["memory_bytes"] for line in steps)
-        per_step = last["tokens"] // last["step"]
-        row["seconds"] = sum(seconds_of_steps(steps, tokens_per_step=per_step).values())
-    row["eval_loss"] = last_number(rows, "eval_loss")
-    summary = next((line for line in reversed(rows) if "finished" in line), None)
+    done = [step for step in steps(rows) if step.loss is not None]
+    if done:
+        final = done[-1]
+        row |= {"steps": final.step, "tokens": final.tokens, "train_loss": final.loss}
+        row["tokens_per_s"] = median_value(done, "tokens_per_s")
+        row["peak_memory_bytes"] = max(step.memory_bytes for step in done)
+        per_step = final.tokens // final.step
+        row["seconds"] = sum(seconds_by_step(done, tokens_per_step=per_step).values())
+    row["eval_loss"] = last_value(rows, "eval_loss")
+    summary = last(rows, SummaryRow)
     if summary is not None:
-        row["train_loss"] = summary["train_loss"]
-        row["tokens_per_s"] = summary["median_tokens_per_s"]
-        row["peak_memory_bytes"] = summary["peak_memory_bytes"]
-        row["planned_memory_bytes"] = summary["planned_memory_bytes"]
+        row["train_loss"] = summary.train_loss
+        row["tokens_per_s"] = summary.median_tokens_per_s
+        row["peak_memory_bytes"] = summary.peak_memory_bytes
+        row["planned_memory_bytes"] = summary.planned_memory_bytes
     if row["status"] in FINISHED:
         row["objective"] = row[objective.value]
     return row
 
 
 def read_state(run_dir: RunDir) -> tuple[str, str]:
-    """A run's status, and the reason where it has failed.
-
-    `waiting` has not begun; `crashed` says that it runs, and no process does.
-    """
-    status, reason = _read_status(run_dir)
-    if status == Status.running and not is_held(run_dir):
-        status, reason = _read_status(run_dir)  # it may have ended in between
-        if status == Status.running:
-            return "crashed", "its process is gone"
-    return status, reason
-
-
-def _read_status(run_dir: RunDir) -> tuple[str, str]:
-    try:
-        values = json.loads(run_dir.status.read_text(encoding="utf-8"))
-        return Status(values["status"]).value, values.get("error") or ""
-    except (OSError, ValueError, KeyError, TypeError):
-        return "waiting", ""
+    """A job's status, or `waiting` or `crashed`, and the reason if it failed."""
+    state, reason = status.read_state(run_dir)
+    return state or "waiting", reason
 
 
 def read_rows(folder: SweepDir, record: SweepRecord) -> list[Row]:
-    """A row for each point, in their order."""
-    return [read_row(folder, point, objective=record.objective) for point in record.points]
+    """A row for each job, in order."""
+    return [read_row(folder, job, objective=record.objective) for job in record.jobs]
 
 
 def write_results(folder: SweepDir, record: SweepRecord, rows: Sequence[Row]) -> None:
-    """Write results.jsonl and results.csv: a row a point."""
+    """Write results.jsonl and results.csv: one row a job."""
     write_text(folder.results, "".join(json.dumps(row) + "\n" for row in rows))
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
@@ -206,13 +205,13 @@ def write_results(folder: SweepDir, record: SweepRecord, rows: Sequence[Row]) ->
 
 
 def rank_rows(rows: Sequence[Row], objective: Objective) -> list[Row]:
-    """Finished points, the best first."""
+    """Finished jobs, the best first."""
     done = [row for row in rows if row["objective"] is not None]
     return sorted(done, key=lambda row: row["objective"], reverse=objective.more_is_better)
 
 
 def list_sweeps(folder: Path) -> list[SweepDir]:
-    """The sweeps at or below a folder."""
+    """The sweeps at or below a directory."""
     found = []
     for root, folders, files in os.walk(folder):
         if "sweep.json" in files:

@@ -1,11 +1,12 @@
-"""TensorBoard's HParams page: one session a point, with its settings and what came of it."""
+"""TensorBoard's HParams page: one session per job, with its options and results."""
 
 import shutil
 from collections.abc import Sequence
 
 from llama_pretrain.config.sweep import Objective
+from llama_pretrain.runs.chart import to_number
 from llama_pretrain.sweep.directory import Row, SweepDir, SweepRecord
-from llama_pretrain.sweep.report import to_number, value_of
+from llama_pretrain.sweep.report import value_of
 
 NAMES = {
     Objective.eval_loss: "result/eval_loss",
@@ -16,7 +17,7 @@ NAMES = {
 
 
 def write_hparams(folder: SweepDir, record: SweepRecord, rows: Sequence[Row]) -> None:
-    """Write the points that have a result, anew."""
+    """Rewrite the sessions of all jobs that have a result."""
     from torch.utils.tensorboard import SummaryWriter  # 2 s
 
     shutil.rmtree(folder.hparams, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Several points at a time on one machine: each has cores and GPUs that no other has."""
+"""Several jobs at a time on one machine: each has its own cores and GPUs."""
 
 import contextlib
 import fcntl
@@ -14,7 +14,7 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def share(machine: Machine, slots: int) -> Machine:
-    """What one of several points has of a machine."""
+    """The share of a machine that one of several jobs has."""
     return replace(
         machine,
         cores=max(1, machine.cores // slots),
@@ -24,17 +24,17 @@ def share(machine: Machine, slots: int) -> Machine:
 
 
 def count_slots(machine: Machine, wanted: int) -> int:
-    """How many points may run at a time: each needs a core, and a GPU where there are any."""
+    """How many jobs may run at a time: each needs a core, and a GPU if there are any."""
     most = machine.num_gpus or machine.cores
     return most if wanted < 0 else max(1, min(wanted, most))
 
 
 @contextlib.contextmanager
 def claim_slot(folder: Path, slots: int, machine: Machine) -> Iterator[int | None]:
-    """Be the only point in a slot: this process, and all that it starts, keep to its cores.
+    """Hold a slot: this process and all that it starts use only the slot's cores and GPUs.
 
-    The system gives the slot back however the process ends. With fewer than two slots there is
-    nothing to share.
+    The system releases the slot however the process ends. With fewer than two slots nothing is
+    restricted.
 
     Args:
         machine: the share of one slot.

@@ -1,4 +1,4 @@
-"""What has come of a sweep: its files and its table, made anew from its points' directories."""
+"""The results of a sweep: files and leaderboard, derived from the run directories of its jobs."""
 
 from pathlib import Path
 
@@ -16,11 +16,11 @@ from llama_pretrain.sweep.directory import (
 )
 from llama_pretrain.sweep.hparams import write_hparams
 from llama_pretrain.sweep.report import render_sweep_report
-from llama_pretrain.sweep.view import show_leaderboard
+from llama_pretrain.sweep.table import show_leaderboard
 
 
 def write_tables(folder: SweepDir) -> list[Row]:
-    """Write results.jsonl and results.csv, as far as the sweep has come."""
+    """Write results.jsonl and results.csv with the results so far."""
     record = read_sweep(folder)
     rows = read_rows(folder, record)
     write_results(folder, record, rows)
@@ -28,7 +28,7 @@ def write_tables(folder: SweepDir) -> list[Row]:
 
 
 def conclude(folder: SweepDir) -> list[Row]:
-    """Write everything that compares the points, and show the leaderboard."""
+    """Write everything that compares the jobs, and print the leaderboard."""
     rows, record = write_tables(folder), read_sweep(folder)
     write_hparams(folder, record, rows)
     write_text(folder.report, render_sweep_report(folder, record, rows))
@@ -36,19 +36,19 @@ def conclude(folder: SweepDir) -> list[Row]:
     return rows
 
 
-def all_is_well(rows: list[Row]) -> bool:
-    """Whether each point has a result, but for those that don't fit."""
+def all_succeeded(rows: list[Row]) -> bool:
+    """Whether each job has a result, except those that do not fit the memory."""
     return all(row["status"] in (*FINISHED, Verdict.unfit.value) for row in rows)
 
 
 def conclude_newest(place: Path) -> list[Row]:
-    """The same of a sweep, or of the newest one below a folder.
+    """The same for a sweep, or for the newest one below a directory.
 
     Raises:
         UserError: if there is none.
     """
     sweeps = list_sweeps(place)
     if not sweeps:
-        hint = "name a sweep's folder, or one with sweeps in it"
+        hint = "Name the directory of a sweep, or one that contains sweeps"
         raise UserError([Problem(path=str(place), message="there is no sweep here", hint=hint)])
     return conclude(max(sweeps, key=lambda sweep: sweep.record.stat().st_mtime))

@@ -1,10 +1,7 @@
-"""task=evaluate: the loss of a checkpoint on held-out text."""
+"""task=evaluate: the loss of a checkpoint on the eval set."""
 
-import json
 import os
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 from llama_pretrain import console
 from llama_pretrain.config.data import DataName
@@ -12,98 +9,87 @@ from llama_pretrain.config.deepspeed import DeepSpeed
 from llama_pretrain.config.monitor import Monitor
 from llama_pretrain.config.optim import Optim, OptimName
 from llama_pretrain.config.problems import Problem, UserError, refuse
+from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.run import Run
 from llama_pretrain.config.snapshot import render_snapshot
-from llama_pretrain.config.zero import Zero
-from llama_pretrain.files import write_text
-from llama_pretrain.launch.forks import ForkServers
-from llama_pretrain.launch.local import launch
+from llama_pretrain.config.zero import OffloadOptimizer
+from llama_pretrain.files import write_json, write_text
+from llama_pretrain.launch.local import launch, preload
 from llama_pretrain.launch.signals import Preempted
+from llama_pretrain.launch.spec import LaunchSpec
 from llama_pretrain.plan.ds_config import get_eval_ds_config
-from llama_pretrain.plan.feasible import check_machine
-from llama_pretrain.plan.machine import detect_machine
-from llama_pretrain.plan.plan import Plan, build_plan, render_plan
+from llama_pretrain.plan.feasible import validate_machine
+from llama_pretrain.plan.plan import TrainingPlan, build_training_plan, render_plan
 from llama_pretrain.runs.layout import RunDir
-from llama_pretrain.runs.metrics import read_metrics
+from llama_pretrain.runs.metrics import evaluations, read_metrics
+from llama_pretrain.tasks.context import TaskContext
 from llama_pretrain.tasks.export import pick_checkpoint
+from llama_pretrain.tasks.prepare import prepare_data
 
 SPLIT = (DataName.text, DataName.megatron, DataName.tokens)
-"""Data in files, of which a run holds a part out."""
+"""Data in files, of which a run holds out a part."""
 
 
-def evaluate(run: Run, before: Run, source: RunDir, run_dir: RunDir) -> float:
-    """Evaluate a checkpoint on held-out text with ranks. Returns the loss in nats a token.
+def evaluate(run: ResolvedRun, before: Run, source: RunDir, context: TaskContext) -> float:
+    """Evaluate a checkpoint of `source` with all ranks. Returns the loss in nats a token.
 
-    Files named with `data.paths`, in place of the run's own, are held out whole.
+    Files named with `data.paths`, in place of the run's own, are the eval set as a whole.
+
+    Args:
+        before: the config that the run was trained with.
 
     Raises:
-        UserError: for what can be known before a rank starts.
+        UserError: for what can be known before a worker starts.
         RankError: if a rank failed.
     """
-    refuse(check_machine(_without_training(run), detect_machine()))
+    refuse(validate_machine(_without_training(run), context.machine))
     checkpoint = pick_checkpoint(run, source)
     data, was = run.data, before.data
     if data.paths != was.paths and data.name in SPLIT and not data.heldout_paths:
         run = replace(run, data=replace(data, heldout_paths=data.paths))
-    with ForkServers(label=str(run_dir.path)) as forks:
-        forks.warm_up(run)
-        return _evaluate(run, checkpoint, run_dir, forks=forks)
-
-
-def _evaluate(run: Run, checkpoint: Path, run_dir: RunDir, *, forks: ForkServers) -> float:
-    corpus = _prepare(run)
+    preload(run)
+    run_dir = context.run_dir
+    corpus = prepare_data(run, run_dir)
     if run.data.hash not in (None, corpus.content_hash):
-        message = f"the data and its tokenizer are {corpus.content_hash[:16]} now"
+        message = f"the data and its tokenizer are now {corpus.content_hash[:16]}"
         message += f" (got {str(run.data.hash)[:16]})"
-        hint = "to evaluate on them all the same, set data.hash=null"
+        hint = "To evaluate on them anyway, set data.hash=null"
         raise UserError([Problem(path="data.hash", message=message, hint=hint)])
-    plan = build_plan(run, corpus)
-    write_evaluation(run, plan, run_dir)
-    rows = plan.steps.eval_rows
+    plan = build_training_plan(run, corpus)
+    _write_run_dir(run, plan, run_dir)
     ranks = f"{plan.world_size} rank{'s' if plan.world_size > 1 else ''}"
-    console.say(f"evaluating {checkpoint.name} on {rows:,} rows with {ranks}")
-    late = launch(run, plan, run_dir, checkpoint=checkpoint, report=console.say, forks=forks)
-    row = read_metrics(run_dir.metrics)[-1]
+    console.say(f"evaluating {checkpoint.name} on {plan.steps.eval_rows:,} sequences with {ranks}")
+    late_signal = launch(LaunchSpec(run, plan, run_dir, checkpoint), report=console.say)
+    (row,) = evaluations(read_metrics(run_dir.metrics))
     console.show_evaluation(row, run_dir)
-    if late:  # a sweep must not go on
-        raise Preempted(late)
-    return float(row["eval_loss"])
+    if late_signal:  # a sweep must not continue
+        raise Preempted(late_signal)
+    return row.eval_loss
 
 
-def _without_training(run: Run) -> Run:
-    """What of a run its evaluation asks of a machine."""
+def _without_training(run: ResolvedRun) -> ResolvedRun:
+    """What an evaluation needs of a machine."""
     return replace(
         run,
         optim=Optim(name=OptimName.torch_adamw),
-        zero=Zero(stage=run.zero.stage, offload_param=run.zero.offload_param),
+        zero=replace(run.zero, offload_optimizer=OffloadOptimizer()),
         monitor=Monitor(tensorboard=False),
         deepspeed=DeepSpeed(),
     )
 
 
-def _prepare(run: Run) -> Any:
-    """The tokens to evaluate on, made or found."""
-    from llama_pretrain.data.cache import disk_problems
-    from llama_pretrain.data.corpus import prepare_corpus  # tokenizers
-
-    with disk_problems(run.data.cache_dir):
-        return prepare_corpus(run, report=console.DataReport())
-
-
-def write_evaluation(run: Run, plan: Plan, run_dir: RunDir) -> None:
-    """Write everything that the ranks of an evaluation read.
+def _write_run_dir(run: ResolvedRun, plan: TrainingPlan, run_dir: RunDir) -> None:
+    """Write everything that the workers of an evaluation read.
 
     Raises:
-        UserError: if the folder has been used.
+        UserError: if the directory is used.
     """
     if run_dir.snapshot.exists():
-        message = f"{run_dir.path} has been used already"
-        hint = "leave it out, or name a folder that isn't there"
+        message = f"{run_dir.path} is already used"
+        hint = "Remove it, or name a directory that does not exist"
         raise UserError([Problem(path="hydra.run.dir", message=message, hint=hint)])
-    config = get_eval_ds_config(
-        run, micro_batch_size=plan.batch.micro_batch_size, world_size=plan.world_size
-    )
-    write_text(run_dir.ds_config, json.dumps(config, indent=2) + "\n")
+    config = get_eval_ds_config(run, micro_batch_size=plan.batch.micro_batch_size)
+    write_json(run_dir.ds_config, config)
     write_text(run_dir.plan, render_plan(plan))
     write_text(run_dir.snapshot, render_snapshot(run))
     os.makedirs(run_dir.ranks, exist_ok=True)

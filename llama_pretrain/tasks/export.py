@@ -7,12 +7,12 @@ from typing import Any
 from llama_pretrain import console
 from llama_pretrain.checkpoint.manifest import find_fault, newest_complete
 from llama_pretrain.config.problems import Problem, UserError
-from llama_pretrain.config.run import Run
+from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.runs.layout import RunDir
 
 
 def quiet_transformers() -> None:
-    """No progress bars, and no advice of transformers on standard error."""
+    """Turn off the progress bars and advice that transformers prints."""
     from transformers.utils import logging
 
     messages: Any = logging  # it has no types
@@ -20,11 +20,11 @@ def quiet_transformers() -> None:
     messages.set_verbosity_error()
 
 
-def pick_checkpoint(run: Run, source: RunDir) -> Path:
+def pick_checkpoint(run: ResolvedRun, source: RunDir) -> Path:
     """The checkpoint that `export.checkpoint` names, or the newest complete one.
 
     Raises:
-        UserError: if it isn't there, or is not as it was written.
+        UserError: if it does not exist, or is damaged.
     """
     name = run.export.checkpoint
     if name is None:
@@ -36,22 +36,22 @@ def pick_checkpoint(run: Run, source: RunDir) -> Path:
             raise UserError([Problem(path="run", message=message)])
         return folder
     folder = source.checkpoints / name
-    fault = find_fault(folder) if folder.is_dir() and Path(name).name == name else "is not there"
+    fault = find_fault(folder) if folder.is_dir() and Path(name).name == name else "does not exist"
     if fault is not None:
-        there = sorted(path.name for path in source.checkpoints.glob("step-*"))
-        hint = f"there are: {', '.join(there)}" if there else "the run has none"
+        names = sorted(path.name for path in source.checkpoints.glob("step-*"))
+        hint = f"Checkpoints: {', '.join(names)}" if names else "The run has none"
         problem = Problem(path="export.checkpoint", message=f"{fault} (got {name})", hint=hint)
         raise UserError([problem])
     return folder
 
 
 def export(
-    run: Run, source: RunDir, checkpoint: Path, target: Path, *, say: Callable[[str], None]
+    run: ResolvedRun, source: RunDir, checkpoint: Path, target: Path, *, say: Callable[[str], None]
 ) -> None:
-    """Export a checkpoint of `source`, and say how near it is to what was trained.
+    """Export a checkpoint of `source`, and report how close it is to what was trained.
 
     Raises:
-        UserError: if it isn't near enough, or can't be written.
+        UserError: if it is not close enough, or cannot be written.
     """
     from llama_pretrain.checkpoint.export import export_checkpoint  # torch and transformers
 

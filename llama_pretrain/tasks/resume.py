@@ -1,6 +1,5 @@
-"""Where a run goes on: which checkpoint, and what may not have changed since."""
+"""Where a run resumes: from which checkpoint, and what must not have changed since."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,32 +12,34 @@ from llama_pretrain.checkpoint.manifest import (
     newest_complete,
     read_manifest,
 )
+from llama_pretrain.config.from_snapshot import AUTO
 from llama_pretrain.config.problems import Problem, UserError, refuse
-from llama_pretrain.config.rewrite import AUTO
+from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.run import Run
 from llama_pretrain.config.snapshot import config_hash, load_snapshot
 from llama_pretrain.config.zero import OffloadDevice
-from llama_pretrain.plan.plan import Plan
+from llama_pretrain.files import write_bytes
+from llama_pretrain.plan.plan import TrainingPlan
 from llama_pretrain.runs.layout import RunDir
-from llama_pretrain.runs.metrics import cut_metrics, read_metrics
+from llama_pretrain.runs.metrics import EventRow, append_row, read_metrics, truncate_metrics
 from llama_pretrain.runs.status import read_status
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where training begins."""
+    """Where training starts."""
 
     checkpoint: Path | None = None
-    """`None` = at the beginning."""
+    """`None` = from the beginning."""
     step: int = 0
-    """Steps done by then."""
+    """Steps completed by then."""
 
 
-def find_start(run: Run, plan: Plan, run_dir: RunDir) -> Start:
-    """The checkpoint that `resume` goes on from. With `auto`, a run without one begins anew.
+def find_start(run: ResolvedRun, plan: TrainingPlan, run_dir: RunDir) -> Start:
+    """The checkpoint that `resume` continues from. With `auto`, a run without one starts anew.
 
     Raises:
-        UserError: if there is none, or the run that it is of was another.
+        UserError: if there is none, or the run has changed.
     """
     auto = run.resume.run_dir == AUTO
     if auto and not run_dir.snapshot.exists():
@@ -48,110 +49,109 @@ def find_start(run: Run, plan: Plan, run_dir: RunDir) -> Start:
         Problem(
             path=path,
             message="differs from what the run was started with",
-            hint="leave it out, or start a new run",
+            hint="Remove it, or start a new run",
         )
         for path, was, wanted in _fixed(before, run)
         if was != wanted
     ]
     devices = (run.zero.offload_optimizer.device, run.zero.offload_param.device)
     if OffloadDevice.nvme in devices:
-        message = "DeepSpeed 0.19 goes on with other losses where state lies on nvme"
-        problems.append(Problem(path="resume", message=message, hint="start a new run"))
+        message = "is not supported with state on nvme: DeepSpeed 0.19 resumes with other losses"
+        problems.append(Problem(path="resume", message=message, hint="Start a new run"))
     folder = pick_checkpoint(run_dir, run_hash=config_hash(before))
     if folder is None:
         if auto:
             refuse(problems)
-            console.say(f"no complete checkpoint in {run_dir.checkpoints}: from the beginning")
+            console.say(f"no complete checkpoint in {run_dir.checkpoints}: starting from scratch")
             return Start()
         message = f"no complete checkpoint in {run_dir.checkpoints}"
-        hint = f"start anew: reproduce={run_dir.path}"
+        hint = f"Start a new run with reproduce={run_dir.path}"
         problems.append(Problem(path="resume", message=message, hint=hint))
         raise UserError(problems)
     manifest = read_manifest(folder)
     problems += _check_manifest(manifest, run, plan, run_dir, name=folder.name)
     if has_finished(run_dir, manifest.step, plan) and not auto:
-        message = f"the run has done its {plan.steps.total} steps"
-        hint = "raise train.max_steps or train.max_tokens"
+        message = f"the run has completed its {plan.steps.total} steps"
+        hint = "Raise train.max_steps or train.max_tokens"
         problems.append(Problem(path="resume", message=message, hint=hint))
     refuse(problems)
     return Start(folder, manifest.step)
 
 
-def has_finished(run_dir: RunDir, step: int, plan: Plan) -> bool:
-    """Whether a run has done all its steps, and all that comes after them: evaluation, export."""
+def has_finished(run_dir: RunDir, step: int, plan: TrainingPlan) -> bool:
+    """Whether a run has completed all its steps and what follows them: evaluation, export."""
     status = read_status(run_dir)
     return step >= plan.steps.total and status is not None and status.is_complete
 
 
 def pick_checkpoint(run_dir: RunDir, *, run_hash: str | None = None) -> Path | None:
-    """The newest complete checkpoint; says of each newer one why it is passed over."""
+    """The newest complete checkpoint; prints why each newer one is skipped."""
     folder, passed_over = newest_complete(run_dir.checkpoints, config_hash=run_hash)
     for line in passed_over:
         console.say(line)
     return folder
 
 
-def start_again(run_dir: RunDir) -> Start:
-    """Where a run goes on whose rank has failed: the config and the data are what they were."""
+def restart(run_dir: RunDir) -> Start:
+    """Where a run restarts after a rank failed: config and data have not changed."""
     folder = pick_checkpoint(run_dir)
     return Start() if folder is None else Start(folder, read_manifest(folder).step)
 
 
-def note_start(run_dir: RunDir, start: Start, **why: str) -> None:
-    """A line of the metrics for why a run goes on from here: what was `restarted` or `resumed`."""
+def note_start(run_dir: RunDir, start: Start, *, restarted: str = "", resumed: str = "") -> None:
+    """Append an event to the metrics: the error before a restart, or the time of a resume."""
     rows = read_metrics(run_dir.metrics)
-    tokens = next((row["tokens"] for row in reversed(rows) if row["step"] == start.step), 0)
-    line = {"step": start.step, "tokens": tokens, **why}
-    with run_dir.metrics.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    tokens = next((row.tokens for row in reversed(rows) if row.step == start.step), 0)
+    row = EventRow(step=start.step, tokens=tokens, restarted=restarted, resumed=resumed)
+    append_row(run_dir.metrics, row)
 
 
 def rewind(run_dir: RunDir, start: Start) -> None:
-    """Forget what a run has written of the steps that are about to be done again."""
+    """Remove what a run has written about steps that it is about to repeat."""
     if start.checkpoint is not None and not run_dir.metrics.is_file():
-        run_dir.metrics.write_bytes((start.checkpoint / METRICS).read_bytes())
-    cut_metrics(run_dir.metrics, last_step=start.step if start.checkpoint is not None else -1)
+        write_bytes(run_dir.metrics, (start.checkpoint / METRICS).read_bytes())
+    last_step = start.step if start.checkpoint is not None else -1
+    truncate_metrics(run_dir.metrics, last_step=last_step)
     if run_dir.samples.is_file():
-        cut_metrics(run_dir.samples, last_step=start.step if start.checkpoint is not None else -1)
+        truncate_metrics(run_dir.samples, last_step=last_step)
     forget_after(run_dir.checkpoints, step=start.step)
     where = "the beginning" if start.checkpoint is None else start.checkpoint.name
-    console.say(f"going on from {where}")
+    console.say(f"resuming from {where}")
 
 
 def _fixed(before: Run, run: Run) -> Iterator[tuple[str, object, object]]:
-    """What a resumed run must have as it was: with another, it would be another run."""
+    """What must not change in a resumed run."""
     for name in ("model", "optim", "seed", "precision"):
         yield name, getattr(before, name), getattr(run, name)
-    if before.data.sequence_length != run.data.sequence_length:  # positions are counted in rows
+    if before.data.sequence_length != run.data.sequence_length:  # positions count sequences
         yield "data.sequence_length", before.data.sequence_length, run.data.sequence_length
 
 
 def _check_manifest(
-    manifest: Manifest, run: Run, plan: Plan, run_dir: RunDir, *, name: str
+    manifest: Manifest, run: ResolvedRun, plan: TrainingPlan, run_dir: RunDir, *, name: str
 ) -> Iterator[Problem]:
-    """What a checkpoint says of its run that isn't so any more."""
-    assert plan.corpus is not None
+    """What has changed since a checkpoint was saved."""
     size = plan.batch.global_batch_size
     if manifest.global_batch_size != size:
-        message = f"the run has had {manifest.global_batch_size} rows a step (got {size})"
-        hint = f"set batch.global_batch_size={manifest.global_batch_size}"
+        message = f"the run was started with {manifest.global_batch_size} (got {size})"
+        hint = f"Set batch.global_batch_size={manifest.global_batch_size}"
         yield Problem(path="batch.global_batch_size", message=message, hint=hint)
     for field, was, now in _data_changes(manifest.data, plan.corpus.fingerprint):
-        told = f"was {was} when {name} was trained (got {now})"
+        message = f"was {was} when {name} was trained (got {now})"
         own = f"tokenizer.name=pretrained tokenizer.path={run_dir.tokenizer}"
-        hint = "start a new run, or go on all the same: resume.allow_data_change=true"
+        hint = "Start a new run, or resume anyway with resume.allow_data_change=true"
         if field == "tokenizer":  # its embeddings would mean other tokens
-            hint = f"go on with the run's own: {own}"
+            hint = f"Use the run's own: {own}"
         elif run.resume.allow_data_change:
-            console.say(f"the data is another: {field} {told}")
+            console.say(f"the data has changed: {field} {message}")
             continue
-        yield Problem(path=field, message=told, hint=hint)
+        yield Problem(path=field, message=message, hint=hint)
 
 
 def _data_changes(
     before: Mapping[str, str], now: Mapping[str, str]
 ) -> Iterator[tuple[str, str, str]]:
-    """What differs between two fingerprints of data: setting, then and now."""
+    """The differences between two fingerprints of data: setting, before and now."""
     for field in dict.fromkeys([*before, *now]):
         was, wanted = (side.get(field, "nothing") for side in (before, now))
         if was != wanted and field != "data.sequence_length":

@@ -1,115 +1,93 @@
 """task=verify_resume: prove that a resumed run equals an uninterrupted one."""
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from llama_pretrain import console
 from llama_pretrain.checkpoint.manifest import checkpoint_name, read_manifest
 from llama_pretrain.config.problems import Problem, UserError
-from llama_pretrain.config.run import Run
-from llama_pretrain.files import write_text
+from llama_pretrain.config.resolved import ResolvedRun
+from llama_pretrain.files import write_json
+from llama_pretrain.launch.local import launch
 from llama_pretrain.launch.operators import build_operators
 from llama_pretrain.launch.signals import Preempted
-from llama_pretrain.plan.machine import Machine
-from llama_pretrain.plan.plan import Plan
+from llama_pretrain.launch.spec import LaunchSpec
+from llama_pretrain.plan.plan import TrainingPlan
 from llama_pretrain.runs.layout import RunDir
-from llama_pretrain.runs.metrics import read_metrics
-from llama_pretrain.tasks.resume import rewind, start_again
-from llama_pretrain.tasks.run_directory import check_unused, write_run_dir
-
-
-def verify(
-    run: Run,
-    plan: Plan,
-    run_dir: RunDir,
-    *,
-    argv: Sequence[str],
-    machine: Machine,
-    launch: Callable[..., int],
-) -> None:
-    """Prove a resume on this config, in folders of the run directory."""
-    check_unused(RunDir(run_dir.path / "whole"))
-    console.show_config(run)
-    console.show_plan(run, plan, run_dir)
-    build_operators(run, log=run_dir.path / "build.log", taking_time=console.taking_time)
-
-    def train(run: Run, plan: Plan, folder: RunDir, checkpoint: Path | None) -> None:
-        write_run_dir(run, plan, folder, argv=argv, machine=machine)
-        first_step = 0
-        if checkpoint is not None:
-            start = start_again(folder)
-            rewind(folder, start)
-            first_step = start.step
-        with console.follow_metrics(folder, plan, first_step=first_step):
-            late = launch(run, plan, folder, checkpoint=checkpoint, report=console.say)
-        if late:
-            raise Preempted(late)
-
-    verify_resume(run, plan, run_dir, train=train)
-
+from llama_pretrain.runs.metrics import StepRow, read_metrics, steps
+from llama_pretrain.tasks.context import TaskContext
+from llama_pretrain.tasks.resume import restart, rewind
+from llama_pretrain.tasks.run_directory import refuse_used, write_run_dir
 
 COMPARED = ("loss", "grad_norm", "learning_rate", "sample_hash")
 
 
-Train = Callable[[Run, Plan, RunDir, Path | None], None]
-"""Write a run directory, and train in it from a checkpoint or from the start."""
-
-
-def verify_resume(run: Run, plan: Plan, run_dir: RunDir, *, train: Train) -> None:
-    """Train three times, compare, and say what was found.
+def verify_resume(run: ResolvedRun, plan: TrainingPlan, context: TaskContext) -> None:
+    """Train uninterrupted, train half and resume, and compare, in directories of the run directory.
 
     Raises:
-        UserError: with the first difference, or if the run is too short to be cut.
+        UserError: with the first difference, or if the run is too short.
+        RankError: if a rank failed.
     """
-    half = run.resume.verify_steps
+    half, folder = run.resume.verify_steps, context.run_dir.path
     if plan.steps.total < 2 * half:
-        message = (
-            f"the run has {plan.steps.total} steps, and {2 * half} are to be done (got {half})"
-        )
-        raise UserError([Problem(path="resume.verify_steps", message=message, hint="lower it")])
-    whole, cut = RunDir(run_dir.path / "whole"), RunDir(run_dir.path / "cut")
+        message = f"the run has {plan.steps.total} steps, fewer than {2 * half} (got {half})"
+        raise UserError([Problem(path="resume.verify_steps", message=message, hint="Lower it")])
+    whole, resumed = RunDir(folder / "whole"), RunDir(folder / "cut")
+    refuse_used(whole)
+    console.show_config(run, context.origins)
+    console.show_plan(run, plan, context.run_dir)
+    build_operators(run, log=folder / "build.log", taking_time=console.taking_time)
     saved = replace(
         run.checkpoint, every_steps=None, every_minutes=None, at_end=True, export=False, keep_last=2
     )
     run = replace(run, checkpoint=saved)
 
-    def until(last: int) -> Plan:
-        return replace(plan, steps=replace(plan.steps, last=last))
+    def train(run_dir: RunDir, *, last: int, checkpoint: Path | None = None) -> None:
+        until = replace(plan, steps=replace(plan.steps, last=last))
+        write_run_dir(run, until, replace(context, run_dir=run_dir))
+        first_step = 0
+        if checkpoint is not None:
+            start = restart(run_dir)
+            rewind(run_dir, start)
+            first_step = start.step
+        with console.follow_metrics(run_dir, until, first_step=first_step):
+            late_signal = launch(LaunchSpec(run, until, run_dir, checkpoint), report=console.say)
+        if late_signal:
+            raise Preempted(late_signal)
 
-    console.say(f"1 of 3: {2 * half} steps in one go")
-    train(run, until(2 * half), whole, None)
+    console.say(f"1 of 3: {2 * half} steps without interruption")
+    train(whole, last=2 * half)
     console.say(f"2 of 3: {half} steps")
-    train(run, until(half), cut, None)
+    train(resumed, last=half)
     console.say(f"3 of 3: from the checkpoint of step {half} to step {2 * half}")
-    train(run, until(2 * half), cut, cut.checkpoints / checkpoint_name(half))
-    differences = list(compare(whole, cut, last=2 * half))
-    console.show_verification(read_metrics(whole.metrics), read_metrics(cut.metrics), cut_at=half)
+    checkpoint = resumed.checkpoints / checkpoint_name(half)
+    train(resumed, last=2 * half, checkpoint=checkpoint)
+    differences = list(compare(whole, resumed, last=2 * half))
+    rows = read_metrics(whole.metrics), read_metrics(resumed.metrics)
+    console.show_verification(*rows, cut_at=half)
     result = {"steps": 2 * half, "cut_after": half, "differences": differences}
-    write_text(run_dir.path / "verify_resume.json", json.dumps(result, indent=2) + "\n")
+    write_json(folder / "verify_resume.json", result)
     if differences:
         raise UserError([Problem(path="task", message=differences[0])])
-    console.say(
-        f"equal to the bit: {2 * half} steps, and every file of weights and optimizer state"
-    )
+    console.say(f"bitwise equal: {2 * half} steps, and every file of weights and optimizer state")
 
 
-def compare(whole: RunDir, cut: RunDir, *, last: int) -> Iterator[str]:
+def compare(whole: RunDir, resumed: RunDir, *, last: int) -> Iterator[str]:
     """Where two runs differ, from the first step on."""
-    ours, theirs = _steps(whole), _steps(cut)
+    ours, theirs = _steps(whole), _steps(resumed)
     for step in range(1, last + 1):
         for key in COMPARED:
-            one, other = ours.get(step, {}).get(key), theirs.get(step, {}).get(key)
+            one, other = getattr(ours.get(step), key, None), getattr(theirs.get(step), key, None)
             if one != other:
-                yield f"step {step}: {key} is {other} after the cut and {one} without it"
+                yield f"step {step}: {key} is {other} when resumed and {one} without interruption"
     name = checkpoint_name(last)
-    files, others = (read_manifest(side.checkpoints / name).files for side in (whole, cut))
+    files, others = (read_manifest(side.checkpoints / name).files for side in (whole, resumed))
     for file in sorted(files):
         if file.startswith("rank") and files[file] != others.get(file):
             yield f"the weights or the optimizer state after step {last} differ ({name}/{file})"
 
 
-def _steps(run_dir: RunDir) -> dict[int, dict[str, Any]]:
-    return {row["step"]: row for row in read_metrics(run_dir.metrics) if "sample_hash" in row}
+def _steps(run_dir: RunDir) -> dict[int, StepRow]:
+    return {row.step: row for row in steps(read_metrics(run_dir.metrics))}

@@ -1,4 +1,4 @@
-"""The training engine: how it is built, and what DeepSpeed does that a run must not notice."""
+"""The training engine: construction, and corrections of DeepSpeed that keep runs reproducible."""
 
 import math
 from pathlib import Path
@@ -8,11 +8,12 @@ import deepspeed
 import torch
 from deepspeed.utils.logging import set_log_level_from_string
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaForCausalLM
 
-from llama_pretrain.config.run import Run
+from llama_pretrain.checkpoint.engine_state import replicated_weights
+from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.distributed import Rank, print_rank_0
-from llama_pretrain.plan.plan import Plan
+from llama_pretrain.plan.plan import TrainingPlan
 from llama_pretrain.train.kernels.install import compile_layers, install_kernels
 from llama_pretrain.train.model import Digest, build_llama_config, build_model, restore_rotary
 from llama_pretrain.train.optimizer import (
@@ -21,25 +22,24 @@ from llama_pretrain.train.optimizer import (
     get_optimizer_grouped_parameters,
     learning_rate_factor,
 )
-from llama_pretrain.train.recompute import recompute_activations
 
 
 def build_engine(
-    run: Run,
-    plan: Plan,
+    run: ResolvedRun,
+    plan: TrainingPlan,
     ds_config: dict[str, Any],
     rank: Rank,
     *,
     tokenizer_dir: Path,
     digest: Digest | None = None,
 ) -> Any:
-    """Model, optimizer and schedule in a DeepSpeed engine, its weights as they were drawn.
+    """Model, optimizer and schedule in a DeepSpeed engine, with unchanged initial weights.
 
     Args:
-        digest: takes in the weights.
+        digest: updated with the initial weights.
     """
     if "log_level" not in ds_config:
-        # DeepSpeed hides what steps_per_print, dump_state and comms_logger ask it to say.
+        # DeepSpeed prints steps_per_print, dump_state and comms_logger at this level only.
         set_log_level_from_string("info")
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     config = build_llama_config(
@@ -56,7 +56,7 @@ def build_engine(
     install_kernels(model, run.kernels)
     rank.phases.end("model")
     if run.train.gradient_checkpointing:
-        recompute_activations(model, ds_config)
+        enable_activation_checkpointing(model, ds_config)
     groups = get_optimizer_grouped_parameters(model, run.optim.weight_decay)
     print_rank_0(audit_groups(groups, planned=plan.parameters), rank)
     optimizer = build_optimizer(model, groups, run.optim)
@@ -69,45 +69,63 @@ def build_engine(
         dist_init_required=False,
     )
     undo_initial_step(engine)
-    if run.precision.buffer_dtype is None:  # else they are asked for in another type
+    if run.precision.buffer_dtype is None:
         restore_rotary(engine.module, config, rank.device)
     compile_layers(engine.module, run.kernels.compile)
     engine.train()
     return engine
 
 
-def undo_initial_step(engine: Any) -> None:
-    """Take back the step on zero gradients that DeepSpeed takes at stage 0 in 16 bits.
+def enable_activation_checkpointing(model: LlamaForCausalLM, ds_config: dict[str, Any]) -> None:
+    """Recompute activations in the backward pass from each layer's inputs.
 
-    To allocate its state early, FP16_UnfusedOptimizer (and the fused one) steps once while it is
-    built: weight decay shrinks the fp32 weights and Adam's count starts at 1. Clear the state and
-    copy the 16-bit weights, which the step left alone, back into the fp32 ones.
+    With a section activation_checkpointing, DeepSpeed's own checkpointing does it, which its engine
+    leaves to the script to configure.
+    """
+    model.gradient_checkpointing_enable(  # type: ignore[no-untyped-call]  # transformers
+        {"use_reentrant": False}
+    )
+    if "activation_checkpointing" not in ds_config:
+        return
+    section = ds_config["activation_checkpointing"]
+    num_checkpoints = section.get("number_checkpoints", model.config.num_hidden_layers)
+    deepspeed.checkpointing.configure(
+        None, deepspeed_config=ds_config, num_checkpoints=num_checkpoints
+    )
+    # transformers has no public way to set another function than torch's.
+    model._set_gradient_checkpointing(
+        gradient_checkpointing_func=deepspeed.checkpointing.checkpoint
+    )
+
+
+def undo_initial_step(engine: Any) -> None:
+    """Undo the step on zero gradients that DeepSpeed takes at stage 0 in 16 bits.
+
+    To allocate its state early, FP16_UnfusedOptimizer (and the fused one) steps once when it is
+    built: weight decay shrinks the fp32 weights, and Adam's count starts at 1. Clear the state and
+    copy the 16-bit weights, which the step did not change, into the fp32 ones.
     """
     if engine.zero_optimization_stage() != 0:
         return
-    wrapper = engine.optimizer
-    if hasattr(wrapper, "fp32_groups"):  # FP16_UnfusedOptimizer: lists of tensors
-        masters = [tensor for group in wrapper.fp32_groups for tensor in group]
-        halves = [tensor for group in wrapper.fp16_groups for tensor in group]
-    elif hasattr(wrapper, "fp16_groups_flat"):  # FP16_Optimizer, for FusedAdam
-        masters, halves = wrapper.fp32_groups_flat, wrapper.fp16_groups_flat
-    else:
+    masters = [weight for weight in replicated_weights(engine) if weight[0] is not weight[1]]
+    if not masters:  # fp32: torch's own optimizer
         return
-    wrapper.optimizer.state.clear()
-    for group in wrapper.optimizer.param_groups:
+    inner = engine.optimizer.optimizer
+    inner.state.clear()
+    for group in inner.param_groups:
         if "step" in group:  # DeepSpeed's FusedAdam counts here
             group["step"] = 0
     with torch.no_grad():
-        for master, half in zip(masters, halves, strict=True):
-            master.copy_(half)
+        for parameter, master, offset in masters:
+            master.view(-1).narrow(0, offset, parameter.numel()).copy_(parameter.view(-1))
 
 
 def apply_update(engine: Any, *, skip: bool) -> float | None:
-    """Take the optimizer step of a whole gradient. Returns its norm; `None` if it was skipped.
+    """Take the optimizer step of an accumulated gradient. Returns its norm; `None` if skipped.
 
-    A step is skipped on request (the caller has made the gradient NaN), or because the gradient
-    isn't finite. DeepSpeed does that, counts it, and leaves the schedule alone; but not in fp32 at
-    stage 0, where it has no check, and not in bf16 with check_grad_overflow=false.
+    A step is skipped on request (the caller has made the gradient NaN), or because the gradient is
+    not finite. DeepSpeed then counts it and does not advance the schedule. It has no such check in
+    fp32 at stage 0, nor in bf16 with check_grad_overflow=false.
     """
     wrapper = engine.optimizer
     if not hasattr(wrapper, "overflow"):  # torch's own optimizer
@@ -121,8 +139,7 @@ def apply_update(engine: Any, *, skip: bool) -> float | None:
         wrapper.check_grad_overflow = False
     if engine.skipped_steps > before:
         return None
-    norm = engine.get_global_grad_norm()
-    return float(norm)
+    return float(engine.get_global_grad_norm())
 
 
 def _update_plain(engine: Any, *, skip: bool) -> float | None:
@@ -130,8 +147,8 @@ def _update_plain(engine: Any, *, skip: bool) -> float | None:
     if math.isfinite(norm) and not skip:
         engine.step()
         return norm
-    if engine.torch_autocast_z0_gradscaler is not None:  # it looks at the gradient by itself
-        engine.optimizer.overflow = True  # what the engine asks before it moves the schedule
+    if engine.torch_autocast_z0_gradscaler is not None:  # checks the gradient itself
+        engine.optimizer.overflow = True  # read before the schedule advances
         engine.step()
         del engine.optimizer.overflow
         return None
@@ -144,8 +161,8 @@ def _update_plain(engine: Any, *, skip: bool) -> float | None:
 
 
 def _plain_grad_norm(engine: Any) -> float:
-    """Norm of the gradients that stage 0 has reduced, where they are the parameters' own."""
+    """Norm of the gradients that stage 0 has reduced, where parameters hold them."""
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    scaler = engine.torch_autocast_z0_gradscaler  # autocast to float16: they are scaled until step
+    scaler = engine.torch_autocast_z0_gradscaler  # autocast to float16: scaled until the step
     scale = 1.0 if scaler is None else scaler.get_scale()
     return float(torch.nn.utils.get_total_norm(gradients)) / scale

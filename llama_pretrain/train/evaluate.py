@@ -1,92 +1,113 @@
-"""Evaluation: each held-out token counted once, whatever the ranks and the micro batch."""
+"""Evaluation: held-out loss, logits for the check of an export, and the check of document masks.
+
+Every rank calls each function: at ZeRO stage 3 all ranks gather the weights together.
+"""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import safetensors.torch
 import torch
 
-from llama_pretrain.checkpoint.tensors import LOGITS, tensor_parts
-from llama_pretrain.data.dataset import IGNORED, EvalSampler, PretrainDataset, build_loader
+from llama_pretrain.checkpoint.tensors import LOGITS
+from llama_pretrain.config.resolved import ResolvedRun
+from llama_pretrain.data.dataset import (
+    IGNORED,
+    EvalSampler,
+    PretrainDataset,
+    build_loader,
+    create_pretrain_dataset,
+    document_positions,
+)
 from llama_pretrain.distributed import Rank, signal_of_any, sum_over_ranks
-from llama_pretrain.plan.plan import SourceTokens
+from llama_pretrain.plan.plan import SourceTokens, TrainingPlan
+from llama_pretrain.runs.metrics import EvaluationRow
 from llama_pretrain.train.kernels.install import without_compilation
 from llama_pretrain.train.loss import token_losses
 
 PROBED_TOKENS = 32
-"""Tokens whose logits go into a checkpoint."""
+"""Tokens whose logits are saved in a checkpoint."""
+FIRST_LENGTH, SECOND_LENGTH = 12, 16
+"""Tokens of the two documents that the document mask is checked with."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossSums:
-    """What all ranks have added up, by source."""
+    """Losses summed over all ranks, by source."""
 
     sources: Sequence[SourceTokens]
     sums: list[float]
     """Losses in nats."""
     tokens: list[float]
-    """Targets that they are of; a target that a document mask leaves out is none."""
+    """Number of targets, without those that a document mask ignores."""
 
-    def describe(self) -> dict[str, float]:
-        """Mean loss in nats a token, perplexity, bits a byte of text, and each source's loss.
+    def to_row(self, *, step: int, tokens: int, checkpoint: str = "") -> EvaluationRow:
+        """Mean loss in nats per token, perplexity, bits per byte of text, and loss by source.
 
-        Bits per byte take the held-out split's bytes a token, so they are exact where all of it is
-        evaluated and close where only its first rows are.
+        Bits per byte use the held-out split's bytes per token: exact when the whole split is
+        evaluated, approximate when only its first sequences are.
+
+        Args:
+            checkpoint: with task=evaluate, the checkpoint's name.
         """
         num_bytes = sum(
             total * source.heldout_bytes_per_token
             for total, source in zip(self.tokens, self.sources, strict=True)
         )
         loss = sum(self.sums) / sum(self.tokens)
-        result = {
-            "eval_loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "bits_per_byte": sum(self.sums) / math.log(2) / num_bytes,
+        by_source = {
+            source.name: part / total
+            for source, part, total in zip(self.sources, self.sums, self.tokens, strict=True)
+            if total and len(self.sources) > 1
         }
-        if len(self.sources) > 1:
-            for source, part, total in zip(self.sources, self.sums, self.tokens, strict=True):
-                if total:
-                    result[f"eval_loss/{source.name}"] = part / total
-        return result
+        return EvaluationRow(
+            step=step,
+            tokens=tokens,
+            eval_loss=loss,
+            perplexity=math.exp(min(loss, 700.0)),
+            bits_per_byte=sum(self.sums) / math.log(2) / num_bytes,
+            by_source=by_source,
+            checkpoint=checkpoint,
+            eval_tokens=int(sum(self.tokens)) if checkpoint else 0,
+            finished=bool(checkpoint),
+        )
 
 
-def evaluate(
-    engine: Any,
-    rows: PretrainDataset,
-    rank: Rank,
-    *,
-    micro_batch_size: int,
-    sources: Sequence[SourceTokens],
-) -> dict[str, float] | None:
-    """The loss of held-out rows, as `LossSums.describe` has it.
-
-    `None` where a rank was asked to stop.
-    """
-    found = sum_losses(engine, rows, rank, micro_batch_size=micro_batch_size, sources=sources)
-    return None if found is None else found.describe()
+def open_split(run: ResolvedRun, plan: TrainingPlan, split: str) -> PretrainDataset:
+    """The `train` or the `heldout` dataset of a run."""
+    limits: Sequence[int | None] = plan.steps.eval_rows_of
+    if split == "train":
+        limits = [run.data.limit_train_rows] * len(plan.corpus.sources)
+    return create_pretrain_dataset(
+        plan.corpus,
+        split,
+        sequence_length=run.data.sequence_length,
+        limits=limits,
+        document_mask=run.data.document_mask,
+    )
 
 
 @torch.no_grad()
 def sum_losses(
-    engine: Any,
-    rows: PretrainDataset,
-    rank: Rank,
-    *,
-    micro_batch_size: int,
-    sources: Sequence[SourceTokens],
+    engine: Any, dataset: PretrainDataset, plan: TrainingPlan, rank: Rank
 ) -> LossSums | None:
-    """Run all rows through the engine, each once. `None` where a rank was asked to stop."""
+    """Evaluate each sequence once. `None` if a signal has interrupted it.
+
+    Each token counts once, whatever the number of ranks and the micro batch size.
+    """
+    size, sources = plan.batch.micro_batch_size, plan.corpus.sources
     sampler = EvalSampler(
-        num_rows=len(rows),
-        micro_batch_size=micro_batch_size,
+        num_rows=len(dataset),
+        micro_batch_size=size,
         rank=rank.index,
         world_size=rank.world_size,
     )
-    loader = build_loader(rows, sampler, micro_batch_size=micro_batch_size, num_workers=0)
+    loader = build_loader(dataset, sampler, micro_batch_size=size, num_workers=0)
     engine.eval()
     loss_sums, counts = [0.0] * len(sources), [0] * len(sources)
-    bounds = torch.tensor(rows.ends)
+    bounds = torch.tensor(dataset.ends)
     for cpu_batch in loader:
         if signal_of_any(rank):
             engine.train()
@@ -106,14 +127,49 @@ def sum_losses(
 
 
 @torch.no_grad()
-def probe_logits(engine: Any, rows: PretrainDataset, rank: Rank) -> dict[str, bytes]:
-    """What the engine says to the first held-out tokens: a file, to prove an export by.
+def probe_logits(engine: Any, dataset: PretrainDataset, rank: Rank) -> dict[str, bytes]:
+    """The engine's logits for the first held-out tokens, as a file that exports are checked with.
 
-    `input_ids` (1, T) int64 and `logits` (1, T, V) float32. All ranks call it, and compute it.
+    `input_ids` (1, T) int64 and `logits` (1, T, V) float32.
     """
-    tokens = torch.as_tensor(rows[0]["input_ids"])[None, :PROBED_TOKENS]
+    tokens = torch.as_tensor(dataset[0]["input_ids"])[None, :PROBED_TOKENS].contiguous()
     engine.eval()
     with without_compilation():
         logits = engine(input_ids=tokens.to(rank.device), use_cache=False).logits.float()
     engine.train()
-    return {LOGITS: b"".join(tensor_parts({"input_ids": tokens, "logits": logits.cpu()}))}
+    tensors = {"input_ids": tokens, "logits": logits.cpu().contiguous()}
+    return {LOGITS: safetensors.torch.save(tensors)}
+
+
+@torch.no_grad()
+def verify_document_mask(engine: Any, *, eos_id: int, rank: Rank) -> str:
+    """Check that changing one document does not change the next one's logits. Returns a summary.
+
+    Raises:
+        RuntimeError: if it does, or if nothing changes without the mask either.
+    """
+    vocab_size = engine.module.config.vocab_size
+    generator = torch.Generator().manual_seed(0)
+    firsts = torch.randint(0, vocab_size, (2, FIRST_LENGTH), generator=generator)
+    second = torch.randint(0, vocab_size, (1, SECOND_LENGTH), generator=generator).expand(2, -1)
+    tokens = torch.cat([firsts, second], dim=1)
+    tokens = torch.where(tokens == eos_id, (tokens + 1) % vocab_size, tokens)
+    tokens[:, FIRST_LENGTH - 1] = eos_id
+    positions = torch.from_numpy(document_positions(tokens[0].numpy(), eos_id=eos_id))
+    engine.eval()
+
+    def difference(**mask: torch.Tensor) -> float:
+        inputs = {"input_ids": tokens, **mask}
+        on_device = {name: value.to(rank.device) for name, value in inputs.items()}
+        with without_compilation():
+            logits = engine(**on_device, use_cache=False).logits[:, FIRST_LENGTH:].float()
+        return float((logits[0] - logits[1]).abs().max())
+
+    masked, unmasked = difference(position_ids=positions.expand(2, -1)), difference()
+    engine.train()
+    if not masked <= 1e-3 * unmasked:
+        raise RuntimeError(
+            "data.document_mask: documents of a sequence attend to each other (got a change of"
+            f" {masked:.3g} in the second's logits with the first; {unmasked:.3g} without the mask)"
+        )
+    return f"document mask: logits change by {masked:.3g}, without it by {unmasked:.3g}"

@@ -1,4 +1,4 @@
-"""The training loop of one rank, from a step to the last."""
+"""The training loop of one rank."""
 
 import signal
 import time
@@ -9,178 +9,146 @@ from typing import Any
 
 import torch
 
-from llama_pretrain.checkpoint.load import load_checkpoint
+from llama_pretrain.checkpoint.engine_state import load_checkpoint
 from llama_pretrain.checkpoint.manifest import METRICS, newest_of, read_manifest
 from llama_pretrain.checkpoint.save import Saver
-from llama_pretrain.config.run import Run
 from llama_pretrain.config.train import Spike
-from llama_pretrain.data.dataset import (
-    PretrainDataset,
-    TrainSampler,
-    build_loader,
-    create_pretrain_dataset,
-)
+from llama_pretrain.data.dataset import TrainSampler, build_loader
 from llama_pretrain.data.order import SampleOrder, stretches
-from llama_pretrain.distributed import Rank, largest_over_ranks, signal_of_any
-from llama_pretrain.plan.plan import Plan
-from llama_pretrain.runs.layout import RunDir
-from llama_pretrain.train.evaluate import evaluate, probe_logits
-from llama_pretrain.train.metrics import (
-    MetricsWriter,
-    compile_seconds,
-    peak_memory_bytes,
-)
+from llama_pretrain.distributed import largest_over_ranks, signal_of_any
+from llama_pretrain.runs.metrics import EventRow, RollbackRow, SampleRow, StepRow, SummaryRow
+from llama_pretrain.train.device import compile_seconds, peak_memory_bytes
+from llama_pretrain.train.evaluate import probe_logits, sum_losses
+from llama_pretrain.train.generation import generate_with_engine
+from llama_pretrain.train.metrics import MetricsWriter
 from llama_pretrain.train.progress import MAX_ROLLBACKS, Progress
-from llama_pretrain.train.sample import continue_with_engine, open_prompt
 from llama_pretrain.train.step import NonFiniteError, StepResult, Training, train_step
 
 UNTRAINED_TOKENS = 8
-"""Tokens of the sample before the first step, at most: it shows that there will be others."""
-
-
-def prepare_training(
-    run: Run, plan: Plan, run_dir: RunDir, rank: Rank, engine: Any, *, imports_bytes: int
-) -> Training:
-    """Open the data and the prompt."""
-    assert plan.corpus is not None
-    assert plan.steps.eval_rows_of is not None
-    corpus = plan.corpus
-    limit = run.data.limit_train_rows
-
-    def open_split(split: str, limits: Sequence[int | None]) -> PretrainDataset:
-        return create_pretrain_dataset(
-            corpus,
-            split,
-            sequence_length=run.data.sequence_length,
-            limits=limits,
-            document_mask=run.data.document_mask,
-        )
-
-    return Training(
-        run=run,
-        plan=plan,
-        run_dir=run_dir,
-        rank=rank,
-        engine=engine,
-        train_set=open_split("train", [limit] * len(corpus.sources)),
-        heldout_set=open_split("heldout", plan.steps.eval_rows_of),
-        imports_bytes=imports_bytes,
-        prompt=open_prompt(run, plan, run_dir),
-    )
+"""Maximum length of the generation before the first step, in tokens."""
 
 
 def train(training: Training, writer: MetricsWriter, progress: Progress) -> bool:
-    """Train from where `progress` is to the plan's last step. Returns whether it got there.
+    """Train from `progress` to the plan's last step. Returns whether it was reached.
 
-    It ends before that when a signal asks it to: after the step, with a checkpoint.
+    A signal ends training after the current step, with a checkpoint.
     """
     run, plan, rank, engine = training.run, training.plan, training.rank, training.engine
     saver = Saver(engine, run, plan, rank, training.run_dir.checkpoints)
     batches = _train_batches(training, progress)
     rates: list[float] = []
     saved_at = time.monotonic()
-    stopping = signal_of_any(rank)
+
+    # Before the first step, and after a resume if the evaluation was interrupted.
+    stopping = signal_of_any(rank) > 0
     if progress.evaluated < progress.step and not stopping and _evaluates(training, progress.step):
-        stopping = _evaluate(training, writer, progress)
+        stopping = not _evaluate(training, writer, progress)
         rank.phases.end("evaluation", compiling=compile_seconds())
     compiled = compile_seconds()
+
     with _profiler(training) as profiler:
         while progress.step < plan.steps.last and not stopping:
             started = time.perf_counter()
             learning_rate = engine.get_lr()[0]
             try:
-                done = train_step(training, batches, progress, saver, saved_at=saved_at)
+                result = train_step(training, batches, progress, saver, saved_at=saved_at)
             except NonFiniteError:  # on all ranks, at the same step
                 writer.write_all(saver.finish())
                 raise
             seconds = time.perf_counter() - started
             if not rates:
                 rank.phases.end("first_step", compiling=compile_seconds() - compiled)
+
+            # Metrics, or a rollback, which takes the step back.
             tokens_per_s = plan.steps.tokens_per_step / seconds
-            row = {
-                "step": progress.step,
-                "tokens": progress.step * plan.steps.tokens_per_step,
-                "loss": done.loss,
-                "learning_rate": learning_rate,
-                "grad_norm": done.grad_norm,
-                "tokens_per_s": tokens_per_s,
-                "mfu": _mfu(training, tokens_per_s),
-                "memory_bytes": peak_memory_bytes(rank.device),
-                "skipped_steps": engine.skipped_steps,
-                "sample_hash": done.sample_hash,
-                **done.skipped,
-            }
-            if done.spiked and (line := _roll_back(training, saver, progress, done, writer)):
-                batches = _train_batches(training, progress)
-                writer.write(line)
-                continue
-            writer.write({key: value for key, value in row.items() if key != "loss" or done.finite})
+            row = StepRow(
+                **training.position(progress),
+                loss=result.loss if result.finite else None,
+                learning_rate=learning_rate,
+                grad_norm=result.grad_norm,
+                tokens_per_s=tokens_per_s,
+                mfu=training.mfu(tokens_per_s),
+                memory_bytes=peak_memory_bytes(rank.device),
+                skipped_steps=engine.skipped_steps,
+                sample_hash=result.sample_hash,
+                skipped=result.skipped,
+                spike_z=result.spike_z,
+            )
+            if result.skipped == "spike":
+                rollback = _roll_back(training, saver, progress, result, writer)
+                if rollback is not None:
+                    batches = _train_batches(training, progress)
+                    writer.write(rollback)
+                    continue
+            writer.write(row)
             if not rates:
-                start = rank.phases.describe()
-                writer.write({**_place(training, progress), "start_seconds": start})
+                seconds_of = rank.phases.describe()
+                writer.write(EventRow(**training.position(progress), start_seconds=seconds_of))
             rates.append(tokens_per_s)
             if profiler is not None:
                 profiler.step()
-            stopping = done.flags.stop > 0
-            if done.flags.written:
+
+            # Evaluation and checkpoint.
+            stopping = result.flags.stop > 0
+            if result.flags.written:
                 writer.write_all(saver.finish())
             if _evaluates(training, progress.step) and not stopping:
-                stopping = _evaluate(training, writer, progress)
-            if stopping or _saves(training, progress.step, minutes=done.flags.minutes):
-                _save(saver, training, progress, writer, sample_hash=done.sample_hash)
+                stopping = not _evaluate(training, writer, progress)
+            if stopping or _saves(training, progress.step, minutes=result.flags.minutes):
+                _save(saver, training, progress, writer, sample_hash=result.sample_hash)
                 saved_at = time.monotonic()
+
     writer.write_all(saver.finish())
     finished = progress.step >= plan.steps.last and progress.evaluated == progress.step
-    if not finished:  # a signal may also cut the last evaluation
-        number = signal_of_any(rank)
-        writer.write({**_place(training, progress), "preempted": signal.Signals(number).name})
+    if not finished:  # a signal may interrupt the last evaluation too
+        name = signal.Signals(signal_of_any(rank)).name
+        writer.write(EventRow(**training.position(progress), preempted=name))
         return False
-    rate = sorted(rates)[len(rates) // 2] if rates else 0.0
-    peak_bytes = peak_memory_bytes(rank.device)
-    summary = {
-        **_place(training, progress),
-        "finished": True,
-        "train_loss": sum(progress.recent) / len(progress.recent) if progress.recent else None,
-        "train_loss_steps": len(progress.recent),
-        "skipped_steps": engine.skipped_steps,
-        "median_tokens_per_s": rate,
-        "median_mfu": _mfu(training, rate),
-        "peak_memory_bytes": largest_over_ranks(peak_bytes, rank),
-        "peak_above_imports_bytes": largest_over_ranks(peak_bytes - training.imports_bytes, rank),
-        "planned_memory_bytes": plan.memory.total,
-    }
-    writer.write(summary)
+    writer.write(_summarize(training, progress, rates))
     return True
 
 
-def _place(training: Training, progress: Progress) -> dict[str, int]:
-    tokens = progress.step * training.plan.steps.tokens_per_step
-    return {"step": progress.step, "tokens": tokens}
+def _summarize(training: Training, progress: Progress, rates: Sequence[float]) -> SummaryRow:
+    """The last row of a complete run; `rates` are tokens per second of its steps."""
+    rank, rate = training.rank, sorted(rates)[len(rates) // 2] if rates else 0.0
+    peak_bytes = peak_memory_bytes(rank.device)
+    return SummaryRow(
+        **training.position(progress),
+        finished=True,
+        train_loss=sum(progress.recent) / len(progress.recent) if progress.recent else None,
+        train_loss_steps=len(progress.recent),
+        skipped_steps=training.engine.skipped_steps,
+        median_tokens_per_s=rate,
+        median_mfu=training.mfu(rate),
+        peak_memory_bytes=largest_over_ranks(peak_bytes, rank),
+        peak_above_imports_bytes=largest_over_ranks(peak_bytes - training.imports_bytes, rank),
+        planned_memory_bytes=training.plan.memory.total,
+    )
 
 
 def _evaluates(training: Training, step: int) -> bool:
-    """Whether a step is followed by an evaluation; before the first step there is one too."""
+    """Whether an evaluation follows a step; one also precedes the first step."""
     every = training.run.train.eval_every_steps
     due = every is not None and step % every == 0
     return due or step in (0, training.plan.steps.last)
 
 
 def _saves(training: Training, step: int, *, minutes: float) -> bool:
-    """Whether a step is followed by a checkpoint."""
+    """Whether a checkpoint follows a step."""
     settings = training.run.checkpoint
     if step == training.plan.steps.last:
-        return settings.at_end or settings.export  # an export is made of a checkpoint
+        return settings.at_end or settings.export  # an export requires a checkpoint
     by_steps = settings.every_steps is not None and step % settings.every_steps == 0
     return by_steps or (settings.every_minutes is not None and minutes >= settings.every_minutes)
 
 
 def _roll_back(
-    training: Training, saver: Saver, progress: Progress, done: StepResult, writer: MetricsWriter
-) -> dict[str, Any] | None:
-    """Go back to the newest checkpoint and leave out the batches of a spike.
+    training: Training, saver: Saver, progress: Progress, spike: StepResult, writer: MetricsWriter
+) -> RollbackRow | None:
+    """Return to the newest checkpoint and exclude the batches of a spike.
 
-    Returns a line for the metrics; `None` where the step was only skipped: by the policy, for want
-    of a checkpoint, or because the same one has not helped before.
+    `None` if the step is only skipped: because of `train.spike`, because there is no checkpoint, or
+    because too many rollbacks to the same checkpoint have not helped.
     """
     run, rank = training.run, training.rank
     if run.train.spike is not Spike.rollback:
@@ -191,74 +159,60 @@ def _roll_back(
         return None
     step = progress.step
     restored = Progress(**load_checkpoint(training.engine, folder, rank))
-    out = progress.go_back(restored, spiked=done.batch, batches=run.train.spike_batches)
-    return {
-        **_place(training, progress),
-        "rolled_back_from": step,
-        "spike_loss": done.loss,
-        "spike_z": done.skipped["spike_z"],
-        "left_out_batches": out,
-    }
+    excluded = progress.roll_back(
+        restored, spike_batch=spike.batch, num_batches=run.train.spike_batches
+    )
+    return RollbackRow(
+        **training.position(progress),
+        rolled_back_from=step,
+        spike_loss=spike.loss,
+        spike_z=spike.spike_z or 0.0,
+        left_out_batches=excluded,
+    )
 
 
 def _train_batches(training: Training, progress: Progress) -> Iterator[dict[str, torch.Tensor]]:
     run, plan, rank = training.run, training.plan, training.rank
-    order = SampleOrder(plan.sampling, num_rows=training.train_set.num_rows, seed=run.seed)
-    todo = plan.steps.last - progress.step
+    num_steps = plan.steps.last - progress.step
     sampler = TrainSampler(
-        order=order,
-        batches=stretches(progress.next_batch, todo, left_out=progress.left_out),
+        order=SampleOrder(plan.sampling, num_rows=training.train_set.num_rows, seed=run.seed),
+        batches=stretches(progress.next_batch, num_steps, left_out=progress.left_out),
         global_batch_size=plan.batch.global_batch_size,
         rank=rank.index,
         world_size=rank.world_size,
     )
-    loader = build_loader(
-        training.train_set,
-        sampler,
-        micro_batch_size=plan.batch.micro_batch_size,
-        num_workers=run.data.num_workers,
+    size, workers = plan.batch.micro_batch_size, run.data.num_workers
+    return iter(
+        build_loader(training.train_set, sampler, micro_batch_size=size, num_workers=workers)
     )
-    return iter(loader)
 
 
 def _evaluate(training: Training, writer: MetricsWriter, progress: Progress) -> bool:
-    """Evaluate a step, and let the model write. Returns whether a signal has cut it short.
+    """Evaluate and generate text. Returns false if a signal has interrupted it.
 
-    Neither is kept without the other: a resumed run does both again.
+    Both results are written or neither: a resumed run repeats both.
     """
-    plan, rank, prompt = training.plan, training.rank, training.prompt
-    assert plan.corpus is not None
+    rank, prompt = training.rank, training.prompt
     if prompt is not None and progress.step == 0:
         prompt = replace(prompt, num_tokens=min(prompt.num_tokens, UNTRAINED_TOKENS))
-    result = evaluate(
-        training.engine,
-        training.heldout_set,
-        rank,
-        micro_batch_size=plan.batch.micro_batch_size,
-        sources=plan.corpus.sources,
-    )
+    losses = sum_losses(training.engine, training.heldout_set, training.plan, rank)
     text = None
-    if result is not None and prompt is not None:
-        text = continue_with_engine(training.engine, prompt, rank)
-    if result is None or (prompt is not None and text is None):
-        return True
+    if losses is not None and prompt is not None:
+        text = generate_with_engine(training.engine, prompt, rank)
+    if losses is None or (prompt is not None and text is None):
+        return False
     progress.evaluated = progress.step
-    place = _place(training, progress)
-    writer.write({**place, **result})
+    position = training.position(progress)
+    writer.write(losses.to_row(**position))
     if prompt is not None and text is not None:
-        writer.write_sample({**place, "prompt": prompt.text, "text": text})
-    return False
+        writer.write_sample(SampleRow(**position, prompt=prompt.text, text=text))
+    return True
 
 
 def _save(
-    saver: Saver,
-    training: Training,
-    progress: Progress,
-    writer: MetricsWriter,
-    *,
-    sample_hash: str,
+    saver: Saver, training: Training, progress: Progress, writer: MetricsWriter, *, sample_hash: str
 ) -> None:
-    writer.write_all(saver.finish())  # of the checkpoint before this one
+    writer.write_all(saver.finish())  # the previous checkpoint
     metrics = training.run_dir.metrics
     files = {
         METRICS: metrics.read_bytes() if training.rank.is_first else b"",
@@ -275,15 +229,8 @@ def _save(
     writer.write_all(rows)
 
 
-def _mfu(training: Training, tokens_per_s: float) -> float | None:
-    if training.peak_flops is None:
-        return None
-    used = training.plan.flops_per_token * tokens_per_s
-    return used / (training.peak_flops * training.rank.world_size)
-
-
 def _profiler(training: Training) -> AbstractContextManager[Any]:
-    """torch's profiler on rank 0 for `train.profile_steps` steps after two."""
+    """torch's profiler on rank 0, for `train.profile_steps` steps after the first two."""
     steps = training.run.train.profile_steps
     if steps == 0 or not training.rank.is_first:
         return nullcontext()

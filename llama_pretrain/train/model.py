@@ -1,21 +1,20 @@
-"""The model of a rank: built empty, then filled parameter by parameter.
+"""The model of a rank: built empty, then initialized parameter by parameter.
 
-Each parameter is drawn from a generator of its own, seeded by the run's seed and the parameter's
-name, or read from a checkpoint. So the weights depend on neither stage, nor ranks, nor the order
-of construction, and no rank ever holds a second copy of the model.
+Each parameter is drawn from its own generator, seeded by the run's seed and the parameter's name,
+or read from a checkpoint. So the weights do not depend on ZeRO stage, number of ranks, or order of
+construction, and no rank ever holds a second copy of the model.
 """
 
 import hashlib
-import json
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import deepspeed
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.initialization import no_init_weights
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -23,10 +22,28 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from llama_pretrain.checkpoint.tensors import STATE, StoredState
 from llama_pretrain.config.model import Model
 from llama_pretrain.config.snapshot import to_plain
+from llama_pretrain.files import read_json
+
+COPIED_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "attention_dropout",
+    "initializer_range",
+)
+"""Fields of the config group `model` that transformers has under the same name."""
 
 
 class Digest(Protocol):
-    """What hashlib makes."""
+    """A hash object of hashlib."""
 
     def update(self, data: Any, /) -> None: ...
 
@@ -34,29 +51,12 @@ class Digest(Protocol):
 def build_llama_config(
     model: Model, *, vocab_size: int, special_ids: dict[str, int | None]
 ) -> LlamaConfig:
-    """Transformers' config of a model whose embeddings have `vocab_size` rows."""
-    rope = {
-        key: value for key, value in to_plain(model.rope_parameters).items() if value is not None
-    }
-    settings: dict[str, Any] = {"attn_implementation": "sdpa", **special_ids}
-    return LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        num_hidden_layers=model.num_hidden_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_key_value_heads,
-        head_dim=model.head_dim,
-        max_position_embeddings=model.max_position_embeddings,
-        rms_norm_eps=model.rms_norm_eps,
-        rope_parameters=rope,
-        tie_word_embeddings=model.tie_word_embeddings,
-        attention_bias=model.attention_bias,
-        mlp_bias=model.mlp_bias,
-        attention_dropout=model.attention_dropout,
-        initializer_range=model.initializer_range,
-        **settings,
-    )
+    """Transformers' config of a model with `vocab_size` embeddings."""
+    rope = to_plain(model.rope_parameters)
+    settings: dict[str, Any] = {name: getattr(model, name) for name in COPIED_FIELDS}
+    settings["rope_parameters"] = {key: value for key, value in rope.items() if value is not None}
+    settings |= {"attn_implementation": "sdpa", **special_ids}
+    return LlamaConfig(vocab_size=vocab_size, **settings)
 
 
 def build_model(
@@ -67,116 +67,90 @@ def build_model(
     ds_config: dict[str, Any],
     digest: Digest | None = None,
 ) -> LlamaForCausalLM:
-    """A model whose parameters are fp32 and whole, or sharded as `ds_config` has it at stage 3.
+    """A model whose parameters are fp32 and whole, or sharded by `ds_config` at stage 3.
+
+    All ranks call it.
 
     Args:
         weights: a Hugging Face model or one of our checkpoints to read parameters from; `None`
             draws all of them.
-        digest: takes in every parameter's first value.
+        digest: updated with every parameter's initial value.
     """
     sharded = ds_config["zero_optimization"]["stage"] == 3
     init = deepspeed.zero.Init(config_dict_or_path=ds_config) if sharded else nullcontext()
     with no_init_weights(), init:
         model = LlamaForCausalLM(config)
     model.tie_weights()
-    fill_parameters(model, seed=seed, weights=weights, sharded=sharded, digest=digest)
-    return model
-
-
-def fill_parameters(
-    model: LlamaForCausalLM,
-    *,
-    seed: int,
-    weights: Path | None,
-    sharded: bool,
-    digest: Digest | None = None,
-) -> None:
-    """Give every parameter its first value; all ranks call it.
-
-    Args:
-        digest: takes in the values in fp32, before a parameter rounds them: at stage 3 it may have
-            16 bits already. Of a sharded model rank 0 alone has them.
-    """
-    modules = dict(model.named_modules())
-    with nullcontext() if weights is None else Weights(weights) as source:
+    with nullcontext() if weights is None else open_weights(weights) as read:
         for name, parameter in model.named_parameters():
             gather = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
             with gather if sharded else nullcontext(), torch.no_grad():
-                if parameter.numel() == 0:  # gathered on rank 0 alone
+                if parameter.numel() == 0:  # rank 0 has gathered it
                     continue
-                value = None if source is None else source.read(name)
-                if value is None or value.shape != parameter.shape:
-                    owner = modules[name.rpartition(".")[0]]
-                    std = model.config.initializer_range
-                    drawn = _draw(owner, name, parameter, seed=seed, std=std)
-                    if value is not None:  # the first rows: embeddings have grown
-                        drawn[: value.shape[0]] = value
-                    value = drawn
+                value = _initial_value(model, name, parameter, seed=seed, read=read)
+                # In fp32: at stage 3 the parameter may have 16 bits already.
                 if digest is not None:
                     hash_tensor(digest, name, value)
                 parameter.copy_(value)
+    return model
 
 
-def _draw(
-    owner: nn.Module, name: str, parameter: nn.Parameter, *, seed: int, std: float
-) -> torch.Tensor:
-    """One parameter's initial value in fp32 on the CPU, as LlamaForCausalLM initialises it."""
+def _initial_value(
+    model: LlamaForCausalLM,
+    name: str,
+    parameter: nn.Parameter,
+    *,
+    seed: int,
+    read: Callable[[str], Tensor] | None,
+) -> Tensor:
+    """One parameter's initial value on the CPU; drawn ones in fp32, as LlamaForCausalLM does."""
+    value = None if read is None else read(name)
+    if value is not None and value.shape == parameter.shape:
+        return value
     if name.endswith("bias"):
-        return torch.zeros(parameter.shape)
-    if not isinstance(owner, (nn.Linear, nn.Embedding)):  # a norm
-        return torch.ones(parameter.shape)
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
+        drawn = torch.zeros(parameter.shape)
+    elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear | nn.Embedding):
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        std = model.config.initializer_range
+        drawn = torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
+    else:  # a norm
+        drawn = torch.ones(parameter.shape)
+    if value is not None:  # embeddings were resized: keep those that exist
+        drawn[: value.shape[0]] = value
+    return drawn
 
 
-class Weights:
-    """Tensors of a Hugging Face model or of one of our checkpoints, read one at a time.
+@contextmanager
+def open_weights(folder: Path) -> Iterator[Callable[[str], Tensor]]:
+    """A function that reads one parameter of a Hugging Face model or of one of our checkpoints.
 
-    Use it in a `with` block: it keeps files of a checkpoint open.
+    It returns the parameter on the CPU in its stored type, and raises KeyError if it is missing.
     """
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._stored: StoredState | None = None
-        self._files: dict[str, str] = {}
-        index = folder / "model.safetensors.index.json"
+    with ExitStack() as stack:
         if (folder / STATE).is_file():
-            self._stored = StoredState(folder)
-        elif index.is_file():
-            self._files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            stored = stack.enter_context(StoredState(folder))
+            readers = dict.fromkeys(stored.shapes, stored.weight)
         else:
-            with safe_open(folder / "model.safetensors", framework="pt") as file:
-                self._files = dict.fromkeys(file.keys(), "model.safetensors")
+            index, readers = folder / "model.safetensors.index.json", {}
+            weight_map = (read_json(index) or {}).get("weight_map", {"": "model.safetensors"})
+            for name in set(weight_map.values()):
+                file = stack.enter_context(safe_open(folder / name, framework="pt"))
+                readers |= dict.fromkeys(file.keys(), file.get_tensor)
 
-    def __enter__(self) -> "Weights":
-        return self
+        def read(name: str) -> Tensor:
+            if name not in readers:
+                raise KeyError(f"model.path: has no weights for {name} (got {folder})")
+            return readers[name](name)
 
-    def __exit__(self, *error: object) -> None:
-        if self._stored is not None:
-            self._stored.__exit__(*error)
-
-    def read(self, name: str) -> torch.Tensor:
-        """A parameter on the CPU, in the type that it is stored in.
-
-        Raises:
-            KeyError: if the folder lacks it.
-        """
-        names = self._files if self._stored is None else self._stored.shapes
-        if name not in names:
-            raise KeyError(f"{self._folder} has no weights for {name}")
-        if self._stored is not None:
-            return self._stored.weight(name)
-        with safe_open(self._folder / self._files[name], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-        return tensor
+        yield read
 
 
 def restore_rotary(model: nn.Module, config: LlamaConfig, device: torch.device) -> None:
-    """Put the rotary frequencies back into fp32.
+    """Restore the fp32 rotary frequencies.
 
-    zero.Init computes them in 16 bits; rounded frequencies turn far positions by the wrong angle,
-    and the export would differ from what was trained.
+    zero.Init computes them in 16 bits. Rounded frequencies rotate distant positions by wrong
+    angles, and the export would differ from the trained model.
     """
     exact = LlamaRotaryEmbedding(config)
     for module in model.modules():
@@ -186,15 +160,7 @@ def restore_rotary(model: nn.Module, config: LlamaConfig, device: torch.device) 
             module.register_buffer("original_inv_freq", original, persistent=False)
 
 
-def hash_parameters(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """SHA-256 of named tensors, to show that weights are what they should be."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        hash_tensor(digest, name, tensor)
-    return digest.hexdigest()
-
-
-def hash_tensor(digest: Digest, name: str, tensor: torch.Tensor) -> None:
-    """Let a digest take in a tensor's name and its values in fp32."""
+def hash_tensor(digest: Digest, name: str, tensor: Tensor) -> None:
+    """Update a digest with a tensor's name and its values in fp32."""
     digest.update(name.encode())
     digest.update(tensor.detach().float().cpu().contiguous().numpy())

@@ -1,42 +1,42 @@
-"""What a run has done so far: the part of its state that is neither weights nor generators."""
+"""Progress of a run: the part of its state that is neither weights nor random generators."""
 
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 MAX_ROLLBACKS = 3
-"""To one checkpoint; a run that spikes after that is not mended by leaving out data."""
+"""To one checkpoint; after that, excluding data does not stop the spikes."""
 RECENT = 20
-"""Losses that the run's final training loss is the mean of."""
+"""Number of losses that the run's final training loss is the mean of."""
 
 
 @dataclass
 class Progress:
-    """A checkpoint keeps it whole. The same on all ranks."""
+    """Saved in every checkpoint, and equal on all ranks."""
 
     step: int = 0
-    """Steps done: updates that were applied, and those that were skipped."""
+    """Completed steps, including skipped ones."""
     next_batch: int = 0
-    """Number of the global batch that comes next in the order of the data."""
+    """Index of the next global batch in the order of the data."""
     left_out: list[int] = field(default_factory=list)
-    """Global batches that a rollback has taken out."""
+    """Global batches that rollbacks have excluded."""
     evaluated: int = -1
     """The last step that was evaluated."""
     nonfinite_in_a_row: int = 0
-    """Steps that were skipped, one after another up to now, for a loss or gradient not finite."""
+    """Consecutive steps, up to now, that were skipped for a loss or gradient that is not finite."""
     rollbacks: list[int] = field(default_factory=list)
-    """Steps that the run has gone back to."""
+    """Steps that the run has returned to."""
     window: list[float] = field(default_factory=list)
-    """Losses of the last applied steps: what a spike is measured against."""
+    """Losses of the last applied steps, which a spike is measured against."""
     recent: list[float] = field(default_factory=list)
     """Losses of the last steps."""
 
     def to_json(self) -> dict[str, Any]:
-        """For state.json."""
+        """Values for state.json."""
         return asdict(self)
 
     def take_batch(self) -> int:
-        """The next global batch's number; the one after it comes next."""
+        """Advance to the next global batch that is not excluded. Returns its index."""
         taken = self.next_batch
         while taken in self.left_out:
             taken += 1
@@ -44,26 +44,26 @@ class Progress:
         return taken
 
     def add_loss(self, loss: float, *, applied: bool, window: int) -> None:
-        """Remember a step's loss."""
+        """Record the loss of a step."""
         self.recent = [*self.recent, loss][-RECENT:]
         if applied:
             self.window = [*self.window, loss][-window:]
 
-    def go_back(self, to: "Progress", *, spiked: int, batches: int) -> list[int]:
-        """Become what a checkpoint has kept, without the batches that end with a spike's.
+    def roll_back(self, to: "Progress", *, spike_batch: int, num_batches: int) -> list[int]:
+        """Return to the state of a checkpoint and exclude the batches up to a spike's.
 
-        Returns the numbers of those that were still in.
+        Returns the newly excluded ones.
         """
-        first = max(to.next_batch, spiked - batches + 1)
-        out = [number for number in range(first, spiked + 1) if number not in self.left_out]
-        left_out, rollbacks = sorted({*self.left_out, *out}), [*self.rollbacks, to.step]
+        first = max(to.next_batch, spike_batch - num_batches + 1)
+        new = [batch for batch in range(first, spike_batch + 1) if batch not in self.left_out]
+        left_out, rollbacks = sorted({*self.left_out, *new}), [*self.rollbacks, to.step]
         vars(self).update(asdict(to))
         self.left_out, self.rollbacks = left_out, rollbacks
-        return out
+        return new
 
 
 def spike_score(loss: float, window: list[float], *, size: int) -> float:
-    """How many standard deviations a loss lies above the mean of a full window; else 0."""
+    """Standard deviations by which a loss exceeds the mean of a full window; 0 until it is full."""
     if len(window) < size:
         return 0.0
     mean = sum(window) / len(window)

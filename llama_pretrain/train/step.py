@@ -1,4 +1,4 @@
-"""One optimizer step: the micro batches, what all ranks agree on, and the update or its skip."""
+"""One optimizer step: micro batches, one collective for loss and flags, and the update or skip."""
 
 import bisect
 import math
@@ -6,138 +6,158 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from llama_pretrain.checkpoint.save import Saver
+from llama_pretrain.checkpoint.tensors import TRAINED_DTYPES
 from llama_pretrain.config.kernels import Matmul
 from llama_pretrain.config.optim import OptimName
 from llama_pretrain.config.precision import AutocastDtype, PrecisionName
-from llama_pretrain.config.run import Run
+from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.train import Spike
 from llama_pretrain.data.dataset import IGNORED, PretrainDataset
 from llama_pretrain.data.order import SampleOrder, hash_samples
 from llama_pretrain.distributed import Rank
-from llama_pretrain.plan.plan import Plan
+from llama_pretrain.plan.plan import TrainingPlan
 from llama_pretrain.runs.layout import RunDir
+from llama_pretrain.train.device import peak_flops
 from llama_pretrain.train.engine import apply_update
+from llama_pretrain.train.generation import Prompt
 from llama_pretrain.train.loss import sum_of_losses
-from llama_pretrain.train.metrics import peak_flops
 from llama_pretrain.train.progress import Progress, spike_score
-from llama_pretrain.train.sample import Prompt
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+class Position(TypedDict):
+    step: int
+    tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """What a rank trains with."""
 
-    run: Run
-    plan: Plan
+    run: ResolvedRun
+    plan: TrainingPlan
     run_dir: RunDir
     rank: Rank
     engine: Any
     train_set: PretrainDataset
     heldout_set: PretrainDataset
     imports_bytes: int
-    """Memory of this rank before it had a model: what the plan calls framework."""
+    """Memory of this rank before the model was built; `framework` in the plan."""
     prompt: Prompt | None
-    """What the model continues after each evaluation."""
+    """The prompt of the generation after each evaluation."""
 
     @cached_property
     def peak_flops(self) -> float | None:
-        """Of this rank's device, for MFU. A CPU is measured when it is asked for first."""
+        """Peak FLOP/s of this rank's device, for MFU; a CPU's is measured at the first call."""
         if self.run.train.peak_tflops is not None:
             return self.run.train.peak_tflops * 1e12
         wide = self.run.kernels.matmul is Matmul.fp32
-        products = torch.float32 if wide else DTYPES[self.run.precision.name.value]
-        return peak_flops(self.rank.device, products)
+        dtype = torch.float32 if wide else TRAINED_DTYPES[self.run.precision.name.value]
+        return peak_flops(self.rank.device, dtype)
+
+    def position(self, progress: Progress) -> Position:
+        """Fields of every row of the metrics."""
+        tokens = progress.step * self.plan.steps.tokens_per_step
+        return {"step": progress.step, "tokens": tokens}
+
+    def mfu(self, tokens_per_s: float) -> float | None:
+        """Model FLOPs utilization (arXiv 2204.02311, appendix B)."""
+        if self.peak_flops is None:
+            return None
+        used = self.plan.flops_per_token * tokens_per_s
+        return used / (self.peak_flops * self.rank.world_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """What ranks tell each other once a step: together, they must act on it at the same one."""
+    """What ranks share once per step, so that all act on it at the same step."""
 
     stop: int
-    """A signal: the largest number of all ranks."""
+    """The largest signal number of any rank; 0 for none."""
     written: bool
-    """Whether every rank has written the checkpoint that is under way."""
+    """Whether every rank has written its files of the pending checkpoint."""
     minutes: float
-    """Since the last checkpoint, on rank 0's clock."""
+    """Time since the last checkpoint, by rank 0's clock."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one optimizer step has come to."""
+    """The result of one optimizer step."""
 
     loss: float
     """Mean over the targets of the global batch, in nats."""
     grad_norm: float | None
-    """Before clipping; `None` with Muon, and where the step was skipped."""
+    """Before clipping; `None` with Muon and if the step was skipped."""
     sample_hash: str
     batch: int
-    """The number of its global batch."""
-    skipped: dict[str, str | float]
-    """Why its update was left out, for the metrics; empty where it was applied."""
+    """Index of its global batch."""
+    skipped: str
+    """Why its update was skipped: `loss`, `gradient` or `spike`; empty if it was applied."""
+    spike_z: float | None
+    """Of a spike: standard deviations above the mean of the window."""
     flags: Flags
 
     @property
     def finite(self) -> bool:
         return math.isfinite(self.loss)
 
-    @property
-    def spiked(self) -> bool:
-        return self.skipped.get("skipped") == "spike"
+
+class NonFiniteError(ArithmeticError):
+    """Losses or gradients were not finite in too many consecutive steps."""
 
 
 def train_step(
     training: Training,
-    batches: Iterator[dict[str, torch.Tensor]],
+    batches: Iterator[dict[str, Tensor]],
     progress: Progress,
     saver: Saver,
     *,
     saved_at: float,
 ) -> StepResult:
-    """One optimizer step, or the decision of all ranks to skip it.
+    """Take one optimizer step; all ranks agree to apply or to skip it.
 
     Raises:
-        NonFiniteError: after too many steps in a row whose loss or gradient isn't finite.
+        NonFiniteError: after `train.max_nonfinite_steps` consecutive steps whose loss or gradient
+            is not finite.
     """
-    engine, rank, batch_plan = training.engine, training.rank, training.plan.batch
-    run = training.run
+    run, engine, rank = training.run, training.engine, training.rank
+    num_micro = training.plan.batch.gradient_accumulation_steps
     loss_sum = torch.zeros((), dtype=torch.float64, device=rank.device)
     sample_hash = 0
-    num_micro = batch_plan.gradient_accumulation_steps
-    early = _is_judged_before(engine, run)
+    loss_decides = _loss_decides(engine, run)
     micro_batches = [next(batches) for _ in range(num_micro)]
-    targets = _targets_of_a_micro_batch(training, micro_batches)
-    number = progress.take_batch()
-    length = training.plan.sampling.stage_at(number * batch_plan.global_batch_size).sequence_length
-    skipped: dict[str, str | float] = {}
+    num_targets = _targets_per_micro_batch(training, micro_batches)
+    index = progress.take_batch()
+    first_sample = index * training.plan.batch.global_batch_size
+    length = training.plan.sampling.stage_at(first_sample).sequence_length
+    skipped, spike_z = "", None
     for micro, cpu_batch in enumerate(micro_batches):
         sample_hash += hash_samples(cpu_batch["sample_id"].numpy())
         batch = {
             key: value.to(rank.device, non_blocking=True)
-            for key, value in cut_rows(cpu_batch, length).items()
+            for key, value in split_sequences(cpu_batch, length).items()
         }
-        # DeepSpeed takes the mean of the gradients over micro batches and ranks. Each is divided by
-        # the same number of targets, so that is the mean over the targets of the global batch.
-        loss = sum_of_losses(engine, batch) / targets
+        # DeepSpeed averages gradients over micro batches and ranks. All losses are divided by the
+        # same number of targets, so the result is the mean over the targets of the global batch.
+        loss = sum_of_losses(engine, batch) / num_targets
         loss_sum += loss.detach().double()
         rank.beat()
         if micro == num_micro - 1:
-            # Before the last gradient: all ranks must agree on whether the step is to be skipped.
-            sums = _sum_up(
+            # Before the last gradient: all ranks must agree on whether to skip the step.
+            shared = _share(
                 training, loss_sum, sample_hash, written=saver.written, saved_at=saved_at
             )
-            if early:  # reading waits for the device
-                mean, hashed, flags = _read(training, sums)
-                skipped = _judge(run, progress, mean)
-            # Of a loss that isn't finite the gradient never is, so that DeepSpeed skips the step.
-            loss = loss * torch.where(torch.isfinite(sums[0]), 1.0, torch.nan).to(loss.dtype)
+            if loss_decides:  # reading waits for the device
+                mean, hashed, flags = _read(training, shared)
+                skipped, spike_z = _skip_reason(run, progress, mean)
+            # A loss that is not finite makes the gradient NaN, so that DeepSpeed skips the step.
+            loss = loss * torch.where(torch.isfinite(shared[0]), 1.0, torch.nan).to(loss.dtype)
             if skipped:
                 loss = loss * math.nan
         engine.backward(loss)
@@ -145,109 +165,106 @@ def train_step(
             engine.step()  # counts the micro batch
         rank.beat()
     norm = apply_update(engine, skip=bool(skipped))
-    if not early:
-        mean, hashed, flags = _read(training, sums)
-        skipped = _judge(run, progress, mean)
+    if not loss_decides:
+        mean, hashed, flags = _read(training, shared)
+        skipped, spike_z = _skip_reason(run, progress, mean)
     if norm is None and not skipped:
-        skipped = {"skipped": "gradient"}
+        skipped = "gradient"
     progress.step += 1
     result = StepResult(
         loss=mean,
-        # With Muon the gradient holds its update by then.
+        # Muon's update has replaced the gradient by now.
         grad_norm=None if run.optim.name is OptimName.muon else norm,
         sample_hash=f"{hashed:016x}",
-        batch=number,
+        batch=index,
         skipped=skipped,
+        spike_z=spike_z,
         flags=flags,
     )
-    _count(training, progress, result)
+    _record(training, progress, result)
     return result
 
 
-def _is_judged_before(engine: Any, run: Run) -> bool:
-    """Whether the loss decides on the step beyond being finite, or DeepSpeed wouldn't skip it."""
-    return run.train.spike is not Spike.none or not getattr(
-        engine.optimizer, "check_grad_overflow", True
-    )
+def _loss_decides(engine: Any, run: ResolvedRun) -> bool:
+    """Whether the loss must be read before the update: for spikes, or without overflow check."""
+    checked = getattr(engine.optimizer, "check_grad_overflow", True)
+    return run.train.spike is not Spike.none or not checked
 
 
-def _sum_up(
-    training: Training, loss_sum: torch.Tensor, sample_hash: int, *, written: bool, saved_at: float
-) -> torch.Tensor:
-    """What ranks tell each other, summed and left on the device: float64, so that hashes below
-    2^53 stay exact."""
+def _share(
+    training: Training, loss_sum: Tensor, sample_hash: int, *, written: bool, saved_at: float
+) -> Tensor:
+    """Sum loss, hash and flags over ranks, and leave them on the device.
+
+    In float64, so that hashes below 2^53 stay exact.
+    """
     rank = training.rank
     minutes = (time.monotonic() - saved_at) / 60 if rank.is_first else 0.0
     signals = [0.0] * rank.world_size
     signals[rank.index] = rank.stop.number
-    told = torch.tensor([sample_hash, float(written), minutes, *signals], dtype=torch.float64)
-    sums = torch.cat([loss_sum[None], told.to(rank.device, non_blocking=True)])
-    dist.all_reduce(sums)
-    return sums
+    flags = torch.tensor([sample_hash, float(written), minutes, *signals], dtype=torch.float64)
+    shared = torch.cat([loss_sum[None], flags.to(rank.device, non_blocking=True)])
+    dist.all_reduce(shared)
+    return shared
 
 
-def _read(training: Training, sums: torch.Tensor) -> tuple[float, int, Flags]:
-    """The mean loss, the hash of the global batch, and what the ranks' flags come to."""
+def _read(training: Training, shared: Tensor) -> tuple[float, int, Flags]:
+    """The mean loss, the hash of the global batch, and the flags of all ranks."""
     size = training.rank.world_size
-    loss, sample_hash, written, minutes, *signals = sums.tolist()
+    loss, sample_hash, written, minutes, *signals = shared.tolist()
     mean = loss / (training.plan.batch.gradient_accumulation_steps * size)
     flags = Flags(stop=int(max(signals)), written=written == size, minutes=minutes)
     return mean, int(sample_hash), flags
 
 
-def _judge(run: Run, progress: Progress, loss: float) -> dict[str, str | float]:
-    """Why a step must not be applied, from its loss; empty if it may."""
+def _skip_reason(run: ResolvedRun, progress: Progress, loss: float) -> tuple[str, float | None]:
+    """Why a step's loss requires to skip it (empty if it does not), and the score of a spike."""
     if not math.isfinite(loss):
-        return {"skipped": "loss"}
+        return "loss", None
     if run.train.spike is Spike.none:
-        return {}
+        return "", None
     score = spike_score(loss, progress.window, size=run.train.spike_window)
-    return {"skipped": "spike", "spike_z": score} if score > run.train.spike_z else {}
+    return ("spike", score) if score > run.train.spike_z else ("", None)
 
 
-def _count(training: Training, progress: Progress, result: StepResult) -> None:
-    run = training.run
-    why = result.skipped.get("skipped")
+def _record(training: Training, progress: Progress, result: StepResult) -> None:
+    run, reason = training.run, result.skipped
     # fp16 finds its loss scale by overflows.
+    autocast = run.precision.torch_autocast
     fp16 = run.precision.name is PrecisionName.fp16 or (
-        run.precision.torch_autocast.enabled
-        and run.precision.torch_autocast.dtype is AutocastDtype.float16
+        autocast.enabled and autocast.dtype is AutocastDtype.float16
     )
-    nonfinite = why == "loss" or (why == "gradient" and not fp16)
+    nonfinite = reason == "loss" or (reason == "gradient" and not fp16)
     progress.nonfinite_in_a_row = progress.nonfinite_in_a_row + 1 if nonfinite else 0
     if result.finite:
-        window = run.train.spike_window
-        progress.add_loss(result.loss, applied=why is None, window=window)
+        progress.add_loss(result.loss, applied=not reason, window=run.train.spike_window)
     if progress.nonfinite_in_a_row >= run.train.max_nonfinite_steps:
-        what = "loss" if why == "loss" else "gradient"
         raise NonFiniteError(
-            f"the {what} of step {progress.step} is not finite, the {progress.nonfinite_in_a_row}."
-            f" in a row; no weight was touched. Its batch: {name_samples(training, result.batch)}"
+            f"the {reason} of step {progress.step} is not finite (got"
+            f" {progress.nonfinite_in_a_row} consecutive steps). No weight was changed."
+            f" Its batch: {name_samples(training, result.batch)}"
         )
 
 
-class NonFiniteError(ArithmeticError):
-    """Losses or gradients that aren't finite, too often for chance."""
-
-
 def name_samples(training: Training, batch: int, *, limit: int = 16) -> str:
-    """The rows of a global batch, by source and number."""
-    size, rows_of = training.plan.batch.global_batch_size, training.train_set
-    order = SampleOrder(training.plan.sampling, num_rows=rows_of.num_rows, seed=training.run.seed)
+    """The sequences of a global batch, by source and number."""
+    size, dataset = training.plan.batch.global_batch_size, training.train_set
+    order = SampleOrder(training.plan.sampling, num_rows=dataset.num_rows, seed=training.run.seed)
     ids = order.ids(batch * size, size).tolist()
-    names, ends = training.plan.sampling.names, rows_of.ends
-    said = []
+    names, ends = training.plan.sampling.names, dataset.ends
+    sequences = []
     for sample in ids[:limit]:
         source = bisect.bisect_right(ends, sample)
-        said.append(f"{names[source]} row {sample - (ends[source - 1] if source else 0)}")
+        number = sample - (ends[source - 1] if source else 0)
+        sequences.append(f"{names[source]} sequence {number}")
     more = f" and {len(ids) - limit} more" if len(ids) > limit else ""
-    return f"samples {batch * size} to {(batch + 1) * size - 1}: {', '.join(said)}{more}"
+    return f"samples {batch * size} to {(batch + 1) * size - 1}: {', '.join(sequences)}{more}"
 
 
-def _targets_of_a_micro_batch(
-    training: Training, micro_batches: list[dict[str, torch.Tensor]]
-) -> float | torch.Tensor:
-    """Targets of the global batch over its micro batches, on all ranks; counted, on the device."""
+def _targets_per_micro_batch(
+    training: Training, micro_batches: list[dict[str, Tensor]]
+) -> float | Tensor:
+    """Mean number of targets per micro batch of the global batch; on the device if masked."""
     if not training.train_set.masked:
         return micro_batches[0]["shift_labels"].numel()
     rank = training.rank
@@ -257,8 +274,8 @@ def _targets_of_a_micro_batch(
     return (total / (len(micro_batches) * rank.world_size)).float()
 
 
-def cut_rows(batch: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
-    """Rows of T tokens as rows of `length`: (B, T) -> (B * T / length, length)."""
+def split_sequences(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+    """Split sequences of T tokens into shorter ones: (B, T) -> (B * T / length, length)."""
     return {
         key: value.reshape(-1, length) if value.dim() == 2 and value.shape[1] != length else value
         for key, value in batch.items()

@@ -59,10 +59,10 @@ def test_a_mixture_in_stages_is_told_before_it_is_trained(on_one_rank: Command) 
     mail = plan.corpus.sources[0]
     # 48 rows: of the first 24 rows three fifths are mail, of the rest one fifth.
     assert plan.steps.epochs["mail"] == pytest.approx((14.4 + 4.8) / mail.train_rows)
-    epochs = f"{plan.steps.epochs['mail']:.2f} epochs of {mail.train_rows:,} rows, 60.0% at first"
-    assert f"mail {epochs}" in said
-    assert "from step 1 rows of 16 tokens, mail 60.0%, json 40.0%" in said
-    assert "from step 3 rows of 64 tokens, mail 20.0%, json 80.0%" in said
+    epochs = f"mail {plan.steps.epochs['mail']:.2f} epochs of {mail.train_rows:,} sequences"
+    assert f"{epochs}, 60.0% at first" in said
+    assert "from step 1 sequences of 16 tokens, mail 60.0%, json 40.0%" in said
+    assert "from step 3 sequences of 64 tokens, mail 20.0%, json 80.0%" in said
     assert "eval loss" in said
     assert "(mail " in said
     log = on_one_rank.run_dir.rank_log(0).read_text()
@@ -114,15 +114,15 @@ def test_another_corpus_is_named_on_resume(runner: Runner, tmp_path: Path, cache
     resume = (f"resume={cut.run_dir.path}", "train.max_steps=4", "checkpoint.at_end=false")
     refused = runner.bare(*resume, run_dir=cut.run_dir, expect=1).output
     assert f"data: was {before['data']['data'][:16]} when step-00000002 was trained" in refused
-    assert "or go on all the same: resume.allow_data_change=true" in refused
+    assert "or resume anyway with resume.allow_data_change=true" in refused
     # The tokenizer was learnt from the text; with another the embeddings mean other tokens.
     own = f"tokenizer.name=pretrained tokenizer.path={cut.run_dir.tokenizer}"
     assert f"tokenizer: was {before['data']['tokenizer'][:16]} when step-00000002" in refused
-    assert f"go on with the run's own: {own}" in refused
+    assert f"Use the run's own: {own}" in refused
     free = (*resume, "resume.allow_data_change=true")
     assert "tokenizer: was" in runner.bare(*free, run_dir=cut.run_dir, expect=1).output
     done = runner.bare(*free, *own.split(), run_dir=cut.run_dir)
-    assert "the data is another: data was" in done.output
+    assert "the data has changed: data was" in done.output
     assert [row["step"] for row in done.rows("loss")] == [1, 2, 3, 4]
 
 
@@ -145,11 +145,11 @@ def test_prepared_data_trains_without_its_text(runner: Runner, tmp_path: Path) -
 
 def test_inspect_shows_rows_and_writes_a_page(runner: Runner) -> None:
     done = runner("task=inspect", "data.document_mask=true", "data.sequence_length=128")
-    assert "documents a row" in done.output
+    assert "documents per sequence" in done.output
     assert "tokens, up to" in done.output
-    assert "row " in done.output
+    assert "sequence " in done.output
     page = done.run_dir.inspection.read_text()
-    assert f"the same as a page: {done.run_dir.inspection}" in done.output
+    assert f"page: {done.run_dir.inspection}" in done.output
     assert page.count("<pre>") == 4
     assert "<rect" in page
     assert "http:" not in page

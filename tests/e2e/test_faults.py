@@ -1,4 +1,4 @@
-"""Signals, deaths, hangs and want of memory, as they happen to a running run."""
+"""Signals and kills of a running command; tests/launch has what one process can show."""
 
 import contextlib
 import json
@@ -19,8 +19,8 @@ from benchmarks.faults import listening_sockets, numbers, pieces, processes_of, 
 from llama_pretrain.checkpoint.manifest import checkpoint_name
 from llama_pretrain.process import Beat, list_processes, read_beats
 from llama_pretrain.runs.layout import RunDir
-from llama_pretrain.runs.metrics import read_metrics
 from tests.conftest import OPERATORS, ROOT, SMALL, Runner
+from tests.rows import json_rows
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="they are ended through /proc")
 
@@ -40,7 +40,7 @@ def heed_interrupts() -> None:
 
 
 class Started:
-    """A `python run.py` that is under way."""
+    """A running `python run.py`."""
 
     def __init__(self, runner: Runner, *words: str, run_dir: RunDir | None = None):
         self.run_dir = run_dir or RunDir(runner.folder / "run")
@@ -69,19 +69,19 @@ class Started:
 
     @property
     def steps(self) -> int:
-        return max((row["step"] for row in read_metrics(self.run_dir.metrics)), default=0)
+        return max((row["step"] for row in json_rows(self.run_dir.metrics)), default=0)
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         """Poll until it holds, while the run lives."""
         end = time.monotonic() + 90
         while not condition():
             assert self.process.poll() is None, self.process.communicate()[0]
-            assert time.monotonic() < end, "waited in vain"
+            assert time.monotonic() < end, "the condition never held"
             time.sleep(0.02)
         self.note_family()
 
     def note_family(self) -> None:
-        """Remember what belongs to the run by now: it must be gone in the end."""
+        """Record the processes and ports of the run: they must be gone in the end."""
         parents = {process.pid: process.parent for process in list_processes()}
         mine = {self.process.pid, *processes_of(self.run_dir.path)}
         while more := {pid for pid, parent in parents.items() if parent in mine} - mine:
@@ -90,7 +90,7 @@ class Started:
         self._sockets |= set[str]().union(*(sockets_of(pid) for pid in mine))
 
     def end(self, *, limit_s: float = 60) -> str:
-        """Wait for its end. Returns its output; nothing of it is left, neither process nor port."""
+        """Wait for its end, after which no process or port of it is left. Returns its output."""
         output = self.process.communicate(timeout=limit_s)[0]
         end = time.monotonic() + 5
         while left := self._left():
@@ -126,18 +126,20 @@ def started(runner: Runner, *words: str, run_dir: RunDir | None = None) -> Itera
 
 @pytest.fixture(scope="module")
 def whole(shared_runner: Runner) -> RunDir:
-    """The run that nothing happens to."""
+    """The uninterrupted run."""
     return shared_runner(*LONG).run_dir
 
 
 def check_same(run_dir: RunDir, whole: RunDir) -> None:
-    """Every step once, with the same losses, and the same weights in the end, to the bit."""
+    """Every step once, with the same losses, and the same final weights, to the bit."""
     assert numbers(run_dir) == numbers(whole)
     name = checkpoint_name(STEPS)
     assert pieces(run_dir.checkpoints / name) == pieces(whole.checkpoints / name)
 
 
-def test_a_run_that_signals_have_cut_equals_the_whole_one(runner: Runner, whole: RunDir) -> None:
+def test_a_run_that_signals_have_interrupted_equals_the_uninterrupted_one(
+    runner: Runner, whole: RunDir
+) -> None:
     words: tuple[str, ...] = LONG
     run_dir: RunDir | None = None
     for number, from_step in ((signal.SIGTERM, 20), (signal.SIGINT, 90), (signal.SIGUSR1, 150)):
@@ -147,14 +149,14 @@ def test_a_run_that_signals_have_cut_equals_the_whole_one(runner: Runner, whole:
             output = run.end()
         assert run.process.returncode == 75, output
         (line,) = re.findall(rf"^{number.name}: (.*)$", output, re.MULTILINE)
-        assert line == "finishing the step and writing a checkpoint; once more to leave at once"
-        last = read_metrics(run.run_dir.metrics)[-1]
+        assert line == "finishing the step and writing a checkpoint; repeat it to exit at once"
+        last = json_rows(run.run_dir.metrics)[-1]
         assert last["preempted"] == number.name
         assert run.steps == last["step"] < STEPS
-        go_on = f"python run.py resume={run.run_dir.path}"
+        resume = f"python run.py resume={run.run_dir.path}"
         assert output.splitlines()[-2:] == [
             f"preempted by {number.name}; all processes have ended",
-            f"to go on from {checkpoint_name(last['step'])}: {go_on}",
+            f"to resume from {checkpoint_name(last['step'])}: {resume}",
         ]
         assert run.status["status"] == "preempted"
         run_dir = run.run_dir
@@ -165,96 +167,20 @@ def test_a_run_that_signals_have_cut_equals_the_whole_one(runner: Runner, whole:
     check_same(run_dir, whole)
 
 
-def test_a_killed_rank_is_gone_on_without(runner: Runner, whole: RunDir) -> None:
-    with started(runner, *LONG, "launch.max_restarts=1") as run:
-        run.wait_for(lambda: run.steps >= 60)
-        os.kill(run.beats[1].pid, signal.SIGKILL)
-        output = run.end()
-    assert run.process.returncode == 0, output
-    assert (
-        "rank 1 failed: ended by SIGKILL (by hand, or by the system for want of memory)" in output
-    )
-    assert "restart 1 of 1" in output
-    assert (run.status["status"], run.status["restarts"]) == ("completed", 1)
-    check_same(run.run_dir, whole)
-
-
-def test_no_process_survives_a_killed_parent(runner: Runner) -> None:
-    with started(runner, *LONG) as run:
+def test_a_run_directory_has_one_command_and_no_process_survives_it(runner: Runner) -> None:
+    with started(runner, *LONG, "train.max_steps=100000") as run:
         run.wait_for(lambda: run.steps >= 3)
+        refused = runner.bare(f"resume={run.run_dir.path}", expect=1)
+        assert f"another process is training in {run.run_dir.path}" in refused.output
+        run.note_family()
         run.process.kill()
         run.end()
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_run_at_once(runner: Runner) -> None:
-    with started(runner, *LONG) as run:
-        run.wait_for(lambda: run.steps >= 3)
-        with pytest.raises(subprocess.TimeoutExpired):  # and while it runs, nobody else may go on
-            run.process.communicate(timeout=0.01)
-        refused = runner.bare(f"resume={run.run_dir.path}", expect=1)
-        assert f"another process is training in {run.run_dir.path}" in refused.output
-        run.note_family()
-        os.kill(run.beats[1].pid, signal.SIGKILL)
-        before = time.monotonic()
-        output = run.end()
-        assert time.monotonic() - before < 5
-    assert run.process.returncode == 1
-    assert "rank 1 failed: ended by SIGKILL" in output
-    assert "  memory: the plan expects " in output
-    assert (run.status["status"], run.status["rank"]) == ("failed", 1)
-    assert str(run.status["log"]).endswith("ranks/rank1.log")
-
-
-@pytest.mark.slow
-def test_the_second_signal_leaves_at_once(runner: Runner) -> None:
-    with started(runner, *LONG, "checkpoint.every_steps=2", "train.max_steps=100000") as run:
-        run.wait_for(lambda: run.steps >= 10)
-        os.kill(run.beats[1].pid, signal.SIGSTOP)  # its step never ends
-        run.process.send_signal(signal.SIGINT)
-        time.sleep(1.2)
-        assert run.process.poll() is None
-        run.process.send_signal(signal.SIGINT)
-        output = run.end(limit_s=5)
-    assert run.process.returncode == 130
-    assert "stopped at once by SIGINT; all processes have ended\nto go on from step-" in output
-    assert run.status["status"] == "stopped"
-
-
-@pytest.mark.slow
-def test_a_signal_while_ranks_start(runner: Runner) -> None:
-    with started(runner, *LONG) as run:
-        run.wait_for(lambda: min(beat.count for beat in run.beats) >= 1)
-        run.process.send_signal(signal.SIGTERM)
-        output = run.end(limit_s=5)
-    assert run.process.returncode == 75
-    assert "SIGTERM: leaving; no step has been begun\n" in output
-    assert output.splitlines()[-1] == (
-        f"it has no checkpoint yet; to start it anew: python run.py reproduce={run.run_dir.path}"
-    )
-    assert run.status["status"] == "preempted"
-
-
-@pytest.mark.slow
-def test_a_signal_in_an_evaluation(runner: Runner) -> None:
-    """It ends the evaluation; the resumed run makes it up."""
-    long = ("train.max_steps=2", "train.eval_rows=null", "data.sequence_length=16")
-    with started(runner, *LONG, *long, "train.eval_every_steps=1") as run:
-        run.wait_for(lambda: any("loss" in row for row in read_metrics(run.run_dir.metrics)))
-        rows = read_metrics(run.run_dir.metrics)
-        run.process.send_signal(signal.SIGTERM)
-        output = run.end()
-    assert run.process.returncode == 75, output
-    assert [row["step"] for row in rows if "eval_loss" in row] == [0]
-    assert [row["step"] for row in read_metrics(run.run_dir.metrics) if "eval_loss" in row] == [0]
-    done = runner.bare(f"resume={run.run_dir.path}", run_dir=run.run_dir)
-    assert [row["step"] for row in done.rows("eval_loss")] == [0, 1, 2]
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_while_data_is_prepared(runner: Runner, tmp_path: Path, processes: int) -> None:
-    """The processes that encode are gone; the next command goes on from what they have done."""
+    """The processes that encode are gone; the next command continues their work."""
     folder = tmp_path / "texts"
     folder.mkdir()
     text = (runner.corpus / "message.py").read_text() * 20
@@ -282,59 +208,15 @@ def catches(pid: int, number: signal.Signals) -> bool:
 
 
 @pytest.mark.parametrize("delay_s", [0.01, 0.2, 0.35])
-def test_a_signal_before_anything_is_begun(runner: Runner, delay_s: float) -> None:
-    # A cache of its own: else there is nothing to prepare, and the command may be quicker.
-    with started(runner, "task=prepare", f"data.cache_dir={runner.folder}/cache") as run:
+def test_a_signal_while_the_command_starts(runner: Runner, delay_s: float) -> None:
+    """The server that imports for ranks runs by then, and ends with the command."""
+    with started(runner, f"data.cache_dir={runner.folder}/cache") as run:
         run.wait_for(lambda: catches(run.process.pid, signal.SIGUSR1))
         time.sleep(delay_s)
         run.process.send_signal(signal.SIGUSR1)
         output = run.end(limit_s=10)
     assert run.process.returncode == 75, output
     assert output.splitlines()[-1].startswith("preempted by SIGUSR1; ")
-
-
-@pytest.mark.slow
-def test_a_rank_that_hangs_is_found(runner: Runner) -> None:
-    with started(runner, *LONG, "launch.timeout_s=10", "launch.max_restarts=1") as run:
-        run.wait_for(lambda: run.steps >= 50)
-        os.kill(run.beats[1].pid, signal.SIGSTOP)
-        output = run.end()
-    assert run.process.returncode == 0, output
-    text = r"rank 1 failed: nothing was heard of it for 1\d s \(launch.timeout_s=10\)"
-    assert re.search(text, output)
-    assert "it wrote no stack: it is stopped, or stuck in the system" in output
-    assert f"stacks of all ranks are at the end of {run.run_dir.ranks}/rank*.log" in output
-    log = run.run_dir.rank_log(0).read_text()
-    assert "(most recent call first):" in log
-    assert "in train_step" in log
-    assert (run.status["status"], run.status["restarts"]) == ("completed", 1)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("prlimit") is None, reason="needs util-linux")
-@pytest.mark.parametrize("allocator", ["plain", "keep"])
-def test_a_rank_without_memory_says_what_to_lower(runner: Runner, allocator: str) -> None:
-    """A save's thread may be first without, or oneDNN where freed memory stays; neither tells."""
-    settings = ("batch.global_batch_size=256", f"kernels.allocator={allocator}")
-    words = ("train.max_steps=100000", *settings)
-    with started(runner, *LONG, *words) as run:
-        run.wait_for(lambda: run.steps >= 3)
-        pid = run.beats[1].pid
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        (kib,) = [line.split()[1] for line in lines if line.startswith("VmSize")]
-        subprocess.run(["prlimit", f"--as={int(kib) * 1024}", "--pid", str(pid)], check=True)
-        output = run.end()
-    assert run.process.returncode == 1
-    vague = "can't start new thread"
-    if allocator == "keep":
-        vague += "|could not (create|execute) a primitive"
-    if not re.search(f"rank 1 failed: .*({vague})", output):
-        assert re.search(r"rank 1 failed: .*(allocate memory|MemoryError|bad_alloc)", output)
-        assert "\n  memory: the plan expects" in output
-    else:
-        assert "\n  memory, if that was short (the error doesn't say): the plan expects" in output
-    assert "  to need less, best first:\n    batch.micro_batch_size=64 " in output
-    assert (run.status["status"], run.status["rank"]) == ("failed", 1)
 
 
 @pytest.mark.slow

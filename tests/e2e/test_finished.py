@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from llama_pretrain.runs.layout import RunDir
-from llama_pretrain.runs.metrics import read_metrics
 from tests.conftest import ROOT, Command, Runner
 from tests.e2e.test_parity import at_stage
+from tests.rows import json_rows
 
 TRAINED = (
     "launch.num_processes=2",
@@ -44,12 +44,10 @@ def proof_of(folder: Path) -> dict[str, Any]:
 
 def evaluate(runner: Runner, trained: Command, *words: str, **options: Any) -> dict[str, Any]:
     """The row of an evaluation of the checkpoint of step 2."""
-    done = runner.bare(
-        "task=evaluate", f"run={trained.run_dir.path}", SECOND, *words, timeout_s=300, **options
-    )
+    done = runner.bare("task=evaluate", f"run={trained.run_dir.path}", SECOND, *words, **options)
     folder = RunDir(Path(done.output.split("written to")[1].split()[0]))
     assert folder.path.parent == trained.run_dir.path / "evaluations"
-    (row,) = read_metrics(folder.metrics)
+    (row,) = json_rows(folder.metrics)
     assert f"{row['eval_loss']:.6f}" in done.output
     assert f"{row['eval_tokens']:,}" in done.output
     return row
@@ -144,7 +142,7 @@ def test_an_evaluation_says_when_the_data_has_changed(
     snapshot.write_text(yaml.safe_dump(values))
     done = shared_runner.bare("task=evaluate", f"run={tmp_path}/run", expect=1)
     assert "data.hash: the data and its tokenizer are " in done.output
-    assert "to evaluate on them all the same, set data.hash=null" in done.output
+    assert "To evaluate on them anyway, set data.hash=null" in done.output
 
 
 @pytest.mark.slow
@@ -263,19 +261,19 @@ def test_text_alone_is_written_to_a_pipe(trained: Command, tmp_path: Path) -> No
     [
         (
             ["task=export", "zero=stage1"],
-            "zero.stage: is not read by task=export (got 1); leave it out",
+            "zero.stage: is not read by task=export (got 1). Remove it.",
         ),
         (
             ["task=evaluate", "optim.learning_rate=1"],
-            "optim.learning_rate: is not read by task=evaluate (got 1.0); leave it out",
+            "optim.learning_rate: is not read by task=evaluate (got 1.0). Remove it.",
         ),
         (
             ["task=evaluate", "export.checkpoint=step-00000009"],
-            "export.checkpoint: is not there (got step-00000009); there are: step-00000002",
+            "export.checkpoint: does not exist (got step-00000009). Checkpoints: step-00000002",
         ),
         (
             ["task=export", "export.checkpoint=../checkpoints/step-00000002"],
-            "export.checkpoint: is not there (got ../checkpoints/step-00000002)",
+            "export.checkpoint: does not exist (got ../checkpoints/step-00000002)",
         ),
     ],
 )

@@ -25,7 +25,7 @@ FP32, HALF = 1e-3, 2e-2
 
 
 def train(runner: Runner, *overrides: str) -> Command:
-    return runner(*ON_GPU, *overrides, timeout_s=900)
+    return runner(*ON_GPU, *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_autocast_trains_as_the_cpu_does(runner: Runner, on_cpu: Command) -> Non
 
 def test_lion_trains_as_the_cpu_does(runner: Runner) -> None:
     settings = ("optim=lion", "optim.learning_rate=3e-4", "precision=fp32")
-    on_cpu = runner(*SAME, "launch.device=cpu", *settings, timeout_s=900)
+    on_cpu = runner(*SAME, "launch.device=cpu", *settings)
     assert train(runner, *settings).losses == pytest.approx(on_cpu.losses, abs=FP32)
 
 
@@ -130,7 +130,7 @@ def test_resume_equals_the_uninterrupted_run(runner: Runner, settings: tuple[str
 
 
 def test_the_default_choices_of_a_gpu(runner: Runner) -> None:
-    done = runner("launch.num_processes=1", "checkpoint.export=true", timeout_s=900)
+    done = runner("launch.num_processes=1", "checkpoint.export=true")
     assert "cuda, bf16, torch_adamw, ZeRO stage 1" in done.output
     assert (done.run_dir.export / "config.json").is_file()
     evaluated = runner.bare("task=evaluate", f"run={done.run_dir.path}")
@@ -153,7 +153,7 @@ def test_memory_is_as_planned(runner: Runner, zero: str) -> None:
     place = (f"data.cache_dir={runner.cache_dir}", f"hydra.run.dir={runner.folder}/run")
     off = ("checkpoint.at_end=false", "checkpoint.export=false", "train.eval_rows=2")
     words = (*data, *shape, *batch, *place, *off, f"zero={zero}", "precision=bf16")
-    done = runner.bare(*words, run_dir=RunDir(runner.folder / "run"), timeout_s=900)
+    done = runner.bare(*words, run_dir=RunDir(runner.folder / "run"))
     (last,) = done.rows("peak_memory_bytes")
     planned, measured = last["planned_memory_bytes"], last["peak_memory_bytes"]
     print(f"{zero}: {planned / 2**30:.2f} GiB planned, {measured / 2**30:.2f} measured")

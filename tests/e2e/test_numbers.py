@@ -128,12 +128,12 @@ def test_a_run_without_numbers_ends_by_name(runner: Runner, stage: int) -> None:
         "launch.max_restarts=2",
         expect=1,
     )
-    text = "the gradient of step 4 is not finite, the 3. in a row; no weight was touched."
-    assert f"{text} Its batch: samples 12 to 15: text row " in done.output
+    text = "the gradient of step 4 is not finite (got 3 consecutive steps). No weight was changed."
+    assert f"{text} Its batch: samples 12 to 15: text sequence " in done.output
     assert "restart 1 of 2" not in done.output  # it would end the same way
     rows = done.rows("skipped")
     assert [(row["step"], row["skipped"]) for row in rows] == [(2, "gradient"), (3, "gradient")]
-    assert "step 3: skipped, its gradient isn't finite" in done.output
+    assert "step 3: skipped, its gradient is not finite" in done.output
     first, *others = [
         {name: digest for name, digest in read_manifest(folder).files.items() if "rank" in name}
         for folder in sorted(done.run_dir.checkpoints.glob("step-*"))

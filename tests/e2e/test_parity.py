@@ -29,15 +29,13 @@ def at_stage(stage: int) -> tuple[str, ...]:
     return (f"zero=stage{stage}", *(SHARD_ALL if stage == 3 else ()))
 
 
-def train(
-    runner: Runner, *, stage: int, ranks: int, precision: str, more: tuple[str, ...] = ()
-) -> Command:
+def train(runner: Runner, *, stage: int, ranks: int, micro: int, precision: str) -> Command:
     return runner(
         *LONG,
         *at_stage(stage),
         f"precision={precision}",
         f"launch.num_processes={ranks}",
-        "batch.micro_batch_size=1",
+        f"batch.micro_batch_size={micro}",
     )
 
 
@@ -124,58 +122,46 @@ def test_losses_equal_plain_pytorch(shared_runner: Runner, pretrained: Path, sta
 
 
 @pytest.fixture(scope="module")
-def fp32_baseline(shared_runner: Runner) -> Command:
-    return train(shared_runner, stage=0, ranks=1, precision="fp32")
-
-
-FP32_POINTS = [(0, 2), (1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)]
+def baselines(shared_runner: Runner) -> dict[str, Command]:
+    """The run on one rank that the others are compared with, by precision."""
+    return {
+        "fp32": train(shared_runner, stage=0, ranks=1, micro=4, precision="fp32"),
+        "bf16": train(shared_runner, stage=1, ranks=1, micro=4, precision="bf16"),
+    }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "ranks"), FP32_POINTS)
-def test_fp32_losses_do_not_depend_on_stage_or_ranks(
-    shared_runner: Runner, fp32_baseline: Command, stage: int, ranks: int
+@pytest.mark.parametrize(
+    ("stage", "ranks", "micro", "precision"),
+    [
+        (0, 1, 2, "bf16"),
+        (0, 2, 1, "fp32"),
+        (1, 1, 2, "fp32"),
+        (1, 2, 1, "bf16"),
+        (2, 1, 1, "bf16"),
+        (2, 2, 2, "fp32"),
+        (3, 1, 1, "fp32"),
+        (3, 2, 2, "bf16"),
+    ],
+)
+def test_losses_depend_on_neither_stage_nor_ranks_nor_micro_batch(
+    shared_runner: Runner,
+    baselines: dict[str, Command],
+    stage: int,
+    ranks: int,
+    micro: int,
+    precision: str,
 ) -> None:
-    done = train(shared_runner, stage=stage, ranks=ranks, precision="fp32")
-    difference = np.abs(np.subtract(done.losses, fp32_baseline.losses)).max()
-    print(f"stage {stage}, {ranks} ranks, fp32: largest difference {difference:.2e}")
+    """Every pair of values occurs in one of the points."""
+    done, baseline = (
+        train(shared_runner, stage=stage, ranks=ranks, micro=micro, precision=precision),
+        baselines[precision],
+    )
+    difference = np.abs(np.subtract(done.losses, baseline.losses)).max()
     assert len(done.losses) == STEPS
-    assert difference <= 1e-6
-    hashes = [row["sample_hash"] for row in done.rows("loss")]
-    assert hashes == [row["sample_hash"] for row in fp32_baseline.rows("loss")]
-    norms = [row["grad_norm"] for row in done.rows("loss")]
-    expected = [row["grad_norm"] for row in fp32_baseline.rows("loss")]
-    np.testing.assert_allclose(norms, expected, rtol=1e-5)
-
-
-@pytest.fixture(scope="module")
-def bf16_baseline(shared_runner: Runner) -> Command:
-    return train(shared_runner, stage=1, ranks=1, precision="bf16")
-
-
-BF16_POINTS = [(0, 1), (0, 2), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("stage", "ranks"), BF16_POINTS)
-def test_bf16_losses_agree_between_stages_and_ranks(
-    shared_runner: Runner, bf16_baseline: Command, stage: int, ranks: int
-) -> None:
-    done = train(shared_runner, stage=stage, ranks=ranks, precision="bf16")
-    difference = np.abs(np.subtract(done.losses, bf16_baseline.losses)).max()
-    print(f"stage {stage}, {ranks} ranks, bf16: largest difference {difference:.2e}")
-    assert difference <= 2e-3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("micro", [2, 4])
-def test_micro_batch_size_changes_nothing(
-    shared_runner: Runner, fp32_baseline: Command, micro: int
-) -> None:
-    """At a fixed global batch of 4 rows: 4 x 1, 2 x 2 and 1 x 4 are the same mathematics."""
-    words = (*LONG, *at_stage(1), "precision=fp32", "launch.num_processes=1")
-    done = shared_runner(*words, f"batch.micro_batch_size={micro}")
-    difference = np.abs(np.subtract(done.losses, fp32_baseline.losses)).max()
-    print(f"micro batch {micro}: largest difference {difference:.2e}")
-    assert len(done.losses) == STEPS
-    assert difference <= 1e-6
+    assert difference <= (1e-6 if precision == "fp32" else 2e-3)
+    rows, expected = done.rows("loss"), baseline.rows("loss")
+    assert [row["sample_hash"] for row in rows] == [row["sample_hash"] for row in expected]
+    if precision == "fp32":
+        norms, others = ([row["grad_norm"] for row in some] for some in (rows, expected))
+        np.testing.assert_allclose(norms, others, rtol=1e-5)

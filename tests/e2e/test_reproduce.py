@@ -14,10 +14,10 @@ import pytest
 
 from llama_pretrain.config.snapshot import load_snapshot
 from llama_pretrain.runs.layout import RunDir
-from llama_pretrain.runs.metrics import read_metrics
 from tests.conftest import OPERATORS, ROOT, SMALL, Command, Runner
 from tests.e2e.test_parity import at_stage
 from tests.e2e.test_resume import forget_after, numbers
+from tests.rows import json_rows
 
 SHORT = (
     *("train.max_steps=4", "train.eval_every_steps=2", "train.eval_rows=4"),
@@ -32,14 +32,7 @@ SHORT = (
 SECRET = "opaque-v4lue-of-a-token"
 
 
-@pytest.fixture(autouse=True)
-def sharing(kept_imports: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs of a copy of the project share imports too, until its code is changed."""
-    for name, value in kept_imports.items():
-        monkeypatch.setenv(name, value)
-
-
-def told(done: Command) -> Any:
+def read_reproduction(done: Command) -> Any:
     return json.loads(done.run_dir.reproduction.read_text())
 
 
@@ -65,7 +58,7 @@ def test_the_same_run_again(shared_runner: Runner, original: Command) -> None:
     assert again.run_dir.snapshot.read_text() == original.run_dir.snapshot.read_text()
     assert re.search(r"can change results: none\n +can change bits: none\n", again.output)
     assert f"reproduced: bitwise equal to {original.run_dir.path} in all 4 steps" in again.output
-    assert (status(again), told(again)["drift"]) == ("reproduced", [])
+    assert (status(again), read_reproduction(again)["drift"]) == ("reproduced", [])
     provenance = json.loads(again.run_dir.provenance.read_text())
     assert provenance["initial_weights"] == again.rows("initial_weights")[0]["initial_weights"]
     assert provenance["seeds"]["seed"] == 1234
@@ -81,7 +74,7 @@ def test_another_seed_is_the_likeliest_cause(shared_runner: Runner, original: Co
     assert status(done) == "diverged"
     assert "diverged from" in done.output
     assert "at step 1: sample ids" in done.output
-    cause = "the likeliest cause (config): seed: 1234 -> 5 (asked for on the command line)"
+    cause = "the most likely cause (config): seed: 1234 -> 5 (asked for on the command line)"
     assert cause in done.output
     assert "Traceback" not in done.output
 
@@ -100,7 +93,7 @@ def test_a_package_that_has_changed_is_refused(
     values["code"]["llama_pretrain/train/loop.py"] = "0" * 64
     of.provenance.write_text(json.dumps(values))
     refused = reproduce(runner, of.path, "drift=error", expect=1)
-    assert re.search(r"torch: was 1\.0\.0 \(got 2[^)]*\); to go on all the same", refused.output)
+    assert re.search(r"torch: was 1\.0\.0 \(got 2[^)]*\)\. To start anyway", refused.output)
     assert "llama_pretrain/train/loop.py: was 000000000000 (got " in refused.output
     assert not refused.run_dir.path.exists()
     done = reproduce(runner, of.path)
@@ -123,7 +116,7 @@ def test_a_byte_of_the_data_that_has_changed_is_named(runner: Runner, tmp_path: 
     assert "data.hash: the data and its tokenizer are" in refused.output
     done = reproduce(runner, first.run_dir.path, "data.hash=null", "drift=error", expect=1)
     assert status(done) == "diverged"
-    assert f"the likeliest cause (data): {file}: " in done.output
+    assert f"the most likely cause (data): {file}: " in done.output
 
 
 @pytest.mark.slow
@@ -134,14 +127,14 @@ def test_an_old_run_and_a_bare_snapshot(runner: Runner, original: Command, tmp_p
     forget_after(Command(0, "", of), step=2)
     done = reproduce(runner, of.path)
     assert "versions: python: 3.11.0 -> 3." in done.output
-    assert "can't be compared: code in provenance.json" in done.output
+    assert "cannot be compared: code in provenance.json" in done.output
     assert "in the 2 steps that both have (2 there, 4 here)" in done.output
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(of.snapshot, bare)
     done = reproduce(runner, bare, "train.max_steps=1")
-    assert "can't be compared: provenance.json, plan.json" in done.output
-    assert f"nothing to compare with: {bare} has no steps that can be read" in done.output
+    assert "cannot be compared: provenance.json, plan.json" in done.output
+    assert f"nothing to compare with: {bare} has no readable steps" in done.output
     assert status(done) == "completed"
 
 
@@ -169,9 +162,9 @@ def test_a_sweep_of_a_snapshot(runner: Runner, original: Command, tmp_path: Path
     assert [path.name[:-9] for path in folders] == ["00-seed=1", "01-seed=1234"]
     states = [status(Command(0, "", RunDir(path))) for path in folders]
     assert states == ["diverged", "reproduced"]
-    assert "2 points: 1 diverged, 1 reproduced" in done.output
+    assert "2 jobs: 1 diverged, 1 reproduced" in done.output
     logs = [(path / "console.log").read_text() for path in folders]
-    assert ["likeliest cause" in log for log in logs] == [True, False]
+    assert ["most likely cause" in log for log in logs] == [True, False]
     shown = runner.bare(f"reproduce={original.run_dir.path}", "--cfg", "job", "seed=9")
     assert "\nseed: 9\n" in shown.output
     assert "Traceback" not in shown.output
@@ -271,10 +264,10 @@ def test_the_default_run_is_reproduced_to_the_bit(
     assert found[0] == found[1]
     assert first.snapshot.read_text() == again.snapshot.read_text()
     losses = [
-        [row for row in read_metrics(side.metrics) if "eval_loss" in row] for side in (first, again)
+        [row for row in json_rows(side.metrics) if "eval_loss" in row] for side in (first, again)
     ]
     assert losses[0] == losses[1]
-    weights.add(read_metrics(first.metrics)[0]["initial_weights"])
+    weights.add(json_rows(first.metrics)[0]["initial_weights"])
     assert len(weights) == 1  # and at every point the run begins with the same weights
 
 
@@ -296,7 +289,7 @@ def test_a_changed_line_of_code_is_named(
     finally:
         file.write_text(text)
     assert re.search(r"code: llama_pretrain/train/loss\.py: \w{12} -> \w{12}\n", output)
-    assert "the likeliest cause (code): llama_pretrain/train/loss.py: " in output
+    assert "the most likely cause (code): llama_pretrain/train/loss.py: " in output
 
 
 # Secrets

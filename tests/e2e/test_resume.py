@@ -18,10 +18,10 @@ from llama_pretrain.checkpoint.manifest import (
 )
 from llama_pretrain.config.snapshot import config_hash, load_snapshot
 from llama_pretrain.runs.layout import RunDir
-from llama_pretrain.runs.metrics import read_metrics
+from tests.checkpoint.damage import EXAMPLE, KINDS, damage
 from tests.conftest import Command, Runner, small_disk
 from tests.e2e.test_parity import at_stage
-from tests.test_checkpoints import KINDS, MANIFEST, damage
+from tests.rows import json_rows, step_row, write_rows
 
 IN_HOST_MEMORY = "zero.offload_optimizer.device=cpu"
 POINTS = [
@@ -69,7 +69,7 @@ def test_resume_equals_the_uninterrupted_run(
         assert numbers(runner(*settings)) == whole
     forget_after(cut, step=4)
     resumed = runner.bare(f"resume={cut.run_dir.path}", run_dir=cut.run_dir)
-    assert "going on from step-00000003" in resumed.output
+    assert "resuming from step-00000003" in resumed.output
     assert numbers(resumed) == whole
     # The torn checkpoint of step 6 is gone: a later resume could not tell it from a new one.
     assert sorted(path.name for path in cut.run_dir.checkpoints.glob("step-*")) == ["step-00000003"]
@@ -149,7 +149,7 @@ def test_a_checkpoint_holds_all_that_is_needed(with_checkpoints: Command) -> Non
     assert state["schedule_step"] == 7
     assert state["progress"]["next_batch"] == 7
     assert (
-        len(read_metrics(folder / "metrics.jsonl")) == 16
+        len(json_rows(folder / "metrics.jsonl")) == 16
     )  # weights, 7 steps, 1 start, 1 evaluation, 6 checkpoints
     manifest = read_manifest(folder)
     assert (manifest.step, manifest.world_size, manifest.zero_stage) == (7, 2, 1)
@@ -171,12 +171,12 @@ def test_thirty_damages_are_named_and_passed_over(
         found, lines = newest_complete(copy.checkpoints, config_hash=run_hash)
         assert found == copy.checkpoints / "step-00000006"
         assert len(lines) == 1
-        assert lines[0].startswith(f"step-00000007 is passed over: {told}")
+        assert lines[0].startswith(f"step-00000007 is skipped: {told}")
         named += 1
-    print(f"{named} of {len(KINDS)} damaged checkpoints named and passed over")
+    print(f"{named} of {len(KINDS)} damaged checkpoints named and skipped")
     done = runner.bare(f"resume={copy.path}", run_dir=copy)
     assert lines[0] in done.output
-    assert "going on from step-00000006" in done.output
+    assert "resuming from step-00000006" in done.output
     assert done.losses == with_checkpoints.losses
 
 
@@ -188,7 +188,7 @@ def test_a_lost_metrics_file_comes_from_the_checkpoint(
     before = with_checkpoints.losses
     copy.metrics.unlink()
     done = runner.bare(f"resume={copy.path}", run_dir=copy)
-    assert "going on from step-00000007" in done.output
+    assert "resuming from step-00000007" in done.output
     assert done.losses == before
 
 
@@ -208,7 +208,7 @@ def test_what_comes_after_the_last_step_is_made_up_for(runner: Runner) -> None:
     assert done.run_dir.report.is_file()
     assert json.loads(done.run_dir.status.read_text())["status"] == "completed"
     refused = runner.bare(f"resume={done.run_dir.path}", run_dir=done.run_dir, expect=1)
-    assert "resume: the run has done its 2 steps; raise train.max_steps" in refused.output
+    assert "resume: the run has completed its 2 steps. Raise train.max_steps" in refused.output
 
 
 @pytest.mark.slow
@@ -225,10 +225,8 @@ def test_a_run_goes_on_with_a_full_disk(runner: Runner, tmp_path: Path) -> None:
         assert [row["checkpoint"] for row in done.rows("checkpoint")] == ["step-00000001"]
         told = done.rows("checkpoint_error")
         assert [row["step"] for row in told] == [2, 3]
-        assert (
-            "step-00000002 was not written: it takes 1.7 MiB, and 0.7 MiB are free" in done.output
-        )
-        assert "step-00000003 was not written: it takes 1.7 MiB" in run_dir.report.read_text()
+        assert "step-00000002 was not written: it needs 1.7 MiB (got 0.7 MiB free)" in done.output
+        assert "step-00000003 was not written: it needs 1.7 MiB" in run_dir.report.read_text()
         assert find_fault(run_dir.checkpoints / "step-00000001") is None
         assert [path.name for path in run_dir.checkpoints.glob("*step*")] == ["step-00000001"]
 
@@ -256,7 +254,7 @@ def test_other_ranks_and_other_stages(runner: Runner) -> None:
             f"launch.num_processes={ranks}",
             run_dir=cut.run_dir,
         )
-        assert f"going on from step-0000000{step}" in resumed.output
+        assert f"resuming from step-0000000{step}" in resumed.output
     found = cut.rows("loss")
     assert [row["sample_hash"] for row in found] == [row["sample_hash"] for row in whole]
     for key in ("loss", "grad_norm", "learning_rate"):
@@ -275,8 +273,8 @@ def test_other_ranks_and_other_stages(runner: Runner) -> None:
     [
         ("optim.learning_rate=1e-4", "optim: differs from what the run was started with"),
         ("seed=5", "seed: differs from what the run was started with"),
-        ("batch.global_batch_size=8", "batch.global_batch_size: the run has had 4 rows a step"),
-        ("train.max_steps=7", "resume: the run has done its 7 steps; raise train.max_steps"),
+        ("batch.global_batch_size=8", "batch.global_batch_size: the run was started with 4"),
+        ("train.max_steps=7", "resume: the run has completed its 7 steps. Raise train.max_steps"),
     ],
 )
 def test_resume_refuses_another_run(
@@ -295,7 +293,7 @@ def test_resume_of_nothing_is_refused(runner: Runner, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_verify_resume(runner: Runner) -> None:
     done = runner("task=verify_resume", "train.max_steps=4", "resume.verify_steps=2", "zero=stage3")
-    assert "equal to the bit: 4 steps" in done.output
+    assert "bitwise equal: 4 steps" in done.output
     result = json.loads((done.run_dir.path / "verify_resume.json").read_text())
     assert result == {"steps": 4, "cut_after": 2, "differences": []}
 
@@ -307,14 +305,11 @@ def test_verify_names_the_first_difference(tmp_path: Path) -> None:
     for folder, norms in zip(folders, ((1.5, 2.5), (1.5, 2.25)), strict=True):
         checkpoint = folder.checkpoints / "step-00000002"
         checkpoint.mkdir(parents=True)
-        rows = [
-            {"step": step, "loss": 6.0, "grad_norm": norm, "learning_rate": 0.1, "sample_hash": "a"}
-            for step, norm in enumerate(norms, start=1)
-        ]
-        folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = [step_row(step, grad_norm=norm) for step, norm in enumerate(norms, start=1)]
+        write_rows(folder.metrics, rows)
         write_manifest(
-            checkpoint, replace(MANIFEST, files={"rank00000.safetensors": [1, str(norms)]})
+            checkpoint, replace(EXAMPLE, files={"rank00000.safetensors": [1, str(norms)]})
         )
     norm, state = compare(*folders, last=2)
-    assert norm == "step 2: grad_norm is 2.25 after the cut and 2.5 without it"
+    assert norm == "step 2: grad_norm is 2.25 when resumed and 2.5 without interruption"
     assert state.startswith("the weights or the optimizer state after step 2 differ")

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from llama_pretrain.runs.metrics import read_metrics
 from tests.browser import PHONE, OpenPageFunction
 from tests.conftest import Command, Runner
 from tests.e2e.test_parity import at_stage
+from tests.rows import json_rows
 
 SAMPLED = (
     "launch.num_processes=2",
@@ -35,7 +35,7 @@ def numbers(done: Command) -> list[dict[str, Any]]:
 
     Lines of saves come last: when a save beside training is done is a matter of time.
     """
-    rows = read_metrics(done.run_dir.metrics)
+    rows = json_rows(done.run_dir.metrics)
     return [
         {key: value for key, value in row.items() if key not in TIMES}
         for row in sorted(rows, key=lambda row: "checkpoint" in row)
@@ -53,7 +53,7 @@ def test_samples_change_no_number(runner: Runner, open_page: OpenPageFunction, s
     assert len(sampled.losses) == 4
     assert numbers(sampled) == numbers(plain)
     assert not plain.run_dir.samples.exists()
-    rows = read_metrics(sampled.run_dir.samples)
+    rows = json_rows(sampled.run_dir.samples)
     assert [(row["step"], row["tokens"]) for row in rows] == [(0, 0), (2, 512), (4, 1024)]
     assert all(row["prompt"] == "import" and row["text"].startswith("import") for row in rows)
     assert len({row["text"] for row in rows}) > 1
@@ -71,11 +71,11 @@ def test_samples_change_no_number(runner: Runner, open_page: OpenPageFunction, s
 def test_a_resumed_run_writes_each_sample_once(runner: Runner) -> None:
     """Its last step is done again; and TensorBoard has the texts."""
     done = runner(*SAMPLED, "monitor=tensorboard", "precision=fp32")
-    before = read_metrics(done.run_dir.samples)
+    before = json_rows(done.run_dir.samples)
     assert [row["step"] for row in before] == [0, 2, 4]
     words = (f"resume={done.run_dir.path}", "train.max_steps=6")
     runner.bare(*words, run_dir=done.run_dir)
-    rows = read_metrics(done.run_dir.samples)
+    rows = json_rows(done.run_dir.samples)
     assert [row["step"] for row in rows] == [0, 2, 4, 6]
     assert rows[:2] == before[:2]
     (resumed,) = done.rows("resumed")

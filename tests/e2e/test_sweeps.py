@@ -17,9 +17,9 @@ import pytest
 
 from llama_pretrain.process import list_processes
 from llama_pretrain.runs.layout import RunDir
-from llama_pretrain.runs.metrics import read_metrics
 from llama_pretrain.sweep.directory import SweepDir
 from tests.conftest import OPERATORS, ROOT, SMALL, Runner
+from tests.rows import json_rows
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="they are ended through /proc")
 
@@ -41,7 +41,7 @@ class Sweep:
         return ["-m", *small, paths, f"data.cache_dir={self._runner.cache_dir}", *words]
 
     def __call__(self, *words: str, expect: int = 0) -> str:
-        return self._runner.bare(*self.words(*words), expect=expect, timeout_s=500).output
+        return self._runner.bare(*self.words(*words), expect=expect).output
 
     def start(self, *words: str) -> "subprocess.Popen[str]":
         return subprocess.Popen(
@@ -107,7 +107,7 @@ def ours(folder: Path) -> list[int]:
 
 def numbers(run_dir: RunDir) -> list[Any]:
     keys = ("step", "loss", "grad_norm", "sample_hash", "eval_loss")
-    rows = [row for row in read_metrics(run_dir.metrics) if "finished" not in row]
+    rows = [row for row in json_rows(run_dir.metrics) if "finished" not in row]
     return [
         {key: row[key] for key in keys if key in row}
         for row in rows
@@ -120,12 +120,12 @@ FROM_HERE = os.environ | {"PYTHONPATH": str(ROOT)}
 
 def test_a_sweep_plans_runs_and_tells(sweep: Sweep, tmp_path: Path) -> None:
     output = sweep("seed=1,2,-3", expect=1)
-    assert "3 points, 2 to run" in output
-    assert re.search(r"seed=-3 +refused +seed: should be greater than or equal to 0", output)
+    assert "3 jobs, 2 to run" in output
+    assert re.search(r"seed=-3 +refused +seed: must be greater than or equal to 0", output)
     assert re.search(r"1/3 seed=1: running\n", output)
     assert re.search(r"2/3 seed=2: completed \(step 3, loss 6\.\d+, eval loss 6\.\d+", output)
     assert re.search(r"leaderboard.*\n# +seed +eval loss .*\n1 +[12] +6\.", output)
-    assert "3 points: 2 completed, 1 refused" in output
+    assert "3 jobs: 2 completed, 1 refused" in output
     assert "Traceback" not in output
     rows = sweep.rows()
     assert [row["status"] for row in rows] == ["completed", "completed", "refused"]
@@ -139,20 +139,20 @@ def test_a_sweep_plans_runs_and_tells(sweep: Sweep, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "llama_pretrain", "leaderboard"]
     shown = subprocess.run(words, cwd=tmp_path, env=FROM_HERE, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
-    assert "3 points: 2 completed, 1 refused" in shown.stdout
+    assert "3 jobs: 2 completed, 1 refused" in shown.stdout
     assert sweep.rows() == rows
     assert sweep.folder.report.is_file()
     again = sweep("seed=1,2,-3", expect=1)
-    assert "2 points were finished before" in again
+    assert "2 jobs have finished before" in again
     assert ": running" not in again
     assert sweep.rows() == rows
 
 
 def test_what_is_wrong_with_every_point_starts_nothing(sweep: Sweep, tmp_path: Path) -> None:
     output = sweep("optim.learning_rte=1", "seed=1,2", expect=1)
-    assert "did you mean optim.learning_rate?" in output
+    assert "Did you mean optim.learning_rate?" in output
     output = sweep("batch.global_batch_size=3", "launch.num_processes=2", "seed=1,2", expect=1)
-    assert "does not divide by 2 ranks (got 3)" in output
+    assert "must be a multiple of 2 ranks (got 3)" in output
     assert not (tmp_path / "outputs").exists()
 
 
@@ -169,13 +169,13 @@ def test_twelve_points_of_which_three_fail_killed_twice(
         process.communicate()
         wait_for(lambda: not ours(tmp_path), 10)
     output = sweep(*words, expect=1)
-    assert "points were finished before" in output
+    assert "jobs have finished before" in output
     rows = sweep.rows()
     assert len(rows) == 12
     states = [row["status"] for row in rows]
     assert states == ["completed"] * 9 + ["failed", "refused", "failed"]
     assert "NonFiniteError" in rows[9]["reason"]
-    assert "should be greater than 0 (got -1.0)" in rows[10]["reason"]
+    assert "must be greater than 0 (got -1" in rows[10]["reason"]
     assert "overflow" in rows[11]["reason"] or "NonFinite" in rows[11]["reason"]
     with sweep.folder.table.open() as file:
         assert [row["status"] for row in csv.DictReader(file)] == states
@@ -201,7 +201,7 @@ def test_one_signal_ends_the_sweep_and_the_command_goes_on(
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
-    assert "to go on, the same command: python run.py -m" in output
+    assert "to continue, run it again: python run.py -m" in output
     wait_for(lambda: not ours(tmp_path), 10)
     states = [row["status"] for row in sweep.rows()]
     assert states.count("preempted") == (2 if launcher == "joblib" else 1)
@@ -210,7 +210,7 @@ def test_one_signal_ends_the_sweep_and_the_command_goes_on(
     output = sweep(*words)
     assert [row["status"] for row in sweep.rows()] == ["completed"] * 3
     logs = [(run_dir.path / "console.log").read_text() for run_dir in sweep.points()]
-    assert sum("going on from step-" in log for log in logs) == states.count("preempted")
+    assert sum("resuming from step-" in log for log in logs) == states.count("preempted")
 
 
 @pytest.mark.slow
@@ -247,7 +247,7 @@ def test_two_points_at_a_time_do_not_share_cores(sweep: Sweep) -> None:
 def test_slurms_launcher_runs_points_in_processes_of_its_own(sweep: Sweep) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     output = sweep("seed=1,2,3", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5")
-    assert "3 points: 3 completed" in output
+    assert "3 jobs: 3 completed" in output
     assert len(sweep.points()) == 3
 
 
@@ -257,7 +257,7 @@ def test_optuna_looks_prunes_and_goes_on(sweep: Sweep) -> None:
     words = ["sweep=optuna_lr", "train.max_tokens=null", "train.max_steps=20"]
     words += ["train.eval_every_steps=5", "sweep.prune_after=3", "precision=fp32"]
     output = sweep(*words, "hydra.sweeper.n_trials=4")
-    assert "4 points: " in output
+    assert "4 jobs: " in output
     first = sweep.rows()
     assert all(row["objective"] is not None for row in first)
     longer = [*words, "hydra.sweeper.n_trials=9", f"hydra.sweep.dir={sweep.folder.path}"]
@@ -277,7 +277,7 @@ def test_optuna_looks_prunes_and_goes_on(sweep: Sweep) -> None:
 def test_a_snapshot_can_be_swept(sweep: Sweep, runner: Runner) -> None:
     origin = runner("optim.learning_rate=7e-4")
     done = runner.bare("-m", f"reproduce={origin.run_dir.path}", "seed=1,2")
-    assert "2 points: 2 completed" in done.output or "2 points: 2 diverged" in done.output
+    assert "2 jobs: 2 completed" in done.output or "2 jobs: 2 diverged" in done.output
     snapshots = [run_dir.snapshot.read_text() for run_dir in sweep.points()]
     assert len(snapshots) == 2
     assert all("learning_rate: 0.0007" in text for text in snapshots)

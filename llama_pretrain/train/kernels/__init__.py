@@ -1,1 +1,1 @@
-"""Faster forms of what transformers' LLaMA computes; config group `kernels`."""
+"""Faster implementations of parts of transformers' LLaMA; config group `kernels`."""

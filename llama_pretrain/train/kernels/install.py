@@ -1,7 +1,7 @@
-"""A model with the kernels that its run has chosen.
+"""Installs the kernels that a run has chosen into its model.
 
-The modules of transformers stay what they are, with their parameters and names: each is given a
-class that computes the same in another way.
+Modules of transformers keep their parameters and names; each gets a class that computes the same in
+another way. Axes: B batch, T sequence, H query heads, K key heads, D width of a head.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as functional
-from torch import nn
+from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaForCausalLM
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.llama.modeling_llama import (
@@ -27,16 +27,16 @@ from transformers.models.llama.modeling_llama import (
 from llama_pretrain.config.kernels import CompiledPart, Kernels, LayerKernel, LossKernel, Matmul
 from llama_pretrain.train.kernels.attention import blocked_attention
 from llama_pretrain.train.kernels.cross_entropy import linear_cross_entropy
-from llama_pretrain.train.kernels.elementwise import RmsNorm, Rotate, SwiGlu
-from llama_pretrain.train.kernels.matmul import WideLinear
+from llama_pretrain.train.kernels.elementwise import RmsNorm, Rotate, SwiGlu, WideLinear
 
+Pair = tuple[Tensor, Tensor]
 INTERFACES: Any = AttentionInterface()  # type: ignore[no-untyped-call]  # transformers'
 """Attention by name: transformers', and `blocked`."""
 LIGER = "liger_kernel.transformers.functional"
 
 
 def install_kernels(model: LlamaForCausalLM, kernels: Kernels) -> None:
-    """Let a model compute as its run has chosen; no choice is open any more."""
+    """Install the kernels of a resolved run."""
     model.config._attn_implementation = kernels.attention.value
     wide = kernels.matmul is Matmul.fp32
     if kernels.loss is not LossKernel.plain:
@@ -59,7 +59,7 @@ def install_kernels(model: LlamaForCausalLM, kernels: Kernels) -> None:
 
 
 def compile_layers(model: LlamaForCausalLM, part: CompiledPart) -> None:
-    """Mark what torch.compile is to make kernels of; it does when they are first run."""
+    """Mark what torch.compile compiles when it is first called."""
     parts: list[nn.Module] = []
     if part is CompiledPart.layers:
         parts = [*model.model.layers, model.model.norm]
@@ -70,59 +70,59 @@ def compile_layers(model: LlamaForCausalLM, part: CompiledPart) -> None:
 
 
 def without_compilation() -> AbstractContextManager[Any]:
-    """Where compiled modules run as they are written: for what isn't of the shape of a step."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and it takes a second to import
+    """Run compiled modules eagerly: for inputs with another shape than a training step's."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and its import takes a second
         return nullcontext()
     return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
 
 
 class Linear(nn.Linear):
-    """A product with its operands in fp32."""
+    """A product with fp32 operands."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if input.dtype is torch.float32:
             return super().forward(input)
         apply: Any = WideLinear.apply
-        out: torch.Tensor = apply(input, self.weight, self.bias)
+        out: Tensor = apply(input, self.weight, self.bias)
         return out
 
 
 class Norm(LlamaRMSNorm):
-    """RMSNorm, by the kernel that was chosen."""
+    """RMSNorm by the chosen kernel."""
 
-    normalize: Callable[..., torch.Tensor]
+    normalize: Callable[..., Tensor]
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         return self.normalize(hidden_states, self.weight, self.variance_epsilon)
 
 
 class Mlp(LlamaMLP):
-    """The feed-forward layer, with SwiGLU by the kernel that was chosen."""
+    """The feed-forward layer, with SwiGLU by the chosen kernel."""
 
-    swiglu: Callable[..., torch.Tensor]
+    swiglu: Callable[..., Tensor]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.down_proj(self.swiglu(self.gate_proj(x), self.up_proj(x)))
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(self.swiglu(self.gate_proj(x), self.up_proj(x)))
         return out
 
 
 class Attention(LlamaAttention):
-    """transformers' attention, with a choice of rotation, and of fp32 within."""
+    """transformers' attention, with a choice of rotation and of fp32 operands."""
 
-    rotate: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    rotate: Callable[..., Pair]
     wide: bool
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
+        hidden_states: Tensor,
+        position_embeddings: Pair,
+        attention_mask: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, T, D) -> (B, T, D), and weights where the implementation has them."""
-        rows, tokens, _ = hidden_states.shape
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, T, H * D) -> (B, T, H * D), and weights if the implementation returns them."""
+        batch, tokens, _ = hidden_states.shape
         query, key, value = (
-            project(hidden_states).view(rows, tokens, -1, self.head_dim)
+            project(hidden_states).view(batch, tokens, -1, self.head_dim)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = self.rotate(query, key, *position_embeddings)
@@ -132,23 +132,16 @@ class Attention(LlamaAttention):
         name = self.config._attn_implementation
         attend = INTERFACES.get_interface(name, eager_attention_forward)
         kwargs.pop("cache", None)
-        mixed, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        mixed = mixed.reshape(rows, tokens, -1).to(hidden_states.dtype)
-        out: torch.Tensor = self.o_proj(mixed)
+        dropout = self.attention_dropout if self.training else 0.0
+        options = {"dropout": dropout, "scaling": self.scaling, **kwargs}
+        mixed, weights = attend(self, query, key, value, attention_mask, **options)
+        mixed = mixed.reshape(batch, tokens, -1).to(hidden_states.dtype)
+        out: Tensor = self.o_proj(mixed)
         return out, weights
 
 
 def _layer_function(kernel: LayerKernel, *, fused: Any, liger: str) -> Any:
-    """The function of a kernel; `None` leaves transformers' module."""
+    """The function of a kernel; `None` for transformers' module."""
     if kernel is LayerKernel.fused:
         return fused
     if kernel is LayerKernel.liger:
@@ -156,35 +149,31 @@ def _layer_function(kernel: LayerKernel, *, fused: Any, liger: str) -> Any:
     return None
 
 
-def _rotation(kernel: LayerKernel) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+def _rotation(kernel: LayerKernel) -> Callable[..., Pair]:
     """(B, T, H, D) queries and (B, T, K, D) keys, cos, sin -> (B, H, T, D) and (B, K, T, D)."""
-    turn: Any = Rotate.apply
+    fused: Any = Rotate.apply
     heads_first = _layer_function(kernel, fused=None, liger="liger_rope") or apply_rotary_pos_emb
 
-    def rotate(
-        query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Pair:
         if kernel is LayerKernel.fused:
-            return turn(query, cos, sin), turn(key, cos, sin)
-        turned: tuple[torch.Tensor, torch.Tensor]
-        turned = heads_first(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
-        return turned
+            return fused(query, cos, sin), fused(key, cos, sin)
+        rotated: Pair = heads_first(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
+        return rotated
 
     return rotate
 
 
 def _attend_blocked(
     module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     *,
     scaling: float,
-    dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """As transformers calls it: (B, H, T, D) -> (B, T, H, D)."""
+) -> tuple[Tensor, None]:
+    """Blocked attention with the parameters of transformers' interface: -> (B, T, H, D)."""
     mixed = blocked_attention(query, key, value, attention_mask, scaling)
     return mixed.transpose(1, 2).contiguous(), None
 
@@ -194,48 +183,40 @@ AttentionMaskInterface.register("blocked", sdpa_mask)
 
 
 class LossHead(nn.Linear):
-    """The head of a model: logits as ever, or with `targets` the losses alone."""
+    """The head of a model: logits, or with `targets` the losses."""
 
-    losses: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    losses: Callable[..., Pair]
 
     def forward(  # type: ignore[override]
-        self, hidden: torch.Tensor, targets: torch.Tensor | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        self, hidden: Tensor, targets: Tensor | None = None
+    ) -> Tensor | Pair:
         if targets is None:
             return super().forward(hidden)
         return self.losses(hidden.flatten(0, 1), self.weight, targets.flatten())
 
 
 class LlamaWithLoss(LlamaForCausalLM):  # type: ignore[no-untyped-call]  # transformers'
-    """A LLaMA whose forward pass ends in logits, or with `targets` in losses.
+    """A LLaMA that returns logits, or with `targets` losses.
 
-    The head is called as a module, for DeepSpeed gathers its weights then.
+    The head is called as a module, so that DeepSpeed gathers its weights.
     """
 
-    def forward(
-        self, input_ids: torch.Tensor, *, targets: torch.Tensor | None = None, **inputs: Any
-    ) -> Any:
-        """`targets` (B, T): their sum, which has a gradient, and each one's loss, (B * T,)."""
+    def forward(self, input_ids: Tensor, *, targets: Tensor | None = None, **inputs: Any) -> Any:
+        """With `targets` (B, T): the differentiable sum of losses, and each loss, (B * T,)."""
         if targets is None:
             return super().forward(input_ids, **inputs)
         hidden = self.model(input_ids=input_ids, **inputs).last_hidden_state
         return self.lm_head(hidden, targets)
 
 
-def _loss_function(
-    kernel: LossKernel, *, wide: bool
-) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+def _loss_function(kernel: LossKernel, *, wide: bool) -> Callable[..., Pair]:
     if kernel is LossKernel.chunked:
         return partial(linear_cross_entropy, wide=wide)
-    theirs = importlib.import_module(LIGER)
+    fused_loss = importlib.import_module(LIGER).liger_fused_linear_cross_entropy
 
-    def losses(
-        hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Pair:
         if torch.is_grad_enabled():
-            total = theirs.liger_fused_linear_cross_entropy(
-                hidden, weight, targets, reduction="sum"
-            )
+            total = fused_loss(hidden, weight, targets, reduction="sum")
             return total, total.detach()[None]
         logits = functional.linear(hidden, weight).float()
         each = functional.cross_entropy(logits, targets, reduction="none")

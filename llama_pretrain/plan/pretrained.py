@@ -1,0 +1,80 @@
+"""The shape of the model that `model.path` names, from its config.json."""
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from llama_pretrain.config.model import Model, RopeParameters, RopeType
+from llama_pretrain.config.problems import Problem, UserError
+
+SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+)
+"""Fields of transformers' LlamaConfig that `Model` has under the same names."""
+
+LLAMA_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
+"""Defaults of transformers' LlamaConfig that differ from `Model`'s."""
+
+
+def read_shape(model: Model) -> Model:
+    """The model with the shape of a Hugging Face model or of a checkpoint of ours.
+
+    Raises:
+        UserError: if config.json cannot be read, is not a LLaMA's, or contradicts the config.
+    """
+    folder = Path(str(model.path)).expanduser().resolve()
+    config_file = folder / "config.json"
+    try:
+        values = LLAMA_DEFAULTS | json.loads(config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError) as error:
+        message = f"{config_file} cannot be read: {error}"
+        raise UserError([Problem(path="model.path", message=message)]) from error
+    rope_values = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    if values.get("rope_theta") is not None:  # as transformers 4 wrote it
+        rope_values.setdefault("rope_theta", values["rope_theta"])
+    rope_type = rope_values.pop("rope_type", rope_values.pop("type", "default"))
+    for name, value, supported in (
+        ("model_type", values.get("model_type"), ("llama",)),
+        ("hidden_act", values["hidden_act"], ("silu",)),
+        ("rope_type", rope_type, tuple(option.value for option in RopeType)),
+    ):
+        if value not in supported:
+            message = f"{config_file}: {name} must be {' or '.join(supported)} (got {value})"
+            raise UserError([Problem(path="model.path", message=message)])
+    default = Model()
+    given: dict[str, Any] = {name: values[name] for name in SHAPE if values.get(name) is not None}
+    problems = [
+        Problem(
+            path=f"model.{name}",
+            message=f"contradicts {config_file}, which has {value} (got {getattr(model, name)})",
+            hint="Remove it: a pretrained model has its own shape",
+        )
+        for name, value in given.items()
+        if getattr(model, name) not in (getattr(default, name), value)
+    ]
+    if model.rope_parameters != default.rope_parameters:
+        message = f"contradicts {config_file}"
+        hint = "Remove it: a pretrained model has its own"
+        problems.append(Problem(path="model.rope_parameters", message=message, hint=hint))
+    if problems:
+        raise UserError(problems)
+    known = {item.name for item in fields(RopeParameters)}
+    rope = {key: value for key, value in rope_values.items() if key in known}
+    return replace(
+        model,
+        path=str(folder),
+        rope_parameters=RopeParameters(rope_type=RopeType(rope_type), **rope),
+        **given,
+    )
