@@ -25,6 +25,7 @@ def render_tables() -> str:
     """The generated part of the page."""
     schema = TypeAdapter(Run).json_schema()
     chosen = dict(flatten(to_plain(compose_run([]))))
+    del chosen["data.cache_dir"]  # it follows the environment
     top = dict(_settings(schema["properties"], schema["$defs"], nested=False))
     lines = ["## Settings", "", *_table(top, chosen)]
     groups = list_groups()
