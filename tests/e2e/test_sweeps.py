@@ -203,10 +203,15 @@ def test_one_signal_ends_the_sweep_and_the_command_goes_on(
     assert process.returncode == 75, output
     assert "to continue, run it again: python run.py -m" in output
     wait_for(lambda: not ours(tmp_path), 10)
-    states = [row["status"] for row in sweep.rows()]
-    assert states.count("preempted") == (2 if launcher == "joblib" else 1)
-    assert states.count("waiting") == 3 - states.count("preempted")
-    assert all(list(run_dir.checkpoints.glob("step-*")) for run_dir in sweep.points())
+    rows = sweep.rows()
+    states = [row["status"] for row in rows]
+    # Of two jobs at a time, one may have completed before the other has begun its steps.
+    assert 1 <= states.count("preempted") <= (2 if launcher == "joblib" else 1)
+    assert set(states) <= {"preempted", "waiting", "completed"}
+    for row in rows:
+        if row["status"] == "preempted":
+            run_dir = RunDir(sweep.folder.path / row["run_dir"])
+            assert list(run_dir.checkpoints.glob("step-*"))
     output = sweep(*words)
     assert [row["status"] for row in sweep.rows()] == ["completed"] * 3
     logs = [(run_dir.path / "console.log").read_text() for run_dir in sweep.points()]
