@@ -17,11 +17,8 @@ from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.runs.metrics import Row, apply_rollbacks, parse_row
 from llama_pretrain.runs.status import Status
 
-COMPLETED = ("completed", "reproduced", "diverged")
+COMPLETED = tuple(status.value for status in Status if status.is_complete)
 """Statuses of runs that have done all their steps."""
-
-
-STATUSES = (*COMPLETED, *(status.value for status in Status))
 
 
 class Result(str, Enum):
@@ -83,7 +80,7 @@ class Files:
     def status(self) -> str:
         values = read_object(self.dir.status)
         text = values.get("status")
-        if text not in STATUSES:
+        if text not in [status.value for status in Status]:
             raise BrokenError(f"has no known status (got {text})")
         return str(text)
 

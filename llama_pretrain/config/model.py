@@ -28,6 +28,22 @@ class RopeType(str, Enum):
 STRETCHED = UsedWhen(".rope_type", ("linear", "llama3"))
 LLAMA3 = UsedWhen(".rope_type", ("llama3",))
 
+SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+)
+"""Fields of transformers' LlamaConfig that `Model` has under the same names."""
+
 
 @schema
 class RopeParameters:

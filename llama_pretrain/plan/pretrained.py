@@ -5,24 +5,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from llama_pretrain.config.model import Model, RopeParameters, RopeType
+from llama_pretrain.config.model import SHAPE, Model, RopeParameters, RopeType
 from llama_pretrain.config.problems import Problem, UserError
-
-SHAPE = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "attention_bias",
-    "mlp_bias",
-)
-"""Fields of transformers' LlamaConfig that `Model` has under the same names."""
 
 LLAMA_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
 """Defaults of transformers' LlamaConfig that differ from `Model`'s."""

@@ -20,25 +20,11 @@ from transformers.initialization import no_init_weights
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llama_pretrain.checkpoint.tensors import STATE, StoredState
-from llama_pretrain.config.model import Model
+from llama_pretrain.config.model import SHAPE, Model
 from llama_pretrain.config.snapshot import to_plain
 from llama_pretrain.files import read_json
 
-COPIED_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "attention_bias",
-    "mlp_bias",
-    "attention_dropout",
-    "initializer_range",
-)
+COPIED_FIELDS = (*SHAPE, "attention_dropout", "initializer_range")
 """Fields of the config group `model` that transformers has under the same name."""
 
 
@@ -55,8 +41,8 @@ def build_llama_config(
     rope = to_plain(model.rope_parameters)
     settings: dict[str, Any] = {name: getattr(model, name) for name in COPIED_FIELDS}
     settings["rope_parameters"] = {key: value for key, value in rope.items() if value is not None}
-    settings |= {"attn_implementation": "sdpa", **special_ids}
-    return LlamaConfig(vocab_size=vocab_size, **settings)
+    settings |= {"vocab_size": vocab_size, "attn_implementation": "sdpa", **special_ids}
+    return LlamaConfig(**settings)
 
 
 def build_model(
