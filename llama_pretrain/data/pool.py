@@ -48,6 +48,7 @@ def run_tasks(
     # A forked process would inherit locked locks of the tokenizer's threads and deadlock.
     context = multiprocessing.get_context("spawn")
     counts = context.Array("q", 2)
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
         min(processes, len(tasks)),
         mp_context=context,
@@ -67,7 +68,7 @@ def run_tasks(
         message = "a process that prepares data was killed, possibly by the OOM killer"
         raise RuntimeError(message) from error
     finally:  # after an error or a signal, running tasks are not waited for
-        children = multiprocessing.active_children()
+        children = set(multiprocessing.active_children()) - others
         pool.shutdown(wait=False, cancel_futures=True)
         for child in children:
             child.kill()
