@@ -39,7 +39,7 @@ def train(folder: Path, model: str, words: list[str]) -> tuple[list[float], floa
         "batch.micro_batch_size=2",
         f"train.max_steps={STEPS}",
         "train.eval_every_steps=null",
-        "train.eval_rows=2",
+        "train.eval_sequences=2",
         "checkpoint.at_end=false",
         "checkpoint.export=false",
         "monitor=none",

@@ -193,7 +193,8 @@ def measure_preparing(path: Path, size: int, folder: Path) -> Corpus:
 
 def measure_loader(corpus: Corpus) -> None:
     """Print tokens a second of a rank's loader, with and without a document mask, and of others."""
-    from llama_pretrain.data.dataset import TrainSampler, build_loader, create_pretrain_dataset
+    from llama_pretrain.data.dataset import create_pretrain_dataset
+    from llama_pretrain.data.loader import TrainSampler, build_loader
 
     run = compose("data=stdlib")
     print(f"\nloader, rows of {ROW}, micro batches of 8, one of two ranks")
@@ -202,7 +203,7 @@ def measure_loader(corpus: Corpus) -> None:
             corpus, "train", sequence_length=ROW, limits=[None], document_mask=mask
         )
         sampling = plan_sampling(run.data, global_batch_size=16)
-        order = SampleOrder(sampling, num_rows=dataset.num_rows, seed=1)
+        order = SampleOrder(sampling, num_sequences=dataset.num_sequences, seed=1)
         rates = []
         for _ in range(ROUNDS):
             sampler = TrainSampler(
@@ -218,11 +219,12 @@ def measure_loader(corpus: Corpus) -> None:
 
 def measure_default_step(corpus: Corpus, folder: Path) -> None:
     """Print the loader's time for a rank's share of a step of the default run, and of the step."""
-    from llama_pretrain.data.dataset import TrainSampler, build_loader, create_pretrain_dataset
+    from llama_pretrain.data.dataset import create_pretrain_dataset
+    from llama_pretrain.data.loader import TrainSampler, build_loader
 
     dataset = create_pretrain_dataset(corpus, "train", sequence_length=256, limits=[None])
     sampling = plan_sampling(compose("data=stdlib").data, global_batch_size=16)
-    order = SampleOrder(sampling, num_rows=dataset.num_rows, seed=1)
+    order = SampleOrder(sampling, num_sequences=dataset.num_sequences, seed=1)
     sampler = TrainSampler(
         order=order, batches=[range(500)], global_batch_size=16, rank=0, world_size=2
     )
@@ -249,7 +251,7 @@ def measure_order(run: ResolvedRun) -> None:
     for rows in (10**3, 10**6, 10**9, 10**12):
         started = time.perf_counter()
         sampling = plan_sampling(run.data, global_batch_size=1024)
-        ids = SampleOrder(sampling, num_rows=[rows], seed=1).ids(10 * rows, 1024)
+        ids = SampleOrder(sampling, num_sequences=[rows], seed=1).ids(10 * rows, 1024)
         took = time.perf_counter() - started
         assert len(np.unique(ids)) <= 1024
         print(f"{rows:>17,} rows {took * 1e3:8.2f} ms")

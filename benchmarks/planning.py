@@ -106,20 +106,24 @@ def measure_planning(sizes: Sequence[int], *, rounds: int) -> list[dict[str, Any
 def measure_order(*, rounds: int) -> list[dict[str, Any]]:
     """Nanoseconds an id, at places all over an epoch."""
     rows = []
-    for num_rows, count in itertools.product(ROWS, IDS_AT_ONCE):
+    for num_sequences, count in itertools.product(ROWS, IDS_AT_ONCE):
         stage = StagePlan(first_sample=0, quotas=[1], sequence_length=512)
         order = SampleOrder(
-            SamplingPlan(names=["text"], block=1, stages=[stage]), num_rows=[num_rows], seed=1
+            SamplingPlan(names=["text"], block=1, stages=[stage]),
+            num_sequences=[num_sequences],
+            seed=1,
         )
-        firsts = np.random.default_rng(0).integers(0, num_rows, size=200).tolist()
+        firsts = np.random.default_rng(0).integers(0, num_sequences, size=200).tolist()
         times = []
         for _ in range(rounds):
             began = time.perf_counter()
             for first in firsts:
                 order.ids(first, count)
             times.append((time.perf_counter() - began) / len(firsts) / count * 1e9)
-        rows.append({"rows": num_rows, "at_once": count, "ns_an_id": statistics.median(times)})
-        print(f"{num_rows:>16,} rows, {count:>5} at once: {rows[-1]['ns_an_id']:8.0f} ns an id")
+        rows.append({"rows": num_sequences, "at_once": count, "ns_an_id": statistics.median(times)})
+        print(
+            f"{num_sequences:>16,} rows, {count:>5} at once: {rows[-1]['ns_an_id']:8.0f} ns an id"
+        )
     return rows
 
 

@@ -19,7 +19,7 @@ FACTS = ("time", "argv", "git_commit", "git_changed_files", "python", "platform"
 
 STEPS_ALONE = (
     "train.eval_every_steps=null",
-    "train.eval_rows=2",
+    "train.eval_sequences=2",
     "train.sample_prompt=''",
     "checkpoint.every_steps=null",
     "checkpoint.at_end=false",

@@ -84,7 +84,7 @@ SETTINGS = (
     "train.max_steps=100000",
     "train.eval_every_steps=null",
     # An evaluation and a sample come before the first step; competitors have neither.
-    "train.eval_rows=2",
+    "train.eval_sequences=2",
     "train.sample_prompt=''",
     "checkpoint.every_steps=null",
     # An arm that is stopped makes no progress.

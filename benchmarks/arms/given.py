@@ -20,7 +20,8 @@ from transformers import AutoTokenizer
 from llama_pretrain.config.precision import PrecisionName
 from llama_pretrain.config.run import Run
 from llama_pretrain.config.snapshot import load_snapshot
-from llama_pretrain.data.dataset import TrainSampler, build_loader, create_pretrain_dataset
+from llama_pretrain.data.dataset import create_pretrain_dataset
+from llama_pretrain.data.loader import TrainSampler, build_loader
 from llama_pretrain.data.order import SampleOrder
 from llama_pretrain.plan.plan import TrainingPlan, load_plan
 from llama_pretrain.runs.layout import RunDir
@@ -45,10 +46,10 @@ def batches_of(
         plan.corpus,
         "train",
         sequence_length=run.data.sequence_length,
-        limits=[run.data.limit_train_rows] * len(plan.corpus.sources),
+        limits=[run.data.limit_train_sequences] * len(plan.corpus.sources),
     )
     sampler = TrainSampler(
-        order=SampleOrder(plan.sampling, num_rows=rows.num_rows, seed=run.seed),
+        order=SampleOrder(plan.sampling, num_sequences=rows.num_sequences, seed=run.seed),
         batches=[range(plan.steps.last)],
         global_batch_size=plan.batch.global_batch_size,
         rank=rank,

@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
+from transformers.utils import logging
 
 from llama_pretrain.checkpoint.manifest import read_manifest
 from llama_pretrain.checkpoint.model_card import describe_precision, render_card
@@ -32,6 +33,13 @@ INDEX = "model.safetensors.index.json"
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 """Parameters whose first axis is the vocabulary."""
 TOLERANCE_FP32, TOLERANCE_16_BIT = 1e-5, 0.02
+
+
+def quiet_transformers() -> None:
+    """Turn off the progress bars and advice that transformers prints."""
+    messages: Any = logging  # it has no types
+    messages.disable_progress_bar()
+    messages.set_verbosity_error()
 
 
 @dataclass(frozen=True, kw_only=True)

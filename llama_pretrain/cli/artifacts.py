@@ -17,7 +17,7 @@ from llama_pretrain.cli.run_files import (
 from llama_pretrain.config.problems import UserError
 from llama_pretrain.config.snapshot import config_hash
 from llama_pretrain.data.meta import HELDOUT, META, TRAIN, read_meta
-from llama_pretrain.data.packed import open_rows
+from llama_pretrain.data.packed import open_sequences
 from llama_pretrain.files import hash_file
 from llama_pretrain.runs.metrics import read_metrics, steps
 
@@ -41,9 +41,9 @@ def check_tokens(files: Files, *, deep: bool) -> str:
             raise BrokenError(error.problems[0].message) from error
         assert_same(f"{folder}/{META}", meta.data_hash, source.data_hash)
         length = files.run.data.sequence_length
-        for split, wanted in ((TRAIN, source.train_rows), (HELDOUT, source.heldout_rows)):
+        for split, wanted in ((TRAIN, source.train_sequences), (HELDOUT, source.heldout_sequences)):
             try:
-                found = len(open_rows(folder, meta, split, sequence_length=length))
+                found = len(open_sequences(folder, meta, split, sequence_length=length))
             except (ValueError, OSError) as error:
                 raise BrokenError(f"{split} of {source.name}: {error}") from error
             if found != wanted:
@@ -70,7 +70,7 @@ def _read_tokens(folder: Path, meta: Any, split: str, *, name: str) -> None:
             ends += int((ids == meta.eos_id).sum())
     documents = meta.splits[split].documents
     ours = all(not Path(extent.file).is_absolute() for extent in meta.splits[split].extents)
-    if ours and meta.row_tokens is None and documents is not None and ends != documents:
+    if ours and meta.sequence_tokens is None and documents is not None and ends != documents:
         raise BrokenError(f"{split} of {name} has {ends:,} ends of documents, not {documents:,}")
 
 

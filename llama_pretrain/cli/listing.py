@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from llama_pretrain.checkpoint.manifest import newest_of
 from llama_pretrain.files import read_json
 from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.runs.metrics import Row, SummaryRow, evaluations, last, last_value, read_tail
@@ -130,7 +131,5 @@ def _state_of(rows: Sequence[Row]) -> str:
 
 
 def _newest_checkpoint(run_dir: RunDir) -> str | None:
-    from llama_pretrain.checkpoint.manifest import newest_of  # pydantic: not for most lists
-
     found = newest_of(run_dir.checkpoints)
     return None if found is None else found.name

@@ -152,7 +152,7 @@ class Data(Source):
     """`skip`: preparation stops above this share of documents that cannot be read."""
     prepare_processes: PositiveInt | None = None
     """Processes that prepare data; `null` = one a core. The tokens do not depend on it."""
-    limit_train_rows: PositiveInt | None = None
+    limit_train_sequences: PositiveInt | None = None
     """Use only the first sequences of each source's training split; `null` = all."""
     hash: str | None = None
     """What the data must be: SHA-256 of its tokens' hashes and the tokenizer's. A snapshot records

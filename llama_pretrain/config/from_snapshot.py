@@ -187,7 +187,7 @@ def write_primary_config(
 def _evaluate_instead(values: dict[str, Any], folder: Path, settings: Mapping[str, str]) -> None:
     """Turn a run's values into its evaluation's: its own tokenizer, the whole eval set."""
     values["tokenizer"] = {"name": "pretrained", "path": str(folder / "tokenizer")}
-    values["train"]["eval_rows"] = None
+    values["train"]["eval_sequences"] = None
     micro = values["batch"]["micro_batch_size"]
     with contextlib.suppress(KeyError, TypeError):
         planned = (read_json(folder / "plan.json") or {})["batch"]["micro_batch_size"]

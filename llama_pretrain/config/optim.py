@@ -74,7 +74,7 @@ class Optim:
     scale_by_batch: BatchScaling = BatchScaling.none
     """How learning rates follow the global batch size: not at all, with its square root (arXiv
     2405.14578), or linearly (arXiv 1706.02677). A snapshot holds the scaled values."""
-    scale_from_rows: Annotated[
+    reference_batch_size: Annotated[
         PositiveInt | None, UsedWhen("optim.scale_by_batch", ("sqrt", "linear"))
     ] = None
     """`scale_by_batch`: the global batch size, in sequences, that the learning rates are given for.

@@ -44,7 +44,7 @@ class Train:
     two."""
     eval_every_steps: PositiveInt | None = 100
     """Evaluate every this many steps; `null` = only before the first and after the last step."""
-    eval_rows: PositiveInt | None = 64
+    eval_sequences: PositiveInt | None = 64
     """Sequences of the eval set in one evaluation; `null` = all."""
     gradient_clipping: NonNegativeFloat | None = None
     """Maximum norm of the gradient; 0 = no clipping; `null` = 1.0, but 0 with Muon, whose update

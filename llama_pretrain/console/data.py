@@ -1,7 +1,7 @@
 """The progress of data preparation, the prepared corpus, and the result of task=inspect."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -32,29 +32,33 @@ def show_corpus(run: ResolvedRun, plan: TrainingPlan) -> None:
         table.add_row(
             source.name,
             f"{source.train_tokens:,}",
-            f"{source.train_rows:,} x {run.data.sequence_length}",
-            f"{source.heldout_rows:,}",
+            f"{source.train_sequences:,} x {run.data.sequence_length}",
+            f"{source.heldout_sequences:,}",
             f"{plan.steps.epochs[source.name]:.2f}",
             source.tokens_dir,
         )
     out.print(table)
 
 
-def show_inspection(inspection: "Inspection", page: Path) -> None:
-    """Print sources, lengths of documents, and the first sequences of a run."""
-    from llama_pretrain.data.inspect import SOURCE_HEAD, source_rows  # imports torch
+def show_inspection(
+    inspection: "Inspection", sources: Sequence[tuple[str, ...]], page: Path
+) -> None:
+    """Print sources, lengths of documents, and the first sequences of a run.
 
+    Args:
+        sources: a table: its head, and a row for each source.
+    """
     table = Table(title="sources", title_justify="left", box=None, pad_edge=False)
-    for number, name in enumerate(SOURCE_HEAD):
+    for number, name in enumerate(sources[0]):
         table.add_column(name, justify="right" if number else "left", overflow="fold")
-    for line in source_rows(inspection):
+    for line in sources[1:]:
         table.add_row(*(escape(cell) for cell in line))
     out.print(table)
     for source in inspection.sources:
         out.print(_length_bars(source))
-    for row in inspection.rows:
+    for sequence in inspection.sequences:
         text = Text(overflow="fold")
-        for token in row.tokens:
+        for token in sequence.tokens:
             style = "" if token.has_target else "dim strike"
             if token.ends_document:
                 text.append(f" {token.text}|", style="bold red")
@@ -62,8 +66,10 @@ def show_inspection(inspection: "Inspection", page: Path) -> None:
                 text.append(token.text, style=style)
             else:
                 text.append(f"[{token.text}]")
-        facts = f"{row.documents} documents, {row.targets:,} targets"
-        out.rule(f"sequence {row.number} of {row.source}: {facts}", style="dim", align="left")
+        facts = f"{sequence.documents} documents, {sequence.targets:,} targets"
+        out.rule(
+            f"sequence {sequence.number} of {sequence.source}: {facts}", style="dim", align="left"
+        )
         out.print(text)
     say(f"page: {page}")
 

@@ -71,8 +71,10 @@ def show_plan(run: ResolvedRun, plan: Plan, run_dir: RunDir | None) -> None:
     if plan.cost is not None:
         table.add_row("cost", _cost_text(plan.cost))
     if isinstance(plan, TrainingPlan):
-        sequences = f"{plan.corpus.train_rows:,} sequences of {run.data.sequence_length} tokens"
-        text = f"{run.data.name.value}: {sequences}, {steps.eval_rows} for evaluation"
+        sequences = (
+            f"{plan.corpus.train_sequences:,} sequences of {run.data.sequence_length} tokens"
+        )
+        text = f"{run.data.name.value}: {sequences}, {steps.eval_sequences} for evaluation"
         table.add_row("data", text)
         _add_sources(table, plan)
     _add_stages(table, run, plan)
@@ -88,7 +90,9 @@ def _add_sources(table: Table, plan: TrainingPlan) -> None:
         return
     first = plan.sampling.stages[0]
     for source, quota in zip(plan.corpus.sources, first.quotas, strict=True):
-        text = f"{plan.steps.epochs[source.name]:.2f} epochs of {source.train_rows:,} sequences"
+        text = (
+            f"{plan.steps.epochs[source.name]:.2f} epochs of {source.train_sequences:,} sequences"
+        )
         table.add_row(f"  {source.name}", f"{text}, {quota / plan.sampling.block:.1%} at first")
 
 

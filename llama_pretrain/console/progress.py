@@ -163,7 +163,7 @@ def _event_text(row: Row | None) -> str:
         case StepRow() if row.skipped:
             return f"step {row.step}: skipped, its {row.skipped} is not finite"
         case RollbackRow():
-            batches = ", ".join(str(number) for number in row.left_out_batches)
+            batches = ", ".join(str(number) for number in row.skipped_batches)
             went = f"back to step {row.step} from step {row.rolled_back_from}, whose loss spiked"
             return f"{went}; left out: global batches {batches}"
         case CheckpointRow() if row.checkpoint_error:

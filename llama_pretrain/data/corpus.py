@@ -12,7 +12,7 @@ from llama_pretrain.config.tokenizer import TokenizerName
 from llama_pretrain.data.cache import Cache, Report, data_error
 from llama_pretrain.data.existing import prepare_existing
 from llama_pretrain.data.meta import HELDOUT, TRAIN, TokensMeta, read_meta
-from llama_pretrain.data.packed import open_rows
+from llama_pretrain.data.packed import open_sequences
 from llama_pretrain.data.prepare import Sources, prepare_text, sample_texts
 from llama_pretrain.data.sources import open_source
 from llama_pretrain.data.tokenizer import (
@@ -94,10 +94,10 @@ def _find_prepared(config: Source, path: str, data: Data) -> Path:
         raise data_error(f"{path}.paths", f"must be one directory (got {config.paths})", hint)
     folder = Path(config.paths[0]).expanduser().resolve()
     meta = read_meta(folder, path=f"{path}.paths")
-    packing = Packing.concatenate if meta.row_tokens is None else Packing.best_fit
+    packing = Packing.concatenate if meta.sequence_tokens is None else Packing.best_fit
     for option, value, given in (
         ("packing", packing.value, data.packing.value),
-        ("sequence_length", (meta.row_tokens or 0) - 1, data.sequence_length),
+        ("sequence_length", (meta.sequence_tokens or 0) - 1, data.sequence_length),
     ):
         if value not in (-1, given):
             message = f"must be {value}, with which {folder} was prepared (got {given})"
@@ -153,7 +153,13 @@ def describe_corpus(
     content |= {source.path: source.meta.data_hash for source in prepared}
     fingerprint = dict(content)
     values = to_plain(run.data)
-    for name in ("sequence_length", "limit_train_rows", "document_mask", "mixture_block", "stages"):
+    for name in (
+        "sequence_length",
+        "limit_train_sequences",
+        "document_mask",
+        "mixture_block",
+        "stages",
+    ):
         fingerprint[f"data.{name}"] = json.dumps(values[name])
     if run.data.name is DataName.mixture:
         for name, config in run.data.sources.items():
@@ -170,17 +176,17 @@ def describe_corpus(
 
 
 def _describe_source(source: Prepared, data: Data) -> SourceTokens:
-    splits, rows = source.meta.splits, {}
+    splits, sequences = source.meta.splits, {}
     for name, split in splits.items():
         try:
-            found = open_rows(
+            found = open_sequences(
                 source.folder, source.meta, name, sequence_length=data.sequence_length
             )
         except (ValueError, OSError) as error:
             hint = f"Delete {source.folder}; the next run prepares it again"
             raise data_error(source.path, str(error), hint) from error
-        rows[name] = len(found)
-        if not rows[name]:
+        sequences[name] = len(found)
+        if not sequences[name]:
             message = f"the {'training' if name == TRAIN else 'held-out'} text must have at least"
             hint = "Add more text, or shorten data.sequence_length"
             if name == HELDOUT:
@@ -192,8 +198,8 @@ def _describe_source(source: Prepared, data: Data) -> SourceTokens:
         name=source.name,
         tokens_dir=str(source.folder),
         data_hash=source.meta.data_hash,
-        train_rows=rows[TRAIN],
+        train_sequences=sequences[TRAIN],
         train_tokens=splits[TRAIN].tokens,
-        heldout_rows=rows[HELDOUT],
+        heldout_sequences=sequences[HELDOUT],
         heldout_bytes_per_token=(heldout.bytes or 0) / heldout.tokens,
     )

@@ -1,31 +1,26 @@
-"""Sequences for torch: a dataset, samplers and the data loader of a rank.
+"""The sequences of a split by their ids, with labels and document positions; needs no torch.
 
-B is the micro batch, T the sequence length.
+T is the sequence length.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import default_data_collator
 
 from llama_pretrain.data.meta import read_meta
-from llama_pretrain.data.order import SampleOrder
-from llama_pretrain.data.packed import TokenRows, open_rows
+from llama_pretrain.data.packed import TokenSequences, open_sequences
 from llama_pretrain.plan.plan import Corpus
 
 IGNORED = -100
 """The label that cross entropy ignores."""
 
 
-class PretrainDataset(Dataset[dict[str, Any]]):
+class PretrainDataset:
     """The sequences of all sources, one source after another.
 
     An item has `input_ids` (T,) int64, `shift_labels` (T,) int64 (the token after each input, so
@@ -36,7 +31,7 @@ class PretrainDataset(Dataset[dict[str, Any]]):
 
     def __init__(
         self,
-        sources: Sequence[TokenRows],
+        sources: Sequence[TokenSequences],
         *,
         limits: Sequence[int | None],
         eos_id: int,
@@ -45,12 +40,12 @@ class PretrainDataset(Dataset[dict[str, Any]]):
     ):
         self._sources = list(sources)
         self._eos_id, self._document_mask, self._padded = eos_id, document_mask, padded
-        self.num_rows = [
-            len(rows) if limit is None else min(len(rows), limit)
-            for rows, limit in zip(sources, limits, strict=True)
+        self.num_sequences = [
+            len(sequences) if limit is None else min(len(sequences), limit)
+            for sequences, limit in zip(sources, limits, strict=True)
         ]
         """Per source."""
-        self.ends = list(accumulate(self.num_rows))
+        self.ends = list(accumulate(self.num_sequences))
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -63,8 +58,8 @@ class PretrainDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         source = bisect_right(self.ends, max(index, 0))
         first = self.ends[source - 1] if source else 0
-        row = self._sources[source].row(max(index, 0) - first)
-        inputs, labels = row[:-1], row[1:]
+        sequence = self._sources[source].sequence(max(index, 0) - first)
+        inputs, labels = sequence[:-1], sequence[1:]
         item = {"input_ids": inputs, "shift_labels": labels, "sample_id": index}
         if index < 0:
             item["shift_labels"] = np.full_like(labels, IGNORED)
@@ -107,70 +102,12 @@ def create_pretrain_dataset(
     for source in corpus.sources:
         folder = Path(source.tokens_dir)
         meta = read_meta(folder, path="data")
-        sources.append(open_rows(folder, meta, split, sequence_length=sequence_length))
-        padded = padded or meta.row_tokens is not None
+        sources.append(open_sequences(folder, meta, split, sequence_length=sequence_length))
+        padded = padded or meta.sequence_tokens is not None
     return PretrainDataset(
         sources,
         limits=limits,
         eos_id=corpus.eos_id,
         document_mask=document_mask,
         padded=padded,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSampler(Sampler[int]):
-    """Sample ids of one rank: positions r, r + W, r + 2W, ... of each global batch."""
-
-    order: SampleOrder
-    batches: Sequence[range]
-    """Numbers of the global batches."""
-    global_batch_size: int
-    rank: int
-    world_size: int
-
-    def __iter__(self) -> Iterator[int]:
-        size = self.global_batch_size
-        at_once = max(1, 4096 // size)  # a numpy call has a constant overhead
-        for numbers in self.batches:
-            for first in numbers[::at_once]:
-                count = min(at_once, numbers.stop - first)
-                ids = self.order.ids(first * size, count * size).reshape(count, size)
-                yield from ids[:, self.rank :: self.world_size].ravel().tolist()
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalSampler(Sampler[int]):
-    """Sequences r, r + W, ... in order, each once; -1 when a rank has none left.
-
-    Every rank yields the same number of full micro batches: at ZeRO stage 3 the other ranks would
-    wait forever for the shards of one that stopped early.
-    """
-
-    num_rows: int
-    micro_batch_size: int
-    rank: int
-    world_size: int
-
-    def __iter__(self) -> Iterator[int]:
-        step = self.micro_batch_size * self.world_size
-        padded = -(-self.num_rows // step) * step
-        for row in range(self.rank, padded, self.world_size):
-            yield row if row < self.num_rows else -1
-
-
-def build_loader(
-    dataset: PretrainDataset, sampler: Sampler[int], *, micro_batch_size: int, num_workers: int
-) -> DataLoader[dict[str, Any]]:
-    """Load micro batches: `input_ids` and `shift_labels` (B, T), `sample_id` (B,), all int64."""
-    return DataLoader(
-        dataset,
-        batch_size=micro_batch_size,
-        sampler=sampler,
-        collate_fn=default_data_collator,
-        num_workers=num_workers,
-        drop_last=True,
-        # Iterating draws a seed; the global generator must not advance, because a checkpoint
-        # restores it for dropout.
-        generator=torch.Generator(),
     )

@@ -103,7 +103,7 @@ def prepare_existing(
             vocab_size=tokenizer.size,
             eos_id=tokenizer.eos_id,
             dtype=whole.dtype,
-            row_tokens=None,
+            sequence_tokens=None,
             splits=splits,
             files=listed,
         )

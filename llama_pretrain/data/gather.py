@@ -32,7 +32,7 @@ class GatherJob:
     folder: Path
     dtype: str
     eos_id: int
-    row_tokens: int | None
+    sequence_tokens: int | None
     """Length of a best-fit sequence; `None` = documents follow one another."""
     deduplicate: bool
 
@@ -110,18 +110,18 @@ def gather_shard(job: GatherJob, shard: Shard, add: AddProgress) -> ShardResult:
     lengths = index["length"][order].tolist()
     cut = padding = 0
     with write_packed(job.folder / shard.name, dtype=job.dtype) as writer:
-        if job.row_tokens is None:
+        if job.sequence_tokens is None:
             for start, length in zip(starts, lengths, strict=True):
                 writer.add(tokens[start : start + length])
         else:
-            cut = sum(length > job.row_tokens for length in lengths)
-            for row in pack_best_fit(lengths, width=job.row_tokens):
-                sequence, filled = np.full(job.row_tokens, job.eos_id, dtype=job.dtype), 0
-                for document, first, stop in row:
+            cut = sum(length > job.sequence_tokens for length in lengths)
+            for pieces in pack_best_fit(lengths, width=job.sequence_tokens):
+                sequence, filled = np.full(job.sequence_tokens, job.eos_id, dtype=job.dtype), 0
+                for document, first, stop in pieces:
                     content = tokens[starts[document] + first : starts[document] + stop]
                     sequence[filled : filled + len(content)] = content
                     filled += len(content)
-                padding += job.row_tokens - filled
+                padding += job.sequence_tokens - filled
                 writer.add(sequence)
     result = ShardResult(
         tokens=sum(writer.lengths),
@@ -186,7 +186,7 @@ def pack_best_fit(lengths: Sequence[int], *, width: int) -> Iterator[list[Piece]
             start += width - 1
         rest.append((document, start, length))
     rest.sort(key=lambda piece: piece[1] - piece[2])  # stable: equal lengths keep their order
-    rows: list[list[Piece]] = []
+    sequences: list[list[Piece]] = []
     by_space: list[list[int]] = [[] for _ in range(width + 1)]  # sequences by free tokens
     spaces = 0  # bit n: some sequence has n free tokens
     for piece in rest:
@@ -198,9 +198,9 @@ def pack_best_fit(lengths: Sequence[int], *, width: int) -> Iterator[list[Piece]
             if not by_space[space]:
                 spaces &= ~(1 << space)
         else:
-            space, number = width, len(rows)
-            rows.append([])
-        rows[number].append(piece)
+            space, number = width, len(sequences)
+            sequences.append([])
+        sequences[number].append(piece)
         by_space[space - length].append(number)
         spaces |= 1 << (space - length)
-    yield from rows
+    yield from sequences

@@ -19,10 +19,10 @@ from llama_pretrain.plan.sampling import plan_sampling
 from llama_pretrain.runs.chart import Axis, Chart, Mark, Series, draw
 from llama_pretrain.runs.page import render_page
 
-SHOWN_ROWS = 4
+SHOWN_SEQUENCES = 4
 CONTEXT = 4
 """Tokens that are decoded before each token."""
-MAX_SAMPLED_ROWS = 2000
+MAX_SAMPLED_SEQUENCES = 2000
 """Sequences per source whose documents are measured."""
 
 
@@ -36,7 +36,7 @@ class Token:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShownRow:
+class ShownSequence:
     """A sequence as it is trained on."""
 
     source: str
@@ -56,7 +56,7 @@ class SourceFacts:
     """Share of the run's sequences in its first stage."""
     lengths: list[tuple[int, int]]
     """(n, documents of n / 2 < length <= n tokens) for powers of 2."""
-    documents_a_row: float
+    documents_per_sequence: float
     targets: float
     """Share of positions whose next token is a target."""
 
@@ -65,7 +65,7 @@ class SourceFacts:
 class Inspection:
     """The result of task=inspect."""
 
-    rows: list[ShownRow]
+    sequences: list[ShownSequence]
     sources: list[SourceFacts]
     tokenizer: str
 
@@ -79,28 +79,28 @@ def inspect_data(
         corpus,
         TRAIN,
         sequence_length=length,
-        limits=[data.limit_train_rows] * len(prepared),
+        limits=[data.limit_train_sequences] * len(prepared),
         document_mask=data.document_mask,
     )
     batch = solve_batch(run.batch, sequence_length=length, world_size=run.num_ranks)
     sampling = plan_sampling(data, global_batch_size=batch.global_batch_size)
-    order = SampleOrder(sampling, num_rows=dataset.num_rows, seed=run.seed)
-    ids = order.ids(0, SHOWN_ROWS).tolist()
+    order = SampleOrder(sampling, num_sequences=dataset.num_sequences, seed=run.seed)
+    ids = order.ids(0, SHOWN_SEQUENCES).tolist()
     names = [source.name for source in prepared]
     quotas = sampling.stages[0].quotas
     sources = [
-        _facts(source, dataset, first=end - rows, rows=rows, quota=quota / sampling.block)
-        for source, rows, end, quota in zip(
-            prepared, dataset.num_rows, accumulate(dataset.num_rows), quotas, strict=True
+        _facts(source, dataset, first=end - count, count=count, quota=quota / sampling.block)
+        for source, count, end, quota in zip(
+            prepared, dataset.num_sequences, accumulate(dataset.num_sequences), quotas, strict=True
         )
     ]
-    shown = [_show_row(dataset, tokenizer, number, names) for number in ids]
-    return Inspection(rows=shown, sources=sources, tokenizer=tokenizer.digest)
+    shown = [_show_sequence(dataset, tokenizer, number, names) for number in ids]
+    return Inspection(sequences=shown, sources=sources, tokenizer=tokenizer.digest)
 
 
-def _show_row(
+def _show_sequence(
     dataset: PretrainDataset, tokenizer: TrainedTokenizer, number: int, names: Sequence[str]
-) -> ShownRow:
+) -> ShownSequence:
     item = dataset[number]
     owner = next(name for name, end in zip(names, dataset.ends, strict=True) if number < end)
     ends = item["input_ids"] == tokenizer.eos_id
@@ -110,7 +110,7 @@ def _show_row(
         Token(text=text, ends_document=bool(end), has_target=bool(target))
         for text, end, target in zip(texts, ends, has_target, strict=True)
     ]
-    return ShownRow(
+    return ShownSequence(
         source=owner,
         number=number,
         documents=_count_documents(ends),
@@ -138,15 +138,15 @@ def _decode_each(tokenizer: TrainedTokenizer, ids: Sequence[int]) -> list[str]:
 
 
 def _facts(
-    source: Prepared, dataset: PretrainDataset, *, first: int, rows: int, quota: float
+    source: Prepared, dataset: PretrainDataset, *, first: int, count: int, quota: float
 ) -> SourceFacts:
-    """Statistics of up to MAX_SAMPLED_ROWS consecutive sequences in the middle of a source."""
-    count = min(rows, MAX_SAMPLED_ROWS)
-    begin = first + (rows - count) // 2
-    items = [dataset[number] for number in range(begin, begin + count)]
+    """Statistics of up to MAX_SAMPLED_SEQUENCES consecutive sequences in the middle of a source."""
+    sampled = min(count, MAX_SAMPLED_SEQUENCES)
+    begin = first + (count - sampled) // 2
+    items = [dataset[number] for number in range(begin, begin + sampled)]
     ends = np.stack([item["input_ids"] == source.meta.eos_id for item in items])
-    if source.meta.row_tokens is not None:  # each sequence begins with a document
-        lengths = np.concatenate([np.diff(np.flatnonzero(row), prepend=-1) for row in ends])
+    if source.meta.sequence_tokens is not None:  # each sequence begins with a document
+        lengths = np.concatenate([np.diff(np.flatnonzero(each), prepend=-1) for each in ends])
     else:  # the first document may be incomplete
         lengths = np.diff(np.flatnonzero(ends))
     targets = [(item["shift_labels"] != IGNORED).mean() for item in items]
@@ -155,7 +155,7 @@ def _facts(
         meta=source.meta,
         share=quota,
         lengths=_histogram(lengths[lengths > 1]),  # consecutive ends are padding
-        documents_a_row=float(np.mean([_count_documents(row) for row in ends])),
+        documents_per_sequence=float(np.mean([_count_documents(sequence) for sequence in ends])),
         targets=float(np.mean(targets)),
     )
 
@@ -183,10 +183,11 @@ def render_inspection(run: ResolvedRun, inspection: Inspection) -> str:
         "data",
         title=f"{name} data",
         facts=facts,
-        head=SOURCE_HEAD,
-        sources=source_rows(inspection),
+        sources=list_sources(inspection),
         lengths=[_draw_lengths(source) for source in inspection.sources],
-        rows=[(f"{row.source}, sequence {row.number}", row.tokens) for row in inspection.rows],
+        sequences=[
+            (f"{one.source}, sequence {one.number}", one.tokens) for one in inspection.sequences
+        ],
     )
 
 
@@ -203,7 +204,7 @@ def _draw_lengths(source: SourceFacts) -> Chart | None:
     return draw(source.name, [bars], unit="documents", axis=axis, from_zero=True)
 
 
-SOURCE_HEAD = (
+SOURCE_HEAD: tuple[str, ...] = (
     "source",
     "share",
     "documents",
@@ -216,9 +217,9 @@ SOURCE_HEAD = (
 )
 
 
-def source_rows(inspection: Inspection) -> list[tuple[str, ...]]:
-    """A table row per source, below SOURCE_HEAD."""
-    lines: list[tuple[str, ...]] = []
+def list_sources(inspection: Inspection) -> list[tuple[str, ...]]:
+    """A table: the head, and a row per source."""
+    lines = [SOURCE_HEAD]
     for source in inspection.sources:
         train, heldout = source.meta.splits[TRAIN], source.meta.splits[HELDOUT]
         known = [split for split in (train, heldout) if split.bytes is not None]
@@ -234,7 +235,7 @@ def source_rows(inspection: Inspection) -> list[tuple[str, ...]]:
                 f"{train.tokens:,}",
                 f"{heldout.tokens:,}",
                 "-" if a_token is None else f"{a_token:.2f}",
-                f"{source.documents_a_row:.1f}",
+                f"{source.documents_per_sequence:.1f}",
                 f"{source.targets:.1%}",
                 ", ".join(notes) or "nothing",
             )

@@ -9,7 +9,7 @@ from llama_pretrain.data.cache import data_error
 from llama_pretrain.files import write_json
 
 META = "meta.json"
-FORMAT = 3
+FORMAT = 4
 """Increase it when the same text and options give other tokens or another meta.json."""
 TRAIN, HELDOUT = "train", "heldout"
 
@@ -47,7 +47,7 @@ class TokensMeta:
     vocab_size: int
     eos_id: int
     dtype: str
-    row_tokens: int | None
+    sequence_tokens: int | None
     """Length of the sequences of best-fit packing, one after another; `None` = sequences are cut
     from the stream and share one token with the next."""
     splits: dict[str, Split]

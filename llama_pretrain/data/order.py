@@ -23,24 +23,24 @@ _Assignment = tuple[NDArray[np.int64], NDArray[np.uint64]]
 class SampleOrder:
     """Sample ids by global position. The ids of a source follow those of the previous sources."""
 
-    def __init__(self, sampling: SamplingPlan, *, num_rows: Sequence[int], seed: int):
-        self.num_rows = list(num_rows)
+    def __init__(self, sampling: SamplingPlan, *, num_sequences: Sequence[int], seed: int):
+        self.num_sequences = list(num_sequences)
         self._sampling = sampling
-        self._first_ids = np.cumsum([0, *num_rows[:-1]], dtype=np.uint64)
-        single = len(num_rows) == 1
+        self._first_ids = np.cumsum([0, *num_sequences[:-1]], dtype=np.uint64)
+        single = len(num_sequences) == 1
         # A source keeps its order when other sources are added.
         self._seeds = [seed if single else _source_seed(name, seed) for name in sampling.names]
         self._seed = seed
         self._last_block: tuple[int, int, _Assignment] | None = None
-        self._used_before = [[0] * len(num_rows)]
+        self._used_before = [[0] * len(num_sequences)]
         if not single:
             self._count_stages()
 
     def ids(self, first: int, count: int) -> NDArray[np.uint64]:
         """Sample ids at positions first, first + 1, ...: (count,)."""
-        if len(self.num_rows) == 1:
+        if len(self.num_sequences) == 1:
             positions = np.arange(first, first + count, dtype=np.uint64)
-            return rows_at(positions, num_rows=self.num_rows[0], seed=self._seeds[0])
+            return sequences_at(positions, num_sequences=self.num_sequences[0], seed=self._seeds[0])
         result = np.empty(count, dtype=np.uint64)
         stages, block_size, done = self._sampling.stages, self._sampling.block, 0
         while done < count:
@@ -53,13 +53,15 @@ class SampleOrder:
             sources, turns = self._assign(stage, number, block)
             chosen = slice(place, place + taken)
             part = result[done : done + taken]
-            for index, num_rows in enumerate(self.num_rows):
+            for index, num_sequences in enumerate(self.num_sequences):
                 mine = sources[chosen] == index
                 if mine.any():
                     before = self._used_before[number][index] + block * stage.quotas[index]
                     positions = np.uint64(before) + turns[chosen][mine]
-                    rows = rows_at(positions, num_rows=num_rows, seed=self._seeds[index])
-                    part[mine] = self._first_ids[index] + rows
+                    sequences = sequences_at(
+                        positions, num_sequences=num_sequences, seed=self._seeds[index]
+                    )
+                    part[mine] = self._first_ids[index] + sequences
             done += taken
         return result
 
@@ -70,7 +72,7 @@ class SampleOrder:
         size = self._sampling.block
         key = _mix(np.asarray([self._seed], np.uint64))
         key = _mix(_mix(key ^ np.uint64(number + 1)) ^ np.uint64(block))
-        places = _permute(np.arange(size, dtype=np.uint64), num_rows=size, key=key[0])
+        places = _permute(np.arange(size, dtype=np.uint64), num_sequences=size, key=key[0])
         sources = np.searchsorted(np.cumsum(stage.quotas), places, side="right")
         turns = np.empty(size, dtype=np.uint64)
         for index in range(len(stage.quotas)):
@@ -84,21 +86,23 @@ class SampleOrder:
         for number, (stage, after) in enumerate(pairwise(self._sampling.stages)):
             blocks, rest = divmod(after.first_sample - stage.first_sample, self._sampling.block)
             sources, _ = self._assign(stage, number, blocks)
-            partial = np.bincount(sources[:rest], minlength=len(self.num_rows)).tolist()
+            partial = np.bincount(sources[:rest], minlength=len(self.num_sequences)).tolist()
             counts = zip(self._used_before[-1], stage.quotas, partial, strict=True)
             self._used_before.append([used + blocks * quota + n for used, quota, n in counts])
 
 
-def rows_at(positions: NDArray[np.uint64], *, num_rows: int, seed: int) -> NDArray[np.uint64]:
+def sequences_at(
+    positions: NDArray[np.uint64], *, num_sequences: int, seed: int
+) -> NDArray[np.uint64]:
     """The sequence at each position of one source: each epoch is another permutation."""
-    epochs, places = np.divmod(positions, np.uint64(num_rows))
-    rows = np.empty_like(places)
+    epochs, places = np.divmod(positions, np.uint64(num_sequences))
+    sequences = np.empty_like(places)
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
         # Mixed one after the other, so that seed 3 epoch 1 differs from seed 4 epoch 0.
         key = _mix(_mix(np.asarray([seed], np.uint64)) ^ epoch)[0]
-        rows[chosen] = _permute(places[chosen], num_rows=num_rows, key=key)
-    return rows
+        sequences[chosen] = _permute(places[chosen], num_sequences=num_sequences, key=key)
+    return sequences
 
 
 def stretches(first: int, count: int, *, left_out: Iterable[int]) -> list[range]:
@@ -124,10 +128,12 @@ def _source_seed(name: str, seed: int) -> int:
     return int.from_bytes(digest[:8], "big")
 
 
-def _permute(places: NDArray[np.uint64], *, num_rows: int, key: np.uint64) -> NDArray[np.uint64]:
-    half_bits = max(1, (max(1, (num_rows - 1).bit_length()) + 1) // 2)
+def _permute(
+    places: NDArray[np.uint64], *, num_sequences: int, key: np.uint64
+) -> NDArray[np.uint64]:
+    half_bits = max(1, (max(1, (num_sequences - 1).bit_length()) + 1) // 2)
     result = _feistel(places, half_bits=half_bits, key=key)
-    while (outside := result >= num_rows).any():
+    while (outside := result >= num_sequences).any():
         result[outside] = _feistel(result[outside], half_bits=half_bits, key=key)
     return result
 

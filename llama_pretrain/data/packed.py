@@ -107,7 +107,7 @@ def read_index(path: Path) -> Index:
     )
 
 
-class TokenRows:
+class TokenSequences:
     """The sequences of a split, read with pread; a sequence never spans two extents.
 
     A memory map would be slower on a cold file and raise SIGBUS on a truncated one. Memory does not
@@ -121,11 +121,11 @@ class TokenRows:
         *,
         dtype: str,
         sequence_length: int,
-        row_tokens: int | None = None,
+        sequence_tokens: int | None = None,
     ):
         self._dtype = np.dtype(dtype)
         self._length = sequence_length
-        self._stride = row_tokens or sequence_length
+        self._stride = sequence_tokens or sequence_length
         self._paths = [folder / extent.file for extent in extents]
         self._first = [extent.first for extent in extents]
         for path, extent in zip(self._paths, extents, strict=True):
@@ -133,7 +133,9 @@ class TokenRows:
             size = path.stat().st_size
             if size < needed:
                 raise ValueError(f"{path} must have at least {needed:,} bytes (got {size:,})")
-        overlap = 0 if row_tokens else 1  # the last target is the first input of the next sequence
+        overlap = (
+            0 if sequence_tokens else 1
+        )  # the last target is the first input of the next sequence
         counts = (max(0, extent.tokens - overlap) // self._stride for extent in extents)
         self._ends = list(accumulate(counts))
         self._files: OrderedDict[Path, int] = OrderedDict()
@@ -141,7 +143,7 @@ class TokenRows:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def row(self, index: int) -> NDArray[np.int64]:
+    def sequence(self, index: int) -> NDArray[np.int64]:
         """Sequence `index` and the token after it: (T + 1,) int64."""
         place = bisect_right(self._ends, index)
         within = index - (self._ends[place - 1] if place else 0)
@@ -167,16 +169,18 @@ class TokenRows:
         return file
 
 
-def open_rows(folder: Path, meta: TokensMeta, split: str, *, sequence_length: int) -> TokenRows:
+def open_sequences(
+    folder: Path, meta: TokensMeta, split: str, *, sequence_length: int
+) -> TokenSequences:
     """Open the sequences of a split.
 
     Raises:
         ValueError: if a file has been truncated.
     """
-    return TokenRows(
+    return TokenSequences(
         folder,
         meta.splits[split].extents,
         dtype=meta.dtype,
         sequence_length=sequence_length,
-        row_tokens=meta.row_tokens,
+        sequence_tokens=meta.sequence_tokens,
     )

@@ -92,12 +92,12 @@ def prepare_text(data: Data, sources: Sources, tokenizer: TrainedTokenizer, cach
     Raises:
         UserError: for unreadable documents, a corpus without text, or a full disk.
     """
-    row_tokens = data.sequence_length + 1 if data.packing is Packing.best_fit else None
+    sequence_tokens = data.sequence_length + 1 if data.packing is Packing.best_fit else None
     recipe = {
         "format": FORMAT,
         "sources": [(source.fingerprint, share) for source, share in sources],
         "tokenizer": (tokenizer.digest, tokenizer.eos_id),  # tokenizer.json does not name eos_id
-        "options": (data.shuffle_seed, data.deduplicate, data.on_error.value, row_tokens),
+        "options": (data.shuffle_seed, data.deduplicate, data.on_error.value, sequence_tokens),
     }
     with cache.claim(recipe) as (target, partial, digest):
         if (target / META).is_file():
@@ -111,7 +111,7 @@ def prepare_text(data: Data, sources: Sources, tokenizer: TrainedTokenizer, cach
                 tokenizer=tokenizer,
                 cache=cache,
                 partial=partial,
-                row_tokens=row_tokens,
+                sequence_tokens=sequence_tokens,
             )
             splits, notes, skipped = encoding.run()
             check_unchanged(files, path=f"{encoding.path}.paths")
@@ -123,7 +123,7 @@ def prepare_text(data: Data, sources: Sources, tokenizer: TrainedTokenizer, cach
                 vocab_size=tokenizer.size,
                 eos_id=tokenizer.eos_id,
                 dtype=token_dtype(tokenizer.size),
-                row_tokens=row_tokens,
+                sequence_tokens=sequence_tokens,
                 splits=splits,
                 files=[(str(file.path), file.size, file.digest) for file in files],
                 notes=notes,
@@ -160,7 +160,7 @@ class _Encoding:
     tokenizer: TrainedTokenizer
     cache: Cache
     partial: Path
-    row_tokens: int | None
+    sequence_tokens: int | None
 
     @property
     def path(self) -> str:
@@ -204,7 +204,7 @@ class _Encoding:
             "duplicate": sum(shard.duplicates for _, shard in shards),
             "cut_to_32_MB": sum(result.cut for result in results),
             "unreadable": sum(result.faults for result in results),
-            "cut_to_a_row": sum(shard.cut for _, shard in shards),
+            "truncated_documents": sum(shard.cut for _, shard in shards),
             "padding_tokens": sum(shard.padding for _, shard in shards),
         }
         say = self.cache.report.say
@@ -216,7 +216,7 @@ class _Encoding:
             say(f"skipped {notes['unreadable']:,} unreadable documents:")
             for text in skipped:
                 say(f"  {text}")
-        return _split_tail(splits, self.data.heldout_fraction, self.row_tokens), notes, skipped
+        return _split_tail(splits, self.data.heldout_fraction, self.sequence_tokens), notes, skipped
 
     def _encode_parts(self) -> list[TaskResult]:
         """The first pass, except for the tasks that an interrupted one has completed."""
@@ -260,7 +260,7 @@ class _Encoding:
             folder=self.partial,
             dtype=token_dtype(self.tokenizer.size),
             eos_id=self.tokenizer.eos_id,
-            row_tokens=self.row_tokens,
+            sequence_tokens=self.sequence_tokens,
             deduplicate=self.data.deduplicate,
         )
         done = [_read_result(self.partial, shard.name, ShardResult) for shard in shards]
@@ -329,13 +329,13 @@ def _list_faults(results: list[TaskResult]) -> list[str]:
 
 
 def _split_tail(
-    splits: dict[str, Split], heldout_fraction: float, row_tokens: int | None
+    splits: dict[str, Split], heldout_fraction: float, sequence_tokens: int | None
 ) -> dict[str, Split]:
     """Hold out the end of the tokens if all documents are on one side, e.g. a single book."""
     if splits[TRAIN].tokens and splits[HELDOUT].tokens:
         return splits
     whole = splits[TRAIN] if splits[TRAIN].tokens else splits[HELDOUT]
-    unit = row_tokens or 1
+    unit = sequence_tokens or 1
     head = int(whole.tokens * (1 - heldout_fraction)) // unit * unit
     sides = {}
     for name, extents in zip((TRAIN, HELDOUT), cut_extents(whole.extents, head), strict=True):
@@ -352,7 +352,9 @@ def _summarize(meta: TokensMeta) -> str:
     text = f"{documents:,} documents, {tokens:,} tokens, {num_bytes / tokens:.2f} bytes per token"
     if meta.notes["duplicate"]:
         text += f", {meta.notes['duplicate']:,} duplicates dropped"
-    if meta.row_tokens:
+    if meta.sequence_tokens:
         padding = meta.notes["padding_tokens"] / tokens
-        text += f", {meta.notes['cut_to_a_row']:,} longer than a sequence, {padding:.2%} padding"
+        text += (
+            f", {meta.notes['truncated_documents']:,} longer than a sequence, {padding:.2%} padding"
+        )
     return text

@@ -5,6 +5,10 @@ import os
 import sys
 from pathlib import Path
 
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
 from llama_pretrain.launch.environment import worker_environment
 from llama_pretrain.launch.failures import Failure
 from llama_pretrain.launch.spec import LaunchSpec
@@ -25,11 +29,6 @@ class ElasticSupervisor(Supervisor):
         return [process.pid for process in ours if process.session == process.pid]
 
     def supervise(self) -> None:
-        # torch takes seconds to import, which forked ranks and plans need not pay
-        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
-        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
         # The failed rank, its error and its log are reported by us; each logger has its own level.
         for name in list(logging.root.manager.loggerDict):
             if name.startswith("torch.distributed.elastic"):

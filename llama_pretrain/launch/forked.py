@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from llama_pretrain.launch.environment import worker_environment
 from llama_pretrain.launch.failures import Failure
-from llama_pretrain.launch.server import PRELOAD, READ_AT_IMPORT
+from llama_pretrain.launch.server import LIBRARIES, READ_AT_IMPORT
 from llama_pretrain.launch.spec import LaunchSpec
 from llama_pretrain.launch.supervisor import POLL_S, WORKER, Supervisor
 from llama_pretrain.process import PARENT, STORE_FD, kill_session
@@ -125,7 +125,7 @@ def run_rank(
     os.setsid()  # so that everything it starts can be found
     os.sched_setaffinity(0, cores)
     same = all(os.environ.get(name) == environment.get(name) for name in READ_AT_IMPORT)
-    can_serve = same and PRELOAD in sys.modules and not _has_touched_cuda()
+    can_serve = same and LIBRARIES in sys.modules and not _has_touched_cuda()
     parent = os.environ[PARENT]
     os.environ.clear()
     os.environ.update(environment)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llama_pretrain.config.resolved import ResolvedRun
-from llama_pretrain.launch.elastic import ElasticSupervisor
 from llama_pretrain.launch.failures import describe, find_first
 from llama_pretrain.launch.forked import ForkSupervisor
 from llama_pretrain.launch.server import start_server
@@ -57,6 +56,9 @@ def launch(
         if spec.run.launch.fork:
             supervisor = ForkSupervisor(spec, error_dir=Path(folder))
         else:
+            # torch takes seconds to import, which forked ranks and plans need not pay
+            from llama_pretrain.launch.elastic import ElasticSupervisor
+
             supervisor = ElasticSupervisor(spec, log_dir=Path(folder))
         watch = Watch(spec, requests=requests, report=report, pids=supervisor.pids)
         supervisor.start()

@@ -16,7 +16,7 @@ from pathlib import Path
 from llama_pretrain.plan.machine import count_gpus
 from llama_pretrain.process import PARENT
 
-PRELOAD = "llama_pretrain.launch.preload"
+ISOLATE, LIBRARIES = "llama_pretrain.launch.isolate", "llama_pretrain.launch.libraries"
 ROOT = Path(__file__).resolve().parents[2]
 """The folder of the package."""
 READ_AT_IMPORT = (
@@ -81,7 +81,7 @@ def start_server() -> None:
     Nothing in it depends on a config: a rank's environment, cores and threads are set after the
     fork.
     """
-    multiprocessing.set_forkserver_preload([PRELOAD])
+    multiprocessing.set_forkserver_preload([ISOLATE, LIBRARIES])
     on_gpu = count_gpus() > 0
     values = import_environment(on_gpu=on_gpu, keep_memory=not on_gpu)
     # Libraries must not start threads, which a fork would lose.

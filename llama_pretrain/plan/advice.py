@@ -92,10 +92,10 @@ def list_advice(run: ResolvedRun, plan: Plan) -> list[Advice]:
     If activations and logits take more memory than the optimizer state, they come first.
     """
     memory = plan.memory
-    rows = memory.activations + memory.logits
+    per_batch = memory.activations + memory.logits
     states = memory.weights + memory.master_weights + memory.gradients + memory.optimizer
-    of_rows, of_stages = list(_smaller_batches(run, plan)), list(_higher_stages(run, plan))
-    ordered = [*of_rows, *of_stages] if rows >= states else [*of_stages, *of_rows]
+    of_batches, of_stages = list(_smaller_batches(run, plan)), list(_higher_stages(run, plan))
+    ordered = [*of_batches, *of_stages] if per_batch >= states else [*of_stages, *of_batches]
     ordered += [*_offload(run, plan), *_return_memory(run, plan)]
     return [advice for advice in ordered if advice.memory.total <= WORTH * memory.total]
 

@@ -23,7 +23,7 @@ def solve_batch(batch: Batch, *, sequence_length: int, world_size: int) -> Batch
         UserError: if it does not divide (with the nearest triples that do), or the values
             contradict each other.
     """
-    whole = _global_rows(batch, sequence_length=sequence_length)
+    whole = _requested_batch_size(batch, sequence_length=sequence_length)
     micro, accumulation = batch.micro_batch_size, batch.gradient_accumulation_steps
     if whole is None:
         if micro is None:
@@ -46,21 +46,20 @@ def solve_batch(batch: Batch, *, sequence_length: int, world_size: int) -> Batch
     )
 
 
-def _global_rows(batch: Batch, *, sequence_length: int) -> int | None:
+def _requested_batch_size(batch: Batch, *, sequence_length: int) -> int | None:
     """The global batch size in sequences, if it is given."""
-    rows, tokens = batch.global_batch_size, batch.global_batch_tokens
+    sequences, tokens = batch.global_batch_size, batch.global_batch_tokens
     if tokens is None:
-        return rows
+        return sequences
     if tokens % sequence_length:
         whole = tokens // sequence_length
         near = [whole * sequence_length, (whole + 1) * sequence_length]
         message = f"must be a multiple of data.sequence_length={sequence_length} (got {tokens})"
         hint = f"Nearest multiples: {', '.join(str(n) for n in near if n)}"
         raise UserError([Problem(path="batch.global_batch_tokens", message=message, hint=hint)])
-    if rows is not None and rows * sequence_length != tokens:
-        message = (
-            f"contradicts batch.global_batch_size={rows} x {sequence_length} tokens (got {tokens})"
-        )
+    if sequences is not None and sequences * sequence_length != tokens:
+        asked = f"{sequences} x {sequence_length} tokens"
+        message = f"contradicts batch.global_batch_size={asked} (got {tokens})"
         hint = "Set batch.global_batch_size=null, or batch.global_batch_tokens=null"
         raise UserError([Problem(path="batch.global_batch_tokens", message=message, hint=hint)])
     return tokens // sequence_length

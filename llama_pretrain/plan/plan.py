@@ -35,9 +35,9 @@ class SourceTokens:
     tokens_dir: str
     data_hash: str
     """Identifies the tokens by the files, the tokenizer and the options that made them."""
-    train_rows: int
+    train_sequences: int
     train_tokens: int
-    heldout_rows: int
+    heldout_sequences: int
     heldout_bytes_per_token: float
     """Bytes of text a token of the held-out split, for bits per byte."""
 
@@ -58,8 +58,8 @@ class Corpus:
     sources: list[SourceTokens]
 
     @property
-    def train_rows(self) -> int:
-        return sum(source.train_rows for source in self.sources)
+    def train_sequences(self) -> int:
+        return sum(source.train_sequences for source in self.sources)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class Steps:
     """Steps of the decay at the end: all after warm-up, except for `wsd` and `constant`."""
     tokens_per_step: int
     tokens: int
-    eval_rows: int | None
+    eval_sequences: int | None
     """Sequences of one evaluation over all sources; `None` = all."""
 
 
@@ -84,8 +84,8 @@ class TrainingSteps(Steps):
 
     epochs: dict[str, float]
     """Passes over each source's training sequences."""
-    eval_rows: int
-    eval_rows_of: list[int]
+    eval_sequences: int
+    eval_sequences_by_source: list[int]
     """Sequences of each source in one evaluation."""
 
 
@@ -163,7 +163,7 @@ def validate_memory(run: ResolvedRun, plan: Plan) -> Iterator[Problem]:
 
 def validate_corpus(run: ResolvedRun, plan: TrainingPlan) -> Iterator[Problem]:
     """What a run may not do with the data that was found."""
-    rows, batch = plan.corpus.train_rows, plan.batch.global_batch_size
+    available, batch = plan.corpus.train_sequences, plan.batch.global_batch_size
     wanted, found = run.data.hash, plan.corpus.content_hash
     if wanted is not None and wanted != found and run.resume.run_dir is None:
         yield Problem(
@@ -171,13 +171,13 @@ def validate_corpus(run: ResolvedRun, plan: TrainingPlan) -> Iterator[Problem]:
             message=f"the data and its tokenizer are now {found[:16]} (got {wanted[:16]})",
             hint="To train on them anyway, set data.hash=null",
         )
-    if rows < batch and run.data.limit_train_rows is None:
+    if available < batch and run.data.limit_train_sequences is None:
         yield Problem(
             path="data",
-            message=f"has {rows} sequences of {run.data.sequence_length} training tokens, fewer"
-            f" than one global batch (got {batch})",
+            message=f"has {available} sequences of {run.data.sequence_length} training tokens,"
+            f" fewer than one global batch (got {batch})",
             hint="Add more text, shorten data.sequence_length or lower batch.global_batch_size;"
-            f" to train on them anyway, set data.limit_train_rows={rows}",
+            f" to train on them anyway, set data.limit_train_sequences={available}",
         )
     mixed = run.data.name is DataName.mixture
     for name, source in named_sources(run.data).items():
@@ -197,7 +197,7 @@ def build_plan(run: ResolvedRun) -> Plan:
         UserError: if the batch does not divide, or a size is not valid.
     """
     batch, sampling = _solve_all(run)
-    steps = Steps(**_count_steps(run, batch), eval_rows=run.train.eval_rows)
+    steps = Steps(**_count_steps(run, batch), eval_sequences=run.train.eval_sequences)
     return Plan(steps=steps, **_plan_values(run, batch, sampling, steps))
 
 
@@ -211,16 +211,18 @@ def build_training_plan(run: ResolvedRun, corpus: Corpus) -> TrainingPlan:
     model = with_vocabulary(run.model, tokenizer_size=corpus.tokenizer_size)
     counts = _count_steps(run, batch)
     used = sampling.consumed(counts["total"] * batch.global_batch_size)
-    limit = run.data.limit_train_rows
-    shares = share_evenly([source.heldout_rows for source in corpus.sources], run.train.eval_rows)
+    limit = run.data.limit_train_sequences
+    shares = share_evenly(
+        [source.heldout_sequences for source in corpus.sources], run.train.eval_sequences
+    )
     steps = TrainingSteps(
         **counts,
         epochs={
-            source.name: rows / min(source.train_rows, limit or source.train_rows)
-            for source, rows in zip(corpus.sources, used, strict=True)
+            source.name: count / min(source.train_sequences, limit or source.train_sequences)
+            for source, count in zip(corpus.sources, used, strict=True)
         },
-        eval_rows=sum(shares),
-        eval_rows_of=shares,
+        eval_sequences=sum(shares),
+        eval_sequences_by_source=shares,
     )
     values = _plan_values(replace(run, model=model), batch, sampling, steps)
     return TrainingPlan(steps=steps, corpus=corpus, **values)

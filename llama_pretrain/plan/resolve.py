@@ -165,18 +165,18 @@ def _scale_learning_rates(optim: Optim, batch: BatchPlan | None) -> Optim:
     """
     if optim.scale_by_batch is BatchScaling.none or batch is None:
         return optim
-    if optim.scale_from_rows is None:
+    if optim.reference_batch_size is None:
         message = f"is required by scale_by_batch={optim.scale_by_batch.value} (got null)"
-        hint = "Set it to the batch that learning_rate is for: optim.scale_from_rows=16"
-        raise UserError([Problem(path="optim.scale_from_rows", message=message, hint=hint)])
-    factor = optim.scale_by_batch.factor(batch.global_batch_size / optim.scale_from_rows)
+        hint = "Set it to the batch that learning_rate is for: optim.reference_batch_size=16"
+        raise UserError([Problem(path="optim.reference_batch_size", message=message, hint=hint)])
+    factor = optim.scale_by_batch.factor(batch.global_batch_size / optim.reference_batch_size)
     muon = optim.name is OptimName.muon
     return replace(
         optim,
         learning_rate=optim.learning_rate * factor,
         muon_learning_rate=optim.muon_learning_rate * (factor if muon else 1.0),
         scale_by_batch=BatchScaling.none,
-        scale_from_rows=None,
+        reference_batch_size=None,
     )
 
 

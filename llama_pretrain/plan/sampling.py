@@ -85,18 +85,18 @@ def _quotas(weights: Mapping[str, float], block: int) -> list[int]:
     return quotas
 
 
-def share_evenly(rows: Sequence[int], wanted: int | None) -> list[int]:
+def share_evenly(available: Sequence[int], wanted: int | None) -> list[int]:
     """How many sequences of each source an evaluation reads: equally many, as far as they exist."""
     if wanted is None:
-        return list(rows)
-    shares, left = [0] * len(rows), wanted
+        return list(available)
+    shares, left = [0] * len(available), wanted
     while left:
-        open_sources = [i for i, count in enumerate(rows) if shares[i] < count]
+        open_sources = [i for i, count in enumerate(available) if shares[i] < count]
         if not open_sources:
             break
         each = max(1, left // len(open_sources))
         for index in open_sources:
-            more = min(each, rows[index] - shares[index], left)
+            more = min(each, available[index] - shares[index], left)
             shares[index] += more
             left -= more
     return shares

@@ -106,7 +106,7 @@ class RollbackRow(Row):
     rolled_back_from: int
     spike_loss: float
     spike_z: float
-    left_out_batches: list[int]
+    skipped_batches: list[int]
 
 
 @dataclass(frozen=True, kw_only=True)

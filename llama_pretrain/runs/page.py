@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 from llama_pretrain.runs.chart import tick_label
 
 
 def render_page(template: str, **values: Any) -> str:
     """The HTML of a page; every value is escaped."""
-    # 30 ms, on the import path of `task=plan`, which renders nothing.
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,

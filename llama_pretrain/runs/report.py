@@ -281,7 +281,7 @@ def _event(row: Row) -> str:
         case StepRow() if row.skipped:
             text = f"skipped, its {row.skipped} was not finite"
         case RollbackRow():
-            batches = ", ".join(map(str, row.left_out_batches))
+            batches = ", ".join(map(str, row.skipped_batches))
             text = f"rolled back from step {row.rolled_back_from:,}, whose loss of"
             text += f" {row.spike_loss:.4f} spiked; skipped global batches {batches}"
         case EventRow() if row.resumed:

@@ -28,6 +28,7 @@ from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.run import Run
 from llama_pretrain.config.snapshot import SNAPSHOT_NAME, to_plain, without_command
+from llama_pretrain.data.cache import disk_problems
 from llama_pretrain.plan.machine import Machine
 from llama_pretrain.plan.plan import (
     Corpus,
@@ -231,7 +232,6 @@ def find_corpus(run: ResolvedRun) -> Corpus:
         UserError: if it cannot be prepared.
     """
     # numpy and tokenizers take 0.3 s, which `-m task=plan` need not pay
-    from llama_pretrain.data.cache import disk_problems
     from llama_pretrain.data.corpus import describe_corpus, prepare_sources
 
     plain, known = to_plain(without_command(run)), _prepared_sources()

@@ -58,7 +58,9 @@ def evaluate(run: ResolvedRun, before: Run, source: RunDir, context: TaskContext
     plan = build_training_plan(run, corpus)
     _write_run_dir(run, plan, run_dir)
     ranks = f"{plan.world_size} rank{'s' if plan.world_size > 1 else ''}"
-    console.say(f"evaluating {checkpoint.name} on {plan.steps.eval_rows:,} sequences with {ranks}")
+    console.say(
+        f"evaluating {checkpoint.name} on {plan.steps.eval_sequences:,} sequences with {ranks}"
+    )
     late_signal = launch(LaunchSpec(run, plan, run_dir, checkpoint), report=console.say)
     (row,) = evaluations(read_metrics(run_dir.metrics))
     console.show_evaluation(row, run_dir)

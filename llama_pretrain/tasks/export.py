@@ -2,22 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from llama_pretrain import console
 from llama_pretrain.checkpoint.manifest import find_fault, newest_complete
 from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.runs.layout import RunDir
-
-
-def quiet_transformers() -> None:
-    """Turn off the progress bars and advice that transformers prints."""
-    from transformers.utils import logging
-
-    messages: Any = logging  # it has no types
-    messages.disable_progress_bar()
-    messages.set_verbosity_error()
 
 
 def pick_checkpoint(run: ResolvedRun, source: RunDir) -> Path:
@@ -53,7 +43,8 @@ def export(
     Raises:
         UserError: if it is not close enough, or cannot be written.
     """
-    from llama_pretrain.checkpoint.export import export_checkpoint  # torch and transformers
+    # torch and transformers take seconds to import
+    from llama_pretrain.checkpoint.export import export_checkpoint, quiet_transformers
 
     quiet_transformers()
     try:

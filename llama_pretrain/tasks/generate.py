@@ -8,7 +8,7 @@ from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.tasks import Generate
 from llama_pretrain.plan.machine import detect_machine
 from llama_pretrain.runs.layout import RunDir
-from llama_pretrain.tasks.export import export, pick_checkpoint, quiet_transformers
+from llama_pretrain.tasks.export import export, pick_checkpoint
 
 
 def generate(run: ResolvedRun, source: RunDir) -> None:
@@ -25,7 +25,7 @@ def generate(run: ResolvedRun, source: RunDir) -> None:
 
 def continue_text(model: Path, settings: Generate, *, seed: int, device: Device) -> str:
     """A prompt and its continuation by an exported model."""
-    from llama_pretrain.tasks.generation import continue_prompt  # torch and transformers
+    # torch and transformers take seconds to import
+    from llama_pretrain.tasks.generation import continue_prompt
 
-    quiet_transformers()
     return continue_prompt(model, settings, seed=seed, device=device.value)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llama_pretrain.checkpoint.export import quiet_transformers
 from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.config.tasks import Generate
 
@@ -19,6 +20,7 @@ def continue_prompt(export: Path, settings: Generate, *, seed: int, device: str 
     Raises:
         UserError: if it would be longer than the model is made for.
     """
+    quiet_transformers()
     tokenizer = AutoTokenizer.from_pretrained(export, local_files_only=True)
     model: Any = AutoModelForCausalLM.from_pretrained(
         export, dtype=torch.float32 if device == "cpu" else "auto", local_files_only=True

@@ -20,10 +20,10 @@ def probe(run: ResolvedRun, plan: TrainingPlan, context: TaskContext) -> float |
     num_steps = run.plan.probe_steps
     short = replace(
         run,
-        train=replace(run.train, max_steps=num_steps, eval_every_steps=None, eval_rows=1),
+        train=replace(run.train, max_steps=num_steps, eval_every_steps=None, eval_sequences=1),
         checkpoint=replace(run.checkpoint, every_steps=None, at_end=False, export=False),
     )
-    short_plan = replace(plan, steps=replace(plan.steps, last=num_steps, eval_rows=1))
+    short_plan = replace(plan, steps=replace(plan.steps, last=num_steps, eval_sequences=1))
     result = pretrain(short, short_plan, context)
     rows = steps(read_metrics(context.run_dir.metrics))
     per_step = plan.steps.tokens_per_step

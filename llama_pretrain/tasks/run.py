@@ -40,7 +40,7 @@ READ_BY = {
     Task.generate: ("generate", "seed", "launch.device"),
     Task.evaluate: (
         "export.checkpoint",
-        "train.eval_rows",
+        "train.eval_sequences",
         "data",
         "tokenizer",
         "batch",

@@ -15,12 +15,11 @@ from llama_pretrain.checkpoint.tensors import LOGITS
 from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.data.dataset import (
     IGNORED,
-    EvalSampler,
     PretrainDataset,
-    build_loader,
     create_pretrain_dataset,
     document_positions,
 )
+from llama_pretrain.data.loader import EvalSampler, build_loader
 from llama_pretrain.distributed import Rank, signal_of_any, sum_over_ranks
 from llama_pretrain.plan.plan import SourceTokens, TrainingPlan
 from llama_pretrain.runs.metrics import EvaluationRow
@@ -77,9 +76,9 @@ class LossSums:
 
 def open_split(run: ResolvedRun, plan: TrainingPlan, split: str) -> PretrainDataset:
     """The `train` or the `heldout` dataset of a run."""
-    limits: Sequence[int | None] = plan.steps.eval_rows_of
+    limits: Sequence[int | None] = plan.steps.eval_sequences_by_source
     if split == "train":
-        limits = [run.data.limit_train_rows] * len(plan.corpus.sources)
+        limits = [run.data.limit_train_sequences] * len(plan.corpus.sources)
     return create_pretrain_dataset(
         plan.corpus,
         split,
@@ -99,7 +98,7 @@ def sum_losses(
     """
     size, sources = plan.batch.micro_batch_size, plan.corpus.sources
     sampler = EvalSampler(
-        num_rows=len(dataset),
+        num_sequences=len(dataset),
         micro_batch_size=size,
         rank=rank.index,
         world_size=rank.world_size,

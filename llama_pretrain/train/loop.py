@@ -13,7 +13,7 @@ from llama_pretrain.checkpoint.engine_state import load_checkpoint
 from llama_pretrain.checkpoint.manifest import METRICS, newest_of, read_manifest
 from llama_pretrain.checkpoint.save import Saver
 from llama_pretrain.config.train import Spike
-from llama_pretrain.data.dataset import TrainSampler, build_loader
+from llama_pretrain.data.loader import TrainSampler, build_loader
 from llama_pretrain.data.order import SampleOrder, stretches
 from llama_pretrain.distributed import largest_over_ranks, signal_of_any
 from llama_pretrain.runs.metrics import EventRow, RollbackRow, SampleRow, StepRow, SummaryRow
@@ -167,7 +167,7 @@ def _roll_back(
         rolled_back_from=step,
         spike_loss=spike.loss,
         spike_z=spike.spike_z or 0.0,
-        left_out_batches=excluded,
+        skipped_batches=excluded,
     )
 
 
@@ -175,7 +175,9 @@ def _train_batches(training: Training, progress: Progress) -> Iterator[dict[str,
     run, plan, rank = training.run, training.plan, training.rank
     num_steps = plan.steps.last - progress.step
     sampler = TrainSampler(
-        order=SampleOrder(plan.sampling, num_rows=training.train_set.num_rows, seed=run.seed),
+        order=SampleOrder(
+            plan.sampling, num_sequences=training.train_set.num_sequences, seed=run.seed
+        ),
         batches=stretches(progress.next_batch, num_steps, left_out=progress.left_out),
         global_batch_size=plan.batch.global_batch_size,
         rank=rank.index,

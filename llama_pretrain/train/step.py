@@ -249,7 +249,9 @@ def _record(training: Training, progress: Progress, result: StepResult) -> None:
 def name_samples(training: Training, batch: int, *, limit: int = 16) -> str:
     """The sequences of a global batch, by source and number."""
     size, dataset = training.plan.batch.global_batch_size, training.train_set
-    order = SampleOrder(training.plan.sampling, num_rows=dataset.num_rows, seed=training.run.seed)
+    order = SampleOrder(
+        training.plan.sampling, num_sequences=dataset.num_sequences, seed=training.run.seed
+    )
     ids = order.ids(batch * size, size).tolist()
     names, ends = training.plan.sampling.names, dataset.ends
     sequences = []

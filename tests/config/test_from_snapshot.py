@@ -262,17 +262,17 @@ def test_an_evaluation_is_of_all_rows_with_the_own_tokenizer(
         "pretrained",
         str(folder / "tokenizer"),
     )
-    assert run.train.eval_rows is None
+    assert run.train.eval_sequences is None
     assert (run.batch.global_batch_size, run.batch.micro_batch_size) == (None, 2)
     again = compose_words(
         tmp_path,
         "task=evaluate",
         f"run={folder}",
-        "train.eval_rows=5",
+        "train.eval_sequences=5",
         "batch.micro_batch_size=3",
         "tokenizer.path=/other",
     )
-    assert (again.train.eval_rows, again.batch.micro_batch_size) == (5, 3)
+    assert (again.train.eval_sequences, again.batch.micro_batch_size) == (5, 3)
     assert again.tokenizer.path == "/other"
 
 
@@ -280,10 +280,10 @@ def test_data_on_purpose_need_not_be_the_runs_own(started: Started, tmp_path: Pa
     folder = started("data.hash=abc")
     run = compose_words(tmp_path, "task=evaluate", f"run={folder}")
     assert run.data.hash == "abc"
-    run = compose_words(tmp_path, "task=evaluate", f"run={folder}", "data.limit_train_rows=5")
+    run = compose_words(tmp_path, "task=evaluate", f"run={folder}", "data.limit_train_sequences=5")
     assert run.data.hash is None
     run = compose_words(
-        tmp_path, "task=evaluate", f"run={folder}", "data.hash=d", "data.limit_train_rows=5"
+        tmp_path, "task=evaluate", f"run={folder}", "data.hash=d", "data.limit_train_sequences=5"
     )
     assert run.data.hash == "d"
 

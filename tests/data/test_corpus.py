@@ -14,7 +14,7 @@ from llama_pretrain.plan.plan import Corpus, build_training_plan, validate_corpu
 from tests.conftest import Quiet
 from tests.data.corpora import data_run, folder_of, prepare, problems_of
 
-TEXT = "a text that is long enough for some rows " * 20
+TEXT = "a text that is long enough for some sequences " * 20
 FILES = "a.jsonl"
 
 
@@ -33,12 +33,13 @@ def test_a_corpus_shorter_than_a_sequence_or_a_batch(tmp_path: Path) -> None:
     assert problem.startswith("data: the training text must have at least 65 tokens (got ")
     words = ["batch.global_batch_size=500", "batch.micro_batch_size=null"]
     corpus = prepared(tmp_path, *words)
-    rows = corpus.train_rows
+    sequences = corpus.train_sequences
     assert plan_problems(data_run(tmp_path, *words, files=FILES), corpus) == [
         (
-            f"data: has {rows} sequences of 16 training tokens, fewer than one global batch (got"
-            " 500). Add more text, shorten data.sequence_length or lower batch.global_batch_size;"
-            f" to train on them anyway, set data.limit_train_rows={rows}."
+            f"data: has {sequences} sequences of 16 training tokens, fewer than one global batch"
+            " (got 500). Add more text, shorten data.sequence_length or lower"
+            " batch.global_batch_size;"
+            f" to train on them anyway, set data.limit_train_sequences={sequences}."
         )
     ]
 
@@ -115,8 +116,10 @@ def test_the_sources_of_a_mixture_are_prepared_separately(tmp_path: Path) -> Non
     assert plan.sampling.stages[0].quotas == [750, 250]
     samples = plan.steps.total * plan.batch.global_batch_size
     for source, share in zip(corpus.sources, (0.75, 0.25), strict=True):
-        assert plan.steps.epochs[source.name] == pytest.approx(samples * share / source.train_rows)
-    assert plan.steps.eval_rows_of == [2, 2]
+        assert plan.steps.epochs[source.name] == pytest.approx(
+            samples * share / source.train_sequences
+        )
+    assert plan.steps.eval_sequences_by_source == [2, 2]
     report = Quiet()
     again = prepare_corpus(mixture_run(tmp_path, "data.sources.a.weight=1"), report=report)
     assert report.lines == []  # other weights need no other tokens

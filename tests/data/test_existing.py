@@ -42,7 +42,7 @@ def test_files_of_other_libraries(tmp_path: Path, tokenizer: list[str], name: st
     corpus = prepare(tmp_path, GOLDEN / name, tokenizer)
     assert tokens_of(corpus) == expected
     source = corpus.sources[0]
-    assert source.heldout_rows == (len(expected) - int(len(expected) * 0.8) - 1) // 16
+    assert source.heldout_sequences == (len(expected) - int(len(expected) * 0.8) - 1) // 16
     assert source.heldout_bytes_per_token > 0.3
     assert not list(folder_of(corpus).glob("*.bin"))
 

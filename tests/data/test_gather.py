@@ -6,7 +6,7 @@ import numpy as np
 
 from llama_pretrain.data.gather import pack_best_fit
 from llama_pretrain.data.meta import read_meta
-from llama_pretrain.data.packed import open_rows
+from llama_pretrain.data.packed import open_sequences
 from llama_pretrain.data.tokenizer import open_tokenizer
 from tests.data.corpora import folder_of, prepare
 
@@ -27,9 +27,9 @@ def test_every_token_is_a_target_once() -> None:
     for width in (2, 3, 17, 129):
         lengths = draw.integers(2, 3 * width, 200).tolist()
         seen: list[tuple[int, int]] = []
-        for row in pack_best_fit(lengths, width=width):
-            assert sum(stop - start for _, start, stop in row) <= width
-            for document, start, stop in row:
+        for sequence in pack_best_fit(lengths, width=width):
+            assert sum(stop - start for _, start, stop in sequence) <= width
+            for document, start, stop in sequence:
                 seen += [(document, place) for place in range(start + 1, stop)]
         assert sorted(seen) == [
             (d, n) for d, length in enumerate(lengths) for n in range(1, length)
@@ -42,13 +42,13 @@ def test_sequences_hold_whole_documents(tmp_path: Path) -> None:
         (tmp_path / f"{number}.txt").write_text(text)
     corpus = prepare(tmp_path, "data.packing=best_fit", "data.sequence_length=32")
     meta = read_meta(folder_of(corpus), path="data")
-    assert meta.row_tokens == 33
+    assert meta.sequence_tokens == 33
     assert meta.notes["padding_tokens"] > 0
-    rows = open_rows(folder_of(corpus), meta, "train", sequence_length=32)
+    sequences = open_sequences(folder_of(corpus), meta, "train", sequence_length=32)
     backend = open_tokenizer(Path(corpus.tokenizer_dir)).backend
     found: list[str] = []
-    for number in range(len(rows)):
-        decoded = backend.decode(rows.row(number).tolist(), skip_special_tokens=False)
+    for number in range(len(sequences)):
+        decoded = backend.decode(sequences.sequence(number).tolist(), skip_special_tokens=False)
         assert decoded.endswith("</s>")
         found += [text for text in decoded.split("</s>") if text]
     assert len(found) > 25

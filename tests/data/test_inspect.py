@@ -6,7 +6,7 @@ import pytest
 
 from llama_pretrain.data.inspect import (
     Inspection,
-    ShownRow,
+    ShownSequence,
     SourceFacts,
     Token,
     render_inspection,
@@ -22,7 +22,7 @@ META = TokensMeta(
     vocab_size=9,
     eos_id=0,
     dtype="uint16",
-    row_tokens=None,
+    sequence_tokens=None,
     splits={
         TRAIN: Split(extents=[], tokens=1000, documents=10, bytes=4000),
         HELDOUT: Split(extents=[], tokens=100, documents=None, bytes=None),
@@ -37,14 +37,14 @@ TOKENS = [
     Token(text="x" * 300, ends_document=False, has_target=True),
 ]
 INSPECTION = Inspection(
-    rows=[ShownRow(source=NAME, number=7, documents=2, targets=2, tokens=TOKENS)],
+    sequences=[ShownSequence(source=NAME, number=7, documents=2, targets=2, tokens=TOKENS)],
     sources=[
         SourceFacts(
             name=NAME,
             meta=META,
             share=0.25,
             lengths=[(2**exponent, exponent) for exponent in range(12)],
-            documents_a_row=1.5,
+            documents_per_sequence=1.5,
             targets=0.5,
         )
     ],

@@ -8,35 +8,44 @@ import pytest
 
 from llama_pretrain.config.data import Data, DataName, Source, Stage
 from llama_pretrain.config.problems import UserError
-from llama_pretrain.data.dataset import EvalSampler, TrainSampler
-from llama_pretrain.data.order import SampleOrder, hash_samples, rows_at
+from llama_pretrain.data.loader import EvalSampler, TrainSampler
+from llama_pretrain.data.order import SampleOrder, hash_samples, sequences_at
 from llama_pretrain.plan.sampling import SamplingPlan, plan_sampling, share_evenly
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 3, 10, 64, 1000, 4097])
+@pytest.mark.parametrize("num_sequences", [1, 2, 3, 10, 64, 1000, 4097])
 @pytest.mark.parametrize("seed", [0, 1, 2**63])
-def test_each_epoch_is_a_permutation(num_rows: int, seed: int) -> None:
-    rows = rows_at(np.arange(3 * num_rows, dtype=np.uint64), num_rows=num_rows, seed=seed)
+def test_each_epoch_is_a_permutation(num_sequences: int, seed: int) -> None:
+    sequences = sequences_at(
+        np.arange(3 * num_sequences, dtype=np.uint64), num_sequences=num_sequences, seed=seed
+    )
     for epoch in range(3):
-        part = rows[epoch * num_rows : (epoch + 1) * num_rows]
-        assert sorted(part.tolist()) == list(range(num_rows))
-    if num_rows >= 10:
-        assert rows[:num_rows].tolist() != rows[num_rows : 2 * num_rows].tolist()
+        part = sequences[epoch * num_sequences : (epoch + 1) * num_sequences]
+        assert sorted(part.tolist()) == list(range(num_sequences))
+    if num_sequences >= 10:
+        assert (
+            sequences[:num_sequences].tolist()
+            != sequences[num_sequences : 2 * num_sequences].tolist()
+        )
 
 
 def test_order_differs_between_seeds_and_epochs() -> None:
     n = 1000
     orders = {
-        tuple(rows_at(np.arange(e * n, e * n + n, dtype=np.uint64), num_rows=n, seed=s).tolist())
+        tuple(
+            sequences_at(
+                np.arange(e * n, e * n + n, dtype=np.uint64), num_sequences=n, seed=s
+            ).tolist()
+        )
         for s in range(4)
         for e in range(4)
     }
     assert len(orders) == 16  # with DistributedSampler, seed 3 epoch 1 equals seed 4 epoch 0
 
 
-def one_source(num_rows: int, *, seed: int) -> SampleOrder:
+def one_source(num_sequences: int, *, seed: int) -> SampleOrder:
     sampling = plan_sampling(Data(), global_batch_size=1)
-    return SampleOrder(sampling, num_rows=[num_rows], seed=seed)
+    return SampleOrder(sampling, num_sequences=[num_sequences], seed=seed)
 
 
 def mixture(
@@ -50,12 +59,12 @@ def mixture(
     return plan_sampling(data, global_batch_size=batch)
 
 
-def test_memory_does_not_grow_with_the_rows() -> None:
+def test_memory_does_not_grow_with_the_sequences() -> None:
     peaks = []
-    for num_rows in (10**3, 10**12):
-        one_source(num_rows, seed=1).ids(0, 64)  # numpy allocates on first use
+    for num_sequences in (10**3, 10**12):
+        one_source(num_sequences, seed=1).ids(0, 64)  # numpy allocates on first use
         tracemalloc.start()
-        order = one_source(num_rows, seed=1)
+        order = one_source(num_sequences, seed=1)
         ids = [order.ids(first, 64) for first in range(0, 640, 64)]
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
@@ -89,7 +98,7 @@ def random_order(case: int) -> tuple[SampleOrder, SamplingPlan, list[int], int, 
     batch = 12 * int(draw.integers(1, 4))  # 1, 2, 3, 4, 6 and 12 ranks divide it
     steps = int(draw.integers(2, 7))
     count = int(draw.integers(1, 5))
-    num_rows = [int(draw.integers(1, 200)) for _ in range(count)]
+    num_sequences = [int(draw.integers(1, 200)) for _ in range(count)]
     if count == 1:
         sampling = plan_sampling(Data(), global_batch_size=batch)
     else:
@@ -102,14 +111,20 @@ def random_order(case: int) -> tuple[SampleOrder, SamplingPlan, list[int], int, 
             stages = [Stage(from_tokens=at, weights={k: float(v) for k, v in later.items()})]
         sampling = mixture(weights, block=block, batch=batch, stages=stages)
     seed = int(draw.integers(0, 2**63))
-    return SampleOrder(sampling, num_rows=num_rows, seed=seed), sampling, num_rows, batch, steps
+    return (
+        SampleOrder(sampling, num_sequences=num_sequences, seed=seed),
+        sampling,
+        num_sequences,
+        batch,
+        steps,
+    )
 
 
 @pytest.mark.parametrize("hundred", range(3))
 def test_random_orders(hundred: int) -> None:
     """No sequence is lost or repeated within an epoch, and quotas are exact."""
     for case in range(100 * hundred, 100 * hundred + 100):
-        order, sampling, num_rows, batch, steps = random_order(case)
+        order, sampling, num_sequences, batch, steps = random_order(case)
         whole = ranks_of(order, batch=batch, steps=steps, first_step=0, world_size=1)
         draw = np.random.default_rng(case + 10**6)
         world_size, cut = int(draw.choice([1, 2, 3, 4, 6, 12])), int(draw.integers(0, steps))
@@ -119,32 +134,32 @@ def test_random_orders(hundred: int) -> None:
             ranks_of(again, batch=batch, steps=steps, first_step=cut, world_size=world_size)
             == whole[cut:]
         ), case
-        ids = [number for rows in whole for number in rows]
-        firsts = np.cumsum([0, *num_rows])
+        ids = [number for sequences in whole for number in sequences]
+        firsts = np.cumsum([0, *num_sequences])
         owners = (np.searchsorted(firsts, ids, side="right") - 1).tolist()
-        for source, rows in enumerate(num_rows):
+        for source, sequences in enumerate(num_sequences):
             mine = [i for i, owner in zip(ids, owners, strict=True) if owner == source]
-            for start in range(0, len(mine), rows):  # every epoch is a permutation
-                part = mine[start : start + rows]
+            for start in range(0, len(mine), sequences):  # every epoch is a permutation
+                part = mine[start : start + sequences]
                 assert len(set(part)) == len(part), case
             first = firsts[source]
-            if len(mine) >= rows:
-                assert sorted(mine[:rows]) == list(range(first, first + rows)), case
+            if len(mine) >= sequences:
+                assert sorted(mine[:sequences]) == list(range(first, first + sequences)), case
         ends = [stage.first_sample for stage in sampling.stages[1:]] + [len(ids)]
         for stage, end in zip(sampling.stages, ends, strict=True):
             for start in range(stage.first_sample, end - sampling.block + 1, sampling.block):
                 counts = Counter(owners[start : start + sampling.block])
-                assert [counts[i] for i in range(len(num_rows))] == stage.quotas, case
+                assert [counts[i] for i in range(len(num_sequences))] == stage.quotas, case
 
 
 def test_a_source_keeps_its_order_when_another_is_added() -> None:
-    rows = {}
+    sequences = {}
     for weights in ({"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 1.0, "c": 2.0}):
         sampling = mixture(weights, block=100, batch=10)
-        order = SampleOrder(sampling, num_rows=[50] * len(weights), seed=3)
+        order = SampleOrder(sampling, num_sequences=[50] * len(weights), seed=3)
         ids = order.ids(0, 400)
-        rows[len(weights)] = [i for i in ids.tolist() if i < 50]
-    assert rows[2][:100] == rows[3][:100]
+        sequences[len(weights)] = [i for i in ids.tolist() if i < 50]
+    assert sequences[2][:100] == sequences[3][:100]
 
 
 def test_quotas_by_hand() -> None:
@@ -187,18 +202,24 @@ def test_evaluation_is_shared_evenly() -> None:
 
 
 def test_sample_hash_adds_up_over_ranks() -> None:
-    rows = np.arange(10, dtype=np.int64)
-    assert hash_samples(rows) == hash_samples(rows[::2]) + hash_samples(rows[1::2])
-    assert hash_samples(rows) != hash_samples(rows + 1)
+    sequences = np.arange(10, dtype=np.int64)
+    assert hash_samples(sequences) == hash_samples(sequences[::2]) + hash_samples(sequences[1::2])
+    assert hash_samples(sequences) != hash_samples(sequences + 1)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("num_rows", [1, 7, 8])
-def test_evaluation_sees_each_row_once(num_rows: int, world_size: int) -> None:
+@pytest.mark.parametrize("num_sequences", [1, 7, 8])
+def test_evaluation_sees_each_sequence_once(num_sequences: int, world_size: int) -> None:
     ranks = [
-        list(EvalSampler(num_rows=num_rows, micro_batch_size=2, rank=rank, world_size=world_size))
+        list(
+            EvalSampler(
+                num_sequences=num_sequences, micro_batch_size=2, rank=rank, world_size=world_size
+            )
+        )
         for rank in range(world_size)
     ]
-    assert len({len(rows) for rows in ranks}) == 1  # no rank stops before the others
+    assert len({len(sequences) for sequences in ranks}) == 1  # no rank stops before the others
     assert len(ranks[0]) % 2 == 0
-    assert sorted(row for rows in ranks for row in rows if row >= 0) == list(range(num_rows))
+    assert sorted(
+        sequence for sequences in ranks for sequence in sequences if sequence >= 0
+    ) == list(range(num_sequences))

@@ -20,7 +20,7 @@ MIXED = (
     "batch.global_batch_size=12",
     "train.max_steps=4",
     "train.eval_every_steps=2",
-    "train.eval_rows=10",
+    "train.eval_sequences=10",
     "precision=fp32",
 )
 
@@ -58,8 +58,8 @@ def test_a_mixture_in_stages_is_told_before_it_is_trained(on_one_rank: Command) 
     assert plan.steps.epochs is not None
     mail = plan.corpus.sources[0]
     # 48 rows: of the first 24 rows three fifths are mail, of the rest one fifth.
-    assert plan.steps.epochs["mail"] == pytest.approx((14.4 + 4.8) / mail.train_rows)
-    epochs = f"mail {plan.steps.epochs['mail']:.2f} epochs of {mail.train_rows:,} sequences"
+    assert plan.steps.epochs["mail"] == pytest.approx((14.4 + 4.8) / mail.train_sequences)
+    epochs = f"mail {plan.steps.epochs['mail']:.2f} epochs of {mail.train_sequences:,} sequences"
     assert f"{epochs}, 60.0% at first" in said
     assert "from step 1 sequences of 16 tokens, mail 60.0%, json 40.0%" in said
     assert "from step 3 sequences of 64 tokens, mail 20.0%, json 80.0%" in said

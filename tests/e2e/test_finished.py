@@ -22,7 +22,7 @@ TRAINED = (
     "precision=fp32",
     "train.max_steps=4",
     "train.eval_every_steps=2",
-    "train.eval_rows=null",
+    "train.eval_sequences=null",
     "checkpoint.every_steps=2",
     "checkpoint.export=true",
     "train.sample_tokens=8",
@@ -78,7 +78,7 @@ def test_an_evaluation_is_the_runs_own(shared_runner: Runner, trained: Command) 
     for key in ("eval_loss", "perplexity", "bits_per_byte"):
         assert row[key] == pytest.approx(before[key], rel=1e-9), key
     plan = json.loads(trained.run_dir.plan.read_text())
-    assert row["eval_tokens"] == 64 * sum(s["heldout_rows"] for s in plan["corpus"]["sources"])
+    assert row["eval_tokens"] == 64 * sum(s["heldout_sequences"] for s in plan["corpus"]["sources"])
     assert trained.run_dir.snapshot.read_bytes() == snapshot
 
 
@@ -121,10 +121,10 @@ def test_given_files_are_evaluated_whole(
     tokenizer = AutoTokenizer.from_pretrained(target)
     model = AutoModelForCausalLM.from_pretrained(target)
     ids = [*tokenizer(text).input_ids, tokenizer.eos_token_id]
-    num_rows = (len(ids) - 1) // 64
-    assert row["eval_tokens"] == 64 * num_rows > 2000
-    inputs = torch.tensor(ids[: 64 * num_rows]).view(num_rows, 64)
-    labels = torch.tensor(ids[1 : 64 * num_rows + 1]).view(num_rows, 64)
+    num_sequences = (len(ids) - 1) // 64
+    assert row["eval_tokens"] == 64 * num_sequences > 2000
+    inputs = torch.tensor(ids[: 64 * num_sequences]).view(num_sequences, 64)
+    labels = torch.tensor(ids[1 : 64 * num_sequences + 1]).view(num_sequences, 64)
     with torch.no_grad():
         logits = model(inputs, use_cache=False).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
@@ -318,7 +318,7 @@ def test_a_checkpoint_is_where_another_run_starts(
         f"tokenizer.path={trained.run_dir.tokenizer}",
         "launch.num_processes=2",
         "precision=fp32",
-        "train.eval_rows=null",
+        "train.eval_sequences=null",
         f"hydra.run.dir={tmp_path}/on",
     )
     first = done.rows("eval_loss")[0]

@@ -151,7 +151,7 @@ def test_memory_is_as_planned(runner: Runner, zero: str) -> None:
     shape = ("model=350m", "model.vocab_size=4096", "data.sequence_length=512")
     batch = ("batch.global_batch_size=16", "batch.micro_batch_size=16", "train.max_steps=3")
     place = (f"data.cache_dir={runner.cache_dir}", f"hydra.run.dir={runner.folder}/run")
-    off = ("checkpoint.at_end=false", "checkpoint.export=false", "train.eval_rows=2")
+    off = ("checkpoint.at_end=false", "checkpoint.export=false", "train.eval_sequences=2")
     words = (*data, *shape, *batch, *place, *off, f"zero={zero}", "precision=bf16")
     done = runner.bare(*words, run_dir=RunDir(runner.folder / "run"))
     (last,) = done.rows("peak_memory_bytes")

@@ -89,15 +89,17 @@ def test_a_rollback_leaves_out_the_batches_of_the_spike(
     assert acts
     rows: list[dict[str, Any]] = done.rows("loss")
     assert [row["step"] for row in rows] == list(range(1, 31))  # each step stands there once
-    left_out = sorted({batch for act in acts for batch in act["left_out_batches"]})
+    left_out = sorted({batch for act in acts for batch in act["skipped_batches"]})
     for act in acts:
         assert act["step"] in (0, 5, 10, 15, 20, 25)  # a checkpoint
         assert act["spike_z"] > LIMIT
-        assert len(act["left_out_batches"]) <= 2
+        assert len(act["skipped_batches"]) <= 2
     plan = load_plan(done.run_dir.plan)
     assert plan.corpus is not None
     order = SampleOrder(
-        plan.sampling, num_rows=[source.train_rows for source in plan.corpus.sources], seed=1234
+        plan.sampling,
+        num_sequences=[source.train_sequences for source in plan.corpus.sources],
+        seed=1234,
     )
     from llama_pretrain.data.order import hash_samples
 

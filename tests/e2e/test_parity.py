@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama_pretrain.data.order import rows_at
+from llama_pretrain.data.order import sequences_at
 from llama_pretrain.plan.plan import load_plan
 from llama_pretrain.runs.layout import RunDir
 from tests.conftest import Command, Runner
@@ -76,7 +76,7 @@ def reference_losses(pretrained: Path, tokens: np.ndarray, rows: int) -> list[fl
         else:
             rate = 3e-3 * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - 4) / 15)))
         positions = np.arange(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH, dtype=np.uint64)
-        chosen = rows_at(positions, num_rows=rows, seed=SEED)
+        chosen = sequences_at(positions, num_sequences=rows, seed=SEED)
         batch = np.stack([tokens[int(r) * LENGTH : int(r) * LENGTH + LENGTH + 1] for r in chosen])
         data = torch.from_numpy(batch.astype(np.int64))
         logits = model(input_ids=data[:, :-1], use_cache=False).logits
@@ -110,14 +110,14 @@ def test_losses_equal_plain_pytorch(shared_runner: Runner, pretrained: Path, sta
         "launch.num_processes=2",
         f"batch.global_batch_size={GLOBAL_BATCH}",
         "batch.micro_batch_size=1",
-        "train.eval_rows=4",
+        "train.eval_sequences=4",
         *more,
         run_dir=RunDir(folder),
     )
     corpus = load_plan(done.run_dir.plan).corpus
     assert corpus is not None
     tokens = np.fromfile(Path(corpus.sources[0].tokens_dir) / "train-00000.bin", dtype=np.uint16)
-    expected = reference_losses(pretrained, tokens, corpus.train_rows)
+    expected = reference_losses(pretrained, tokens, corpus.train_sequences)
     np.testing.assert_allclose(done.losses, expected, atol=2e-6, rtol=0)
 
 

@@ -20,7 +20,7 @@ from tests.e2e.test_resume import forget_after, numbers
 from tests.rows import json_rows
 
 SHORT = (
-    *("train.max_steps=4", "train.eval_every_steps=2", "train.eval_rows=4"),
+    *("train.max_steps=4", "train.eval_every_steps=2", "train.eval_sequences=4"),
     *(
         "train.sample_tokens=8",
         "checkpoint.export=false",

@@ -294,7 +294,7 @@ def test_a_signal_ends_an_evaluation_and_a_resumed_run_repeats_it(train: Trainer
     words = (
         "launch.num_processes=2",
         "train.max_steps=2",
-        "train.eval_rows=null",
+        "train.eval_sequences=null",
         "train.eval_every_steps=1",
         "data.sequence_length=16",
     )

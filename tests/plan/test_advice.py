@@ -36,7 +36,7 @@ POINTS = [
     pytest.param((*ON_CPU, "optim=muon", "zero=stage1"), id="cpu-muon"),
     pytest.param((*ON_GPUS, "zero=stage1", "batch.micro_batch_size=1"), id="states"),
     pytest.param((*ON_GPUS, "zero=stage2", "zero.round_robin_gradients=true"), id="of-stage-2"),
-    pytest.param((*ON_GPUS, "zero=stage3", "batch.global_batch_size=96"), id="rows"),
+    pytest.param((*ON_GPUS, "zero=stage3", "batch.global_batch_size=96"), id="batch"),
     pytest.param((*ON_GPUS, "zero=stage3_offload"), id="offloaded"),
     pytest.param((*ONE_GPU, "zero=stage0", "optim=lion"), id="one-gpu-lion"),
     pytest.param(

@@ -16,12 +16,12 @@ Triple = tuple[int, int, int]
 
 
 def random_batches(count: int, *, largest: int) -> Iterator[tuple[Batch, int, int]]:
-    """Batches of every sort with a row length and a number of ranks, small enough to search."""
+    """Batches of all kinds with a sequence length and a number of ranks, small enough to search."""
     random_ = random.Random(20250731)
     for _ in range(count):
         length = random_.randint(2, 9)
         sizes = [random_.choice((None, random_.randint(1, largest))) for _ in range(4)]
-        if sizes[1] is not None and random_.random() < 0.7:  # most are whole rows
+        if sizes[1] is not None and random_.random() < 0.7:  # most are whole sequences
             sizes[1] *= length
         batch = Batch(
             global_batch_size=sizes[0],
@@ -56,9 +56,9 @@ def test_it_holds_or_says_what_would() -> None:
 
 def check_refusal(batch: Batch, length: int, ranks: int, problem: Problem) -> None:
     """A refusal is right, and what its hint lists works."""
-    rows, tokens = batch.global_batch_size, batch.global_batch_tokens
+    sequences, tokens = batch.global_batch_size, batch.global_batch_tokens
     micro, accumulation = batch.micro_batch_size, batch.gradient_accumulation_steps
-    if rows is None and tokens is None:
+    if sequences is None and tokens is None:
         assert micro is None
         assert problem.hint == "Add batch.micro_batch_size=1"
     elif tokens is not None and tokens % length:
@@ -66,10 +66,10 @@ def check_refusal(batch: Batch, length: int, ranks: int, problem: Problem) -> No
         multiples = range(length, tokens + length + 1, length)
         below, above = (n for n in (tokens // length * length, tokens // length * length + length))
         assert listed == [n for n in (below, above) if n in multiples]
-    elif tokens is not None and rows is not None and rows * length != tokens:
+    elif tokens is not None and sequences is not None and sequences * length != tokens:
         assert "contradicts batch.global_batch_size" in problem.message
     else:
-        whole = rows if rows is not None else (tokens or 0) // length
+        whole = sequences if sequences is not None else (tokens or 0) // length
         assert not [t for t in all_triples(whole, ranks) if fits(t, micro, accumulation)]
         listed_triples = [
             (int(g), int(m), int(a))
@@ -120,9 +120,9 @@ def check_nearest(
 @pytest.mark.parametrize(
     ("whole", "micro", "accumulation", "ranks", "expected"),
     [
-        # 10^9 rows over 7 ranks: 142857142 each and 6 rows over
+        # 10^9 sequences over 7 ranks: 142857142 each and 6 sequences over
         (10**9, None, None, 7, [(999_999_994, 142_857_142, 1), (1_000_000_001, 142_857_143, 1)]),
-        # a prime number of rows for each rank
+        # a prime number of sequences for each rank
         (
             999_999_937 * 8,
             4,
@@ -135,7 +135,7 @@ def check_nearest(
                 (7_999_999_496, 999_999_937, 1),
             ],
         ),
-        # fewer rows than ranks
+        # fewer sequences than ranks
         (3, None, 2, 8, [(16, 1, 2)]),
         (
             2**40,
@@ -150,7 +150,7 @@ def check_nearest(
             ],
         ),
     ],
-    ids=["ranks", "prime", "more-ranks-than-rows", "power"],
+    ids=["ranks", "prime", "more-ranks-than-sequences", "power"],
 )
 def test_large_numbers_take_no_time(
     whole: int, micro: int | None, accumulation: int | None, ranks: int, expected: list[Triple]
@@ -169,7 +169,7 @@ def test_divisors_near() -> None:
 
 
 def test_no_number_is_too_large_to_refuse() -> None:
-    """10^30 rows: not every divisor is looked for, and what is listed holds."""
+    """10^30 sequences: not every divisor is looked for, and what is listed holds."""
     batch = Batch(global_batch_size=10**30, micro_batch_size=7)
     started = time.perf_counter()
     with pytest.raises(UserError) as error:

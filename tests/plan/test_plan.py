@@ -33,9 +33,9 @@ CORPUS = Corpus(
             name="stdlib",
             tokens_dir="/tokens",
             data_hash="d",
-            train_rows=1000,
+            train_sequences=1000,
             train_tokens=256_001,
-            heldout_rows=70,
+            heldout_sequences=70,
             heldout_bytes_per_token=3.5,
         )
     ],

@@ -24,7 +24,7 @@ from llama_pretrain.runs.metrics import (
 from tests.rows import evaluation_row, event_row, step_row, summary_row, write_rows
 
 ROLLBACK = RollbackRow(
-    step=1, tokens=1000, rolled_back_from=4, spike_loss=9.0, spike_z=7.0, left_out_batches=[3, 4]
+    step=1, tokens=1000, rolled_back_from=4, spike_loss=9.0, spike_z=7.0, skipped_batches=[3, 4]
 )
 ROWS: list[Row] = [
     event_row(0, initial_weights="abc"),

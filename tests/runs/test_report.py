@@ -170,7 +170,7 @@ def test_tables(run_dir: RunDir) -> None:
 
 def test_events(run_dir: RunDir) -> None:
     where = {"step": 4, "tokens": 4000, "rolled_back_from": 9}
-    rollback = RollbackRow(**where, spike_loss=8.5, spike_z=7.0, left_out_batches=[7, 8])
+    rollback = RollbackRow(**where, spike_loss=8.5, spike_z=7.0, skipped_batches=[7, 8])
     fault = "step-00000006 was not written: No space left (rank 0)"
     events: list[Row] = [
         step_row(3, loss=None, skipped="loss"),

@@ -23,7 +23,7 @@ def test_a_rollback_removes_samples(tmp_path: Path) -> None:
         writer.write_sample(row)
         other_rank.write_sample(row)
     rollback = RollbackRow(
-        step=2, tokens=20, rolled_back_from=5, spike_loss=9.0, spike_z=7.0, left_out_batches=[3]
+        step=2, tokens=20, rolled_back_from=5, spike_loss=9.0, spike_z=7.0, skipped_batches=[3]
     )
     writer.write(rollback)
     writer.write_sample(sample_row(4, "c\u2028d"))

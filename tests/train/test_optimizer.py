@@ -98,7 +98,7 @@ def count_steps(total: int, warmup: int, decay: int) -> Steps:
         decay=decay,
         tokens_per_step=1,
         tokens=total,
-        eval_rows=None,
+        eval_sequences=None,
     )
 
 

@@ -76,23 +76,23 @@ def blocked_attention_backward(
 class _Block:
     """Some key heads of a sequence, a block of their queries, and the keys up to its end."""
 
-    row: int
+    sequence: int
     heads: slice
     tokens: slice
 
     def queries(self, tensor: Tensor) -> Tensor:
         """The queries' part of (N, K, G, T, D): (heads, G * block, D)."""
-        part = tensor[self.row, self.heads, :, self.tokens]
+        part = tensor[self.sequence, self.heads, :, self.tokens]
         return part.reshape(len(part), -1, tensor.shape[-1])
 
     def set_queries(self, tensor: Tensor, values: Tensor) -> None:
         """Write (heads, G * block, D) where `queries` reads."""
-        part = tensor[self.row, self.heads, :, self.tokens]
+        part = tensor[self.sequence, self.heads, :, self.tokens]
         part.copy_(values.view(part.shape))
 
     def keys(self, tensor: Tensor) -> Tensor:
         """The part of (N, K, T, D) that the queries see: (heads, keys, D)."""
-        return tensor[self.row, self.heads, : self.tokens.stop]
+        return tensor[self.sequence, self.heads, : self.tokens.stop]
 
 
 def _group(
@@ -122,13 +122,13 @@ def _blocks(
     scores, probabilities = (torch.empty(size, dtype=q.dtype, device=q.device) for _ in range(2))
     causal = torch.full((length, length), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
     nothing = torch.zeros((), dtype=q.dtype, device=q.device).expand(1, 1, 1)
-    for row in range(batch):
-        visible = None if mask is None else mask[min(row, len(mask) - 1), 0]
+    for sequence in range(batch):
+        visible = None if mask is None else mask[min(sequence, len(mask) - 1), 0]
         for start in range(0, tokens, length):
             end = min(tokens, start + length)
             num_heads = max(1, SCORES // (groups * (end - start) * end))
             for first in range(0, heads, num_heads):
-                block = _Block(row, slice(first, first + num_heads), slice(start, end))
+                block = _Block(sequence, slice(first, first + num_heads), slice(start, end))
                 queries, keys = block.queries(q), block.keys(k).transpose(1, 2)
                 shape = (len(queries), queries.shape[1], end)
                 count = shape[0] * shape[1] * shape[2]
