@@ -1,7 +1,6 @@
 """`python -m llama_pretrain`: commands about existing runs. Runs are started by run.py."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
@@ -9,6 +8,7 @@ from llama_pretrain.cli.compare import add_compare
 from llama_pretrain.cli.leaderboard import add_leaderboard
 from llama_pretrain.cli.list_runs import add_list
 from llama_pretrain.cli.verify import add_verify
+from llama_pretrain.process import ignore_lost_output
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,16 +27,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Do what the command line says. Returns the exit code: 2 for wrong usage."""
+    if words is None:  # in a process of its own
+        ignore_lost_output()
     arguments = build_parser().parse_args(words)
     try:
-        code: int = arguments.do(arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return int(arguments.do(arguments))
     except KeyboardInterrupt:
         return 130
-    return code
 
 
 if __name__ == "__main__":

@@ -2,15 +2,18 @@
 
 import contextlib
 import ctypes
+import errno
 import faulthandler
 import math
 import os
 import signal
 import struct
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any, TextIO
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 DUMP = signal.SIGUSR2
@@ -20,6 +23,49 @@ PARENT = "LLAMA_PRETRAIN_PARENT"
 STORE_FD = "LLAMA_PRETRAIN_STORE_FD"
 """The environment variable with the listening socket on which rank 0 is to host the store."""
 PROC = Path("/proc")
+
+
+class LossyStream:
+    """A standard stream whose failures are ignored: a closed terminal or pipe, or a full disk."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write a text, or drop it."""
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._drop(error)
+            return len(text)
+
+    def writelines(self, lines: list[str]) -> None:
+        """Write texts, or drop them."""
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        """Flush, or drop what is pending."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._drop(error)
+
+    def _drop(self, error: OSError) -> None:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return  # a log on a full disk may have room again
+        # Nobody will read it again: without this, each flush would fail, also at the exit.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._stream.fileno())
+        os.close(null)
+
+
+def ignore_lost_output() -> None:
+    """From here on output that cannot be written is dropped, and nothing else happens."""
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, LossyStream(getattr(sys, name)))
 
 
 class StopRequest:

@@ -1,6 +1,8 @@
 """Which checkpoints of a run are complete, judged by their manifests; needs no torch."""
 
+import contextlib
 import json
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +14,8 @@ from llama_pretrain.files import hash_file, hash_text, write_json
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+STATE = "state.json"
+"""Everything of a checkpoint that is not a tensor."""
 METRICS = "metrics.jsonl"
 """A checkpoint's copy of the run's metrics at that step."""
 
@@ -41,6 +45,22 @@ class Manifest:
 def checkpoint_name(step: int) -> str:
     """The folder name of a step's checkpoint."""
     return f"step-{step:08d}"
+
+
+def rank_file(rank: int) -> str:
+    """The file name of one rank's tensors."""
+    return f"rank{rank:05d}.safetensors"
+
+
+def list_folders(checkpoints: Path) -> list[Path]:
+    """The folders with a checkpoint's name, by step. Everything else there is not ours."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return sorted(
+            path
+            for path in checkpoints.iterdir()
+            if re.fullmatch(r"step-\d{8}", path.name) and path.is_dir() and not path.is_symlink()
+        )
+    return []
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -88,15 +108,20 @@ def find_fault(folder: Path, *, config_hash: str | None = None) -> str | None:
             return "is of another run: its model, optimizer, seed or precision differ"
         if folder.name != checkpoint_name(manifest.step):
             return f"is of step {manifest.step}"
-        if not manifest.files:
-            return "its manifest lists no files"
         return find_damaged_file(folder, manifest)
     except (ValueError, OSError) as error:
         return str(error)
 
 
 def find_damaged_file(folder: Path, manifest: Manifest, *, hashes: bool = True) -> str | None:
-    """The first file that differs from its manifest, and how; sizes only without `hashes`."""
+    """The first file that is missing, too many or changed; only sizes without `hashes`."""
+    wanted = {rank_file(rank) for rank in range(manifest.world_size)}
+    for name in sorted({*wanted, STATE} - manifest.files.keys()):
+        return f"its manifest lacks {name}"
+    present = {path.name for path in folder.glob("rank*.safetensors")} | manifest.files.keys()
+    for name in sorted(present - wanted):
+        if name.startswith("rank"):
+            return f"{name} is not of its {manifest.world_size} ranks"
     for name, (size, digest) in manifest.files.items():
         path = folder / name
         if Path(name).name != name or path.is_symlink():
@@ -115,7 +140,7 @@ def newest_complete(
 ) -> tuple[Path | None, list[str]]:
     """The newest undamaged checkpoint, and a message for each newer one that was skipped."""
     skipped: list[str] = []
-    for folder in sorted(checkpoints.glob("step-*"), reverse=True):
+    for folder in reversed(list_folders(checkpoints)):
         fault = find_fault(folder, config_hash=config_hash)
         if fault is None:
             return folder, skipped
@@ -124,7 +149,15 @@ def newest_complete(
 
 
 def _list_complete(checkpoints: Path) -> list[Path]:
-    return [path for path in sorted(checkpoints.glob("step-*")) if (path / MANIFEST).is_file()]
+    """Checkpoints with the manifest of their step; files are not read."""
+    return [path for path in list_folders(checkpoints) if _has_own_manifest(path)]
+
+
+def _has_own_manifest(folder: Path) -> bool:
+    try:
+        return checkpoint_name(read_manifest(folder).step) == folder.name
+    except (ValueError, OSError):
+        return False
 
 
 def newest_of(checkpoints: Path) -> Path | None:
@@ -134,9 +167,20 @@ def newest_of(checkpoints: Path) -> Path | None:
 
 def forget_after(checkpoints: Path, *, step: int) -> None:
     """Delete the checkpoints of steps that are about to be repeated."""
-    for folder in checkpoints.glob("step-*"):
+    for folder in list_folders(checkpoints):
         if folder.name > checkpoint_name(step):
-            discard(folder)
+            make_way(folder)
+
+
+def make_way(folder: Path) -> None:
+    """Delete a checkpoint; rename a folder that only has the name of one."""
+    if _has_own_manifest(folder):
+        discard(folder)
+        return
+    number = 1
+    while (renamed := folder.with_name(f"{folder.name}.damaged-{number}")).exists():
+        number += 1
+    folder.rename(renamed)
 
 
 def prune(checkpoints: Path, *, keep_last: int, keep_every_steps: int | None = None) -> None:
@@ -153,3 +197,15 @@ def discard(folder: Path) -> None:
     shutil.rmtree(renamed, ignore_errors=True)
     folder.rename(renamed)
     shutil.rmtree(renamed)
+
+
+def temporary_folder(checkpoints: Path, step: int) -> Path:
+    """Where a checkpoint is written before it is complete."""
+    return checkpoints / f".tmp-{checkpoint_name(step)}"
+
+
+def delete_temporary(checkpoints: Path) -> None:
+    """Delete what interrupted saves and deletions have left."""
+    for path in checkpoints.glob(".tmp-*"):
+        if re.fullmatch(r"\.tmp-(discarded-)?step-\d{8}", path.name) and not path.is_symlink():
+            shutil.rmtree(path)

@@ -5,7 +5,8 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,19 @@ from torch import Tensor
 from llama_pretrain.checkpoint.engine_state import collect_tensors, collect_values
 from llama_pretrain.checkpoint.manifest import (
     LATEST,
+    STATE,
     Manifest,
     checkpoint_name,
-    discard,
+    delete_temporary,
+    find_damaged_file,
+    make_way,
     prune,
+    rank_file,
+    read_manifest,
+    temporary_folder,
     write_manifest,
 )
-from llama_pretrain.checkpoint.tensors import STATE, rank_file, write_and_hash, write_tensors
+from llama_pretrain.checkpoint.tensors import write_and_hash, write_tensors
 from llama_pretrain.config.checkpoint import OnError
 from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.snapshot import config_hash
@@ -58,6 +65,14 @@ class _Save:
     def written(self) -> bool:
         """Whether this rank has written its files, or failed to."""
         return self.thread is None or not self.thread.is_alive()
+
+    @contextmanager
+    def noting_faults(self) -> Iterator[None]:
+        """Record whatever goes wrong in the block, for all ranks to act on."""
+        try:
+            yield
+        except BaseException as error:  # in a thread, nothing else would notice
+            self.fault = _describe(error)
 
 
 class Saver:
@@ -107,23 +122,25 @@ class Saver:
             "sample_hash": sample_hash,
         }
         save = self._pending = _Save(step=step, manifest=manifest, started=started)
-        tensors = collect_tensors(self._engine, self._rank)
-        values = {**collect_values(self._engine), "progress": progress}
+        tensors: dict[str, Tensor] = {}
         contents: dict[str, bytes] = {}
-        if self._rank.is_first:
-            contents = {**files, STATE: json.dumps(values).encode()}
-        save.fault = self._make_folder(step, tensors, contents)
-        if save.fault:
+        with save.noting_faults():
+            tensors = collect_tensors(self._engine, self._rank)
+            values = {**collect_values(self._engine), "progress": progress}
+            if self._rank.is_first:
+                contents = {**files, STATE: json.dumps(values).encode()}
+        if not self._make_folder(save, tensors, contents):
             return self.finish()
         if not self._run.checkpoint.asynchronous:
             self._write(save, tensors, contents)
             return self.finish()
-        self._copies = {
-            key: _copy(tensor, self._copies.get(key)) for key, tensor in tensors.items()
-        }
-        arguments = (save, self._copies, contents)
-        save.thread = threading.Thread(target=self._write, args=arguments, daemon=True)
-        save.thread.start()
+        with save.noting_faults():
+            self._copies = {
+                key: _copy(tensor, self._copies.get(key)) for key, tensor in tensors.items()
+            }
+            arguments = (save, self._copies, contents)
+            save.thread = threading.Thread(target=self._write, args=arguments, daemon=True)
+            save.thread.start()
         save.stall += time.perf_counter() - started
         return []
 
@@ -166,43 +183,35 @@ class Saver:
             )
         ]
 
-    def _temporary(self, step: int) -> Path:
-        return self._folder / f".tmp-{checkpoint_name(step)}"
-
     def _make_folder(
-        self, step: int, tensors: Mapping[str, Tensor], contents: Mapping[str, bytes]
-    ) -> str:
-        """Create the temporary folder if its disk has room. Returns the fault; empty for none."""
+        self, save: _Save, tensors: Mapping[str, Tensor], contents: Mapping[str, bytes]
+    ) -> bool:
+        """Create the temporary folder if its disk has room. Returns whether no rank has a fault."""
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         num_bytes += sum(len(content) for content in contents.values())
         (total,) = sum_over_ranks([num_bytes], self._rank)
-        fault = ""
-        if self._rank.is_first:
-            try:
+        if self._rank.is_first and not save.fault:
+            with save.noting_faults():
                 self._folder.mkdir(parents=True, exist_ok=True)
-                for incomplete in self._folder.glob(".tmp-*"):
-                    shutil.rmtree(incomplete)
+                delete_temporary(self._folder)
                 free = shutil.disk_usage(self._folder).free
                 if free < 1.02 * total + (1 << 14):
-                    fault = f"it needs {total / 2**20:,.1f} MiB (got {free / 2**20:,.1f} MiB free)"
+                    needed = f"{total / 2**20:,.1f} MiB"
+                    save.fault = f"it needs {needed} (got {free / 2**20:,.1f} MiB free)"
                 else:
-                    self._temporary(step).mkdir()
-            except OSError as error:
-                fault = _describe(error)
-        (num_faults,) = sum_over_ranks([float(bool(fault))], self._rank)
-        return fault or ("rank 0 could not create the folder" if num_faults else "")
+                    temporary_folder(self._folder, save.step).mkdir()
+        (num_faults,) = sum_over_ranks([float(bool(save.fault))], self._rank)
+        return not num_faults
 
     def _write(
         self, save: _Save, tensors: Mapping[str, Tensor], contents: Mapping[str, bytes]
     ) -> None:
-        """Write this rank's files. A disk error is recorded, for all ranks to act on."""
-        folder, name = self._temporary(save.step), rank_file(self._rank.index)
-        try:
+        """Write this rank's files."""
+        folder, name = temporary_folder(self._folder, save.step), rank_file(self._rank.index)
+        with save.noting_faults():
             save.files[name] = list(write_tensors(folder / name, tensors))
             for name, content in contents.items():
                 save.files[name] = list(write_and_hash(folder / name, [content]))
-        except OSError as error:
-            save.fault = _describe(error)
 
     def _first_fault(self, save: _Save) -> str | None:
         """The first fault of any rank, on all ranks; `None` if there is none."""
@@ -212,25 +221,33 @@ class Saver:
         faults: list[Any] = [None] * self._rank.world_size
         dist.all_gather_object(faults, save.fault)
         if self._rank.is_first:
-            shutil.rmtree(self._temporary(save.step), ignore_errors=True)
+            shutil.rmtree(temporary_folder(self._folder, save.step), ignore_errors=True)
         first = next(number for number, text in enumerate(faults) if text)
         return f"{checkpoint_name(save.step)} was not written: {faults[first]} (rank {first})"
 
     def _complete(self, save: _Save, files: Hashes) -> str | None:
-        """On rank 0: write the manifest, rename, update `latest`, delete old checkpoints."""
+        """On rank 0: write the manifest, rename, update `latest`, delete old checkpoints.
+
+        Nothing is deleted before the manifest and the files that it names are seen on the disk;
+        each rank has flushed its own.
+        """
         settings = self._run.checkpoint
         if self._rank.is_first:
-            temporary, final = self._temporary(save.step), self._folder / checkpoint_name(save.step)
-            try:
+            temporary = temporary_folder(self._folder, save.step)
+            final = self._folder / checkpoint_name(save.step)
+            with save.noting_faults():
                 write_manifest(temporary, Manifest(**save.manifest, files=files))
-                if final.exists():  # from before the run was resumed at an earlier step
-                    discard(final)
-                os.rename(temporary, final)
-                write_text(self._folder / LATEST, final.name + "\n")
-                every = settings.keep_every_steps
-                prune(self._folder, keep_last=settings.keep_last, keep_every_steps=every)
-            except OSError as error:
-                save.fault = _describe(error)
+                save.fault = (
+                    find_damaged_file(temporary, read_manifest(temporary), hashes=False) or ""
+                )
+            if not save.fault:
+                with save.noting_faults():
+                    if final.exists():  # from before the run was resumed at an earlier step
+                        make_way(final)
+                    os.rename(temporary, final)
+                    write_text(self._folder / LATEST, final.name + "\n")
+                    every = settings.keep_every_steps
+                    prune(self._folder, keep_last=settings.keep_last, keep_every_steps=every)
         return self._first_fault(save)
 
 
@@ -246,6 +263,8 @@ def _copy(tensor: Tensor, into: Tensor | None) -> Tensor:
     return into.copy_(tensor)
 
 
-def _describe(error: OSError) -> str:
+def _describe(error: BaseException) -> str:
+    if not isinstance(error, OSError):
+        return f"{type(error).__name__}: {error}".rstrip(": ")
     file = f": {error.filename}" if error.filename else ""
     return f"{error.strerror or error}{file}"

@@ -18,7 +18,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-STATE = "state.json"
+from llama_pretrain.checkpoint.manifest import STATE, rank_file
+
 LOGITS = "logits.safetensors"
 """The training engine's logits for a few tokens; an export is compared with them."""
 WEIGHT = "weight"
@@ -39,11 +40,6 @@ STORED_DTYPES = {
 def fragment_key(name: str, kind: str, start: int) -> str:
     """The name of a fragment in its file: parameter, kind, first element."""
     return f"{name}:{kind}:{start}"
-
-
-def rank_file(rank: int) -> str:
-    """The file name of one rank."""
-    return f"rank{rank:05d}.safetensors"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:

@@ -9,8 +9,9 @@ from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.launch.signals import PREEMPTED_CODE, Preempted, Requests, Stopped
 from llama_pretrain.launch.watch import RankError
 from llama_pretrain.runs.agreement import DivergedError
+from llama_pretrain.tasks.pretrain import UnsavedError
 
-EXPECTED = (UserError, RankError, DivergedError)
+EXPECTED = (UserError, RankError, DivergedError, UnsavedError)
 
 
 def print_error(error: Exception) -> None:

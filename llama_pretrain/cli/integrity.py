@@ -10,7 +10,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from llama_pretrain.checkpoint.manifest import LATEST
+from llama_pretrain.checkpoint.manifest import LATEST, list_folders
 from llama_pretrain.cli.artifacts import check_checkpoint, check_export, check_tokens
 from llama_pretrain.cli.listing import WITHOUT_STATUS
 from llama_pretrain.cli.run_files import (
@@ -69,7 +69,7 @@ def verify_run(path: Path, *, deep: bool = False) -> list[Check]:
     ]
     looks += [
         (f"checkpoints/{folder.name}", partial(check_checkpoint, files, folder))
-        for folder in sorted(files.dir.checkpoints.glob("step-*"))
+        for folder in list_folders(files.dir.checkpoints)
     ]
     looks.append(("export", lambda: check_export(files)))
     return [_look(name, check) for name, check in looks]
@@ -238,7 +238,7 @@ def _check_samples(files: Files) -> str:
 
 def _check_latest(files: Files) -> str:
     """`latest` names a checkpoint that is there."""
-    folders = sorted(path.name for path in files.dir.checkpoints.glob("step-*"))
+    folders = [path.name for path in list_folders(files.dir.checkpoints)]
     latest = files.dir.checkpoints / LATEST
     if not folders and not latest.exists():
         raise AbsentError("the run has none")

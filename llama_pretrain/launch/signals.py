@@ -1,5 +1,6 @@
 """Signals to the launching process: what each asks for, and how a command that got one exits."""
 
+import contextlib
 import os
 import shlex
 import signal
@@ -73,7 +74,8 @@ def leave_at_signals() -> None:
     """
 
     def leave(number: int, _frame: FrameType | None) -> None:
-        os.write(2, f"{Preempted(number)}; nothing was started\n".encode())
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, f"{Preempted(number)}; nothing was started\n".encode())
         os._exit(PREEMPTED_CODE)
 
     _handle(leave)

@@ -91,18 +91,19 @@ class Watch:
         name = signal.Signals(self.signal).name
         if len(self._requests.numbers) > 1:
             raise Stopped(self._requests.numbers[-1])
-        if not self._asked:
-            if max(beat.count for beat in beats) <= STARTED:
-                self._report(f"{name}: exiting; no step has begun")
-                raise Preempted(self.signal)
-            self._report(
-                f"{name}: finishing the step and writing a checkpoint; repeat it to exit at once"
-            )
+        first = not self._asked
+        if first and max(beat.count for beat in beats) <= STARTED:
+            self._report(f"{name}: exiting; no step has begun")
+            raise Preempted(self.signal)
         for beat in beats:  # a rank's first heartbeat comes after its handlers
             if beat.pid and beat.pid not in self._asked:
                 self._asked.add(beat.pid)
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(beat.pid, self.signal)
+        if first:
+            self._report(
+                f"{name}: finishing the step and writing a checkpoint; repeat it to exit at once"
+            )
 
     def _look_for_hang(self, beats: Sequence[Beat]) -> None:
         now = time.monotonic()

@@ -13,6 +13,8 @@ from llama_pretrain.runs.layout import RunDir, is_held
 class Status(str, Enum):
     running = "running"
     completed = "completed"
+    completed_unsaved = "completed_unsaved"
+    """All steps are done, but the last checkpoint or the export could not be written."""
     failed = "failed"
     stopped = "stopped"
     preempted = "preempted"

@@ -43,7 +43,7 @@ from llama_pretrain.sweep.jobs import (
 from llama_pretrain.sweep.placing import claim_slot, count_slots, share
 from llama_pretrain.sweep.results import write_tables
 from llama_pretrain.tasks.context import TaskContext
-from llama_pretrain.tasks.pretrain import BusyError, PrunedError
+from llama_pretrain.tasks.pretrain import BusyError, PrunedError, UnsavedError
 from llama_pretrain.tasks.run import run_task, train
 from llama_pretrain.tasks.validate import resolve_valid
 
@@ -53,6 +53,7 @@ LOG = "console.log"
 """What a job prints; in its run directory."""
 STOP = ".stop"
 """A file in a sweep's directory that keeps jobs from starting."""
+STATUS_SAYS_WHY = (RankError, PrunedError, BusyError, DivergedError, UnsavedError)
 NO_RESULT = float("nan")
 """The objective of a job without a result: Optuna takes it for a failed trial."""
 
@@ -127,7 +128,7 @@ def _train(run: Run, folder: SweepDir, context: TaskContext) -> None:
         resolved = resolve_valid(replace(run, resume=Resume(run_dir="auto")), context.machine)
         console.show_warnings(find_ignored(resolved, context.origins))
         train(resolved, find_corpus(resolved), context)
-    except (RankError, PrunedError, BusyError, DivergedError) as error:  # its status says why
+    except STATUS_SAYS_WHY as error:
         print(error)
     except UserError as error:
         text = "; ".join(str(problem) for problem in error.problems)

@@ -33,6 +33,7 @@ NARROW = 90
 STYLES = {
     "completed": "green",
     "pruned": "yellow",
+    "completed_unsaved": "red",
     "running": "bold cyan",
     "failed": "red",
     "crashed": "red",

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llama_pretrain import console
-from llama_pretrain.checkpoint.manifest import find_fault, newest_complete
+from llama_pretrain.checkpoint.manifest import find_fault, list_folders, newest_complete
 from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.runs.layout import RunDir
@@ -28,7 +28,7 @@ def pick_checkpoint(run: ResolvedRun, source: RunDir) -> Path:
     folder = source.checkpoints / name
     fault = find_fault(folder) if folder.is_dir() and Path(name).name == name else "does not exist"
     if fault is not None:
-        names = sorted(path.name for path in source.checkpoints.glob("step-*"))
+        names = [path.name for path in list_folders(source.checkpoints)]
         hint = f"Checkpoints: {', '.join(names)}" if names else "The run has none"
         problem = Problem(path="export.checkpoint", message=f"{fault} (got {name})", hint=hint)
         raise UserError([problem])

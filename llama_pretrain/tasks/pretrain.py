@@ -21,7 +21,13 @@ from llama_pretrain.launch.watch import RankError
 from llama_pretrain.plan.plan import TrainingPlan
 from llama_pretrain.runs.agreement import DivergedError
 from llama_pretrain.runs.layout import RunDir, hold
-from llama_pretrain.runs.metrics import EvaluationRow, initial_weights, last, read_metrics
+from llama_pretrain.runs.metrics import (
+    CheckpointRow,
+    EvaluationRow,
+    initial_weights,
+    last,
+    read_metrics,
+)
 from llama_pretrain.runs.phases import Phases
 from llama_pretrain.runs.provenance import add_provenance
 from llama_pretrain.runs.report import render_report
@@ -36,6 +42,10 @@ from llama_pretrain.tasks.run_directory import refuse_used, write_run_dir
 
 class BusyError(UserError):
     """Another process is training in the run directory."""
+
+
+class UnsavedError(Exception):
+    """A run has done all its steps, but its last checkpoint or its export was not written."""
 
 
 class PrunedError(Exception):
@@ -58,6 +68,7 @@ def pretrain(
         UserError: if the directory is used or cannot be resumed.
         RankError: if a rank failed, and restarts did not help.
         DivergedError: with drift=error, if the run differs from the one that it reproduces.
+        UnsavedError: after the last step, if its checkpoint or its export was not written.
         Preempted, Stopped: after a signal.
     """
     run_dir = context.run_dir
@@ -123,11 +134,15 @@ def _train(
                 write_status(run_dir, Status.running, Outcome(restarts=restarts))
         _add_initial_weights(run_dir)
         objective = _last_eval_loss(run_dir)
-        if run.checkpoint.export:
-            _export_at_end(run, plan, run_dir)
+        unsaved = _describe_failed_save(run_dir)
+        if run.checkpoint.export and not unsaved:
+            unsaved = _export_at_end(run, plan, run_dir)
         if reproduction is not None:
             status, verdict = finish(reproduction, run_dir)
-        write_status(run_dir, status, Outcome(objective=objective, restarts=restarts))
+        if unsaved:
+            status = Status.completed_unsaved
+        outcome = Outcome(objective=objective, restarts=restarts, error=unsaved or None)
+        write_status(run_dir, status, outcome)
         write_text(run_dir.report, render_report(run_dir))
     except BaseException as error:
         _record_failure(run_dir, error, restarts=restarts)
@@ -144,6 +159,8 @@ def _train(
         if status is Status.diverged and reproduction.policy is DriftPolicy.error:
             raise DivergedError(verdict)
         console.say(verdict)
+    if unsaved:
+        raise UnsavedError(f"all steps are done, but {unsaved}")
     return objective
 
 
@@ -176,16 +193,32 @@ def _record_failure(run_dir: RunDir, error: BaseException, *, restarts: int) -> 
         write_text(run_dir.report, render_report(run_dir))
 
 
-def _export_at_end(run: ResolvedRun, plan: TrainingPlan, run_dir: RunDir) -> None:
+def _describe_failed_save(run_dir: RunDir) -> str:
+    """The error of a run's last save, and what there is instead; empty if it succeeded."""
+    row = last(read_metrics(run_dir.metrics), CheckpointRow)
+    if row is None or not row.checkpoint_error:
+        return ""
+    newest = newest_of(run_dir.checkpoints)
+    left = "there is no checkpoint" if newest is None else f"the newest checkpoint is {newest.name}"
+    return f"{row.checkpoint_error}; {left}"
+
+
+def _export_at_end(run: ResolvedRun, plan: TrainingPlan, run_dir: RunDir) -> str:
     """Export the newest checkpoint, verify it, and generate a text with it.
 
     A last checkpoint that the settings request only to export it is deleted afterwards.
+
+    Returns:
+        Why there is no export; empty if there is one.
     """
     checkpoint = newest_of(run_dir.checkpoints)
     if checkpoint is None:
-        console.say("export: skipped, because the run has written no checkpoint")
-        return
-    export(run, run_dir, checkpoint, run_dir.export, say=console.say)
+        return "there is no export: the run has written no checkpoint"
+    try:
+        export(run, run_dir, checkpoint, run_dir.export, say=console.say)
+    except UserError as error:
+        reason = "; ".join(str(problem) for problem in error.problems)
+        return f"there is no export: {reason}; the newest checkpoint is {checkpoint.name}"
     if run.train.sample_prompt:
         prompt, length = run.train.sample_prompt, run.train.sample_tokens
         settings = replace(Generate(), prompt=prompt, num_tokens=length)
@@ -200,3 +233,4 @@ def _export_at_end(run: ResolvedRun, plan: TrainingPlan, run_dir: RunDir) -> Non
             latest.unlink(missing_ok=True)
         else:
             write_text(latest, before.name + "\n")
+    return ""

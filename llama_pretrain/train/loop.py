@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -16,7 +16,15 @@ from llama_pretrain.config.train import Spike
 from llama_pretrain.data.loader import TrainSampler, build_loader
 from llama_pretrain.data.order import SampleOrder, stretches
 from llama_pretrain.distributed import largest_over_ranks, signal_of_any
-from llama_pretrain.runs.metrics import EventRow, RollbackRow, SampleRow, StepRow, SummaryRow
+from llama_pretrain.runs.metrics import (
+    EventRow,
+    RollbackRow,
+    SampleRow,
+    StepRow,
+    SummaryRow,
+    read_metrics,
+    steps,
+)
 from llama_pretrain.train.device import compile_seconds, peak_memory_bytes
 from llama_pretrain.train.evaluate import probe_logits, sum_losses
 from llama_pretrain.train.generation import generate_with_engine
@@ -36,7 +44,7 @@ def train(training: Training, writer: MetricsWriter, progress: Progress) -> bool
     run, plan, rank, engine = training.run, training.plan, training.rank, training.engine
     saver = Saver(engine, run, plan, rank, training.run_dir.checkpoints)
     batches = _train_batches(training, progress)
-    rates: list[float] = []
+    first = True
     saved_at = time.monotonic()
 
     # Before the first step, and after a resume if the evaluation was interrupted.
@@ -56,7 +64,7 @@ def train(training: Training, writer: MetricsWriter, progress: Progress) -> bool
                 writer.write_all(saver.finish())
                 raise
             seconds = time.perf_counter() - started
-            if not rates:
+            if first:
                 rank.phases.end("first_step", compiling=compile_seconds() - compiled)
 
             # Metrics, or a rollback, which takes the step back.
@@ -81,10 +89,10 @@ def train(training: Training, writer: MetricsWriter, progress: Progress) -> bool
                     writer.write(rollback)
                     continue
             writer.write(row)
-            if not rates:
+            if first:
                 seconds_of = rank.phases.describe()
                 writer.write(EventRow(**training.position(progress), start_seconds=seconds_of))
-            rates.append(tokens_per_s)
+                first = False
             if profiler is not None:
                 profiler.step()
 
@@ -104,14 +112,18 @@ def train(training: Training, writer: MetricsWriter, progress: Progress) -> bool
         name = signal.Signals(signal_of_any(rank)).name
         writer.write(EventRow(**training.position(progress), preempted=name))
         return False
-    writer.write(_summarize(training, progress, rates))
+    writer.write(_summarize(training, progress))
     return True
 
 
-def _summarize(training: Training, progress: Progress, rates: Sequence[float]) -> SummaryRow:
-    """The last row of a complete run; `rates` are tokens per second of its steps."""
-    rank, rate = training.rank, sorted(rates)[len(rates) // 2] if rates else 0.0
-    peak_bytes = peak_memory_bytes(rank.device)
+def _summarize(training: Training, progress: Progress) -> SummaryRow:
+    """The last row of a complete run, over all its launches."""
+    rank = training.rank
+    done = steps(read_metrics(training.run_dir.metrics)) if rank.is_first else []
+    rates = sorted(step.tokens_per_s for step in done)
+    rate = rates[len(rates) // 2] if rates else 0.0
+    # Of earlier launches only rank 0's peak is known.
+    peak_bytes = max([peak_memory_bytes(rank.device), *(step.memory_bytes for step in done)])
     return SummaryRow(
         **training.position(progress),
         finished=True,

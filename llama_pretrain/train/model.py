@@ -19,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.initialization import no_init_weights
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from llama_pretrain.checkpoint.tensors import STATE, StoredState
+from llama_pretrain.checkpoint.manifest import STATE
+from llama_pretrain.checkpoint.tensors import StoredState
 from llama_pretrain.config.model import SHAPE, Model
 from llama_pretrain.config.snapshot import to_plain
 from llama_pretrain.files import read_json

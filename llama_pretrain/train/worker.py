@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from llama_pretrain.process import Heartbeat, StopRequest, die_with_parent
+from llama_pretrain.process import Heartbeat, StopRequest, die_with_parent, ignore_lost_output
 from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.runs.phases import read_phases
 
@@ -30,6 +30,7 @@ def begin(arguments: Sequence[str]) -> NoReturn:
     phases.end("spawn")
     checkpoint = Path(arguments[1]) if len(arguments) > 1 else None
     redirect_output(run_dir.rank_log(index))
+    ignore_lost_output()  # a full disk must not end the training
     heartbeat = Heartbeat(run_dir.heartbeats, index)
     code = 1
     try:

@@ -105,3 +105,56 @@ def test_an_asynchronous_save_is_a_snapshot_of_its_step(tmp_path: Path, stage: i
         for name in ("synchronous", "asynchronous")
     )
     assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("bad luck"), SystemExit(3)])
+def test_whatever_goes_wrong_is_a_failed_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool, error: BaseException
+) -> None:
+    """The older checkpoint stays, and the next save works."""
+    words = ("checkpoint.keep_last=1",)
+    saver = build_saver(build_small_engine(1), tmp_path, *words, asynchronous=asynchronous)
+    save(saver, 1)
+    saver.finish()
+
+    def fail(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llama_pretrain.checkpoint.save.write_tensors", fail)
+        (row,) = save(saver, 2) + saver.finish()
+    text = {"MemoryError": "MemoryError", "RuntimeError": "RuntimeError: bad luck"}
+    expected = text.get(type(error).__name__, "SystemExit: 3")
+    assert row.checkpoint_error == f"step-00000002 was not written: {expected} (rank 0)"
+    assert newest_complete(tmp_path) == (tmp_path / "step-00000001", [])
+    (row,) = save(saver, 3) + saver.finish()
+    assert newest_complete(tmp_path) == (tmp_path / "step-00000003", [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000003"]
+
+
+def test_nothing_is_deleted_before_the_new_checkpoint_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write that reports success and leaves a short file."""
+    saver = build_saver(build_small_engine(1), tmp_path, "checkpoint.keep_last=1")
+    save(saver, 1)
+
+    def lose(path: Path, chunks: object) -> tuple[int, str]:
+        path.write_bytes(b"")
+        return 7, "0" * 64
+
+    monkeypatch.setattr("llama_pretrain.checkpoint.save.write_and_hash", lose)
+    (row,) = save(saver, 2)
+    assert "must have 7 bytes (got 0)" in row.checkpoint_error
+    assert newest_complete(tmp_path) == (tmp_path / "step-00000001", [])
+
+
+def test_a_folder_in_the_way_is_renamed(tmp_path: Path) -> None:
+    saver = build_saver(build_small_engine(1), tmp_path)
+    (tmp_path / "step-00000002").mkdir()
+    (tmp_path / "step-00000002" / "notes.txt").write_text("mine")
+    (row,) = save(saver, 2)
+    assert row.checkpoint == "step-00000002"
+    assert find_fault(tmp_path / "step-00000002") is None
+    assert (tmp_path / "step-00000002.damaged-1" / "notes.txt").read_text() == "mine"

@@ -197,18 +197,38 @@ def test_what_comes_after_the_last_step_is_made_up_for(runner: Runner) -> None:
     """Killed between its last step and its end: nothing is trained again, and the rest is done."""
     done = runner("train.max_steps=2", "checkpoint.at_end=true", "checkpoint.export=true")
     before, evaluations = done.losses, done.rows("eval_loss")
+    (summary,) = done.rows("finished")
     shutil.rmtree(done.run_dir.export)
     done.run_dir.report.unlink()
     status = json.loads(done.run_dir.status.read_text())
     done.run_dir.status.write_text(json.dumps(status | {"status": "running"}))
     again = runner.bare(f"resume={done.run_dir.path}", run_dir=done.run_dir)
     assert (again.losses, again.rows("eval_loss")) == (before, evaluations)
-    assert len(again.rows("finished")) == 1
+    (last,) = again.rows("finished")  # over all launches: the last one had no step
+    assert last["median_tokens_per_s"] == summary["median_tokens_per_s"]
+    assert last["peak_memory_bytes"] >= max(row["memory_bytes"] for row in done.rows("loss"))
     assert (done.run_dir.export / "model.safetensors").is_file()
     assert done.run_dir.report.is_file()
     assert json.loads(done.run_dir.status.read_text())["status"] == "completed"
     refused = runner.bare(f"resume={done.run_dir.path}", run_dir=done.run_dir, expect=1)
     assert "resume: the run has completed its 2 steps. Raise train.max_steps" in refused.output
+
+
+def test_a_failed_export_is_reported_and_can_be_repeated(runner: Runner, tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.path.mkdir()
+    run_dir.export.write_text("in the way")
+    place = f"hydra.run.dir={run_dir.path}"
+    done = runner(place, "train.max_steps=1", "checkpoint.export=true", expect=1)
+    status = json.loads(run_dir.status.read_text())
+    assert status["status"] == "completed_unsaved"
+    assert status["objective"] == done.rows("eval_loss")[-1]["eval_loss"]
+    assert "there is no export: export.target: exists and is not an export" in status["error"]
+    assert done.output.splitlines()[-1] == f"all steps are done, but {status['error']}"
+    run_dir.export.unlink()
+    runner.bare(f"resume={run_dir.path}", run_dir=run_dir)
+    assert json.loads(run_dir.status.read_text())["status"] == "completed"
+    assert (run_dir.export / "model.safetensors").is_file()
 
 
 @pytest.mark.slow
@@ -221,7 +241,12 @@ def test_a_run_goes_on_with_a_full_disk(runner: Runner, tmp_path: Path) -> None:
             "train.max_steps=4",
             "checkpoint.every_steps=null",
             "checkpoint.every_minutes=1e-6",
+            expect=1,
         )
+        assert json.loads(run_dir.status.read_text())["status"] == "completed_unsaved"
+        last = done.output.splitlines()[-1]
+        assert last.startswith("all steps are done, but step-00000003 was not written: it needs")
+        assert last.endswith("(rank 0); the newest checkpoint is step-00000001")
         assert [row["checkpoint"] for row in done.rows("checkpoint")] == ["step-00000001"]
         told = done.rows("checkpoint_error")
         assert [row["step"] for row in told] == [2, 3]
