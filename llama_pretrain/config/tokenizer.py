@@ -20,6 +20,7 @@ class TokenizerName(str, Enum):
 
 
 TRAINED = UsedWhen("tokenizer.name", ("train",))
+PRETRAINED = UsedWhen("tokenizer.name", ("pretrained",))
 
 
 @schema
@@ -35,6 +36,10 @@ class Tokenizer:
     """`train`: bytes of text to train on, sampled from the whole corpus."""
     path: str | None = None
     """`pretrained`: directory with tokenizer.json, as written by `save_pretrained`."""
+    add_pad_token: Annotated[bool, PRETRAINED] = False
+    """`pretrained`: add [PAD] to a tokenizer without a padding token, and grow the embeddings.
+    Training never pads; `false` lets the export pad with a token that is there: unk, a reserved
+    one, or eos."""
 
 
 def validate_tokenizer(run: "Run") -> Iterator[Problem]:

@@ -134,7 +134,8 @@ def _choose_tokenizer(
             )
             hint = f"Set tokenizer=pretrained tokenizer.path={folder / 'tokenizer'}"
             raise data_error("tokenizer", message, hint)
-    if tokenizer.size > run.model.vocab_size and not run.model.resize_embeddings:
+    may_grow = run.model.resize_embeddings or run.tokenizer.add_pad_token
+    if tokenizer.size > run.model.vocab_size and not may_grow:
         message = f"has more tokens than model.vocab_size={run.model.vocab_size}"
         hint = f"Set model.vocab_size={tokenizer.size}, or model.resize_embeddings=true"
         raise data_error("tokenizer", f"{message} (got {tokenizer.size})", hint)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -72,10 +73,13 @@ def find_tokenizer(
 
 
 def import_tokenizer(config: TokenizerConfig, cache: Cache) -> Path:
-    """Copy a pretrained tokenizer into the cache, and add [PAD] if it has no padding token.
+    """Copy a pretrained tokenizer into the cache.
+
+    Its padding token becomes one that it has, so that it does not grow, unless
+    `tokenizer.add_pad_token` is set.
 
     Raises:
-        UserError: if the directory has no valid tokenizer.json or no end-of-text token.
+        UserError: if its files are damaged, or it has no end-of-text token.
     """
     option, folder = "tokenizer.path", Path(str(config.path)).expanduser().resolve()
     file = folder / "tokenizer.json"
@@ -91,19 +95,64 @@ def import_tokenizer(config: TokenizerConfig, cache: Cache) -> Path:
     backend.no_padding()
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            settings |= json.loads((folder / name).read_text(encoding="utf-8"))
+        settings |= _read_settings(folder / name)
+    # transformers 5 refuses the objects of special_tokens_map.json; tokenizer.json has their flags.
+    settings |= {
+        key: text
+        for key, value in settings.items()
+        if key.endswith("_token") and (text := _content(value)) is not None
+    }
     eos = _content(settings.get("eos_token"))
     if eos is None or backend.token_to_id(eos) is None:
-        raise data_error(option, f"{folder} has no eos_token in its vocabulary (got {eos})")
-    if _content(settings.get("pad_token")) is None:
-        backend.add_special_tokens([PAD])
-        settings["pad_token"] = PAD
+        got = settings.get("eos_token")
+        raise data_error(option, f"{folder} has no eos_token in its vocabulary (got {got})")
+    pad = _content(settings.get("pad_token"))
+    if pad is None or backend.token_to_id(pad) is None:
+        if config.add_pad_token:
+            backend.add_special_tokens([PAD])
+            settings["pad_token"] = PAD
+        else:
+            settings["pad_token"] = _choose_pad(backend, settings, eos)
     digest = hash_text(backend.to_str() + json.dumps(settings, sort_keys=True))
     target = cache.folder / "tokenizers" / digest[:16]
     if not target.is_dir():
         _write(backend, settings, target)
     return target
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    """The JSON object of an optional file.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise data_error("tokenizer.path", f"{file} cannot be read: {reason}") from error
+    if not isinstance(values, dict):
+        message = f"{file} must be a JSON object (got a {type(values).__name__})"
+        raise data_error("tokenizer.path", message)
+    return values
+
+
+def _choose_pad(backend: Tokenizer, settings: dict[str, Any], eos: str) -> str:
+    """A token of the vocabulary to pad with: made for it, else unk, else reserved, else eos."""
+    special = [
+        token.content
+        for _, token in sorted(backend.get_added_tokens_decoder().items())
+        if token.special
+    ]
+    made_for_it = [
+        name for name in special if re.search(r"\bpad(ding)?\b", name.replace("_", " "), re.I)
+    ]
+    unk = _content(settings.get("unk_token"))
+    known = [unk] if unk is not None and backend.token_to_id(unk) is not None else []
+    reserved = [name for name in special if "reserved" in name.lower()]
+    return next(iter([*made_for_it, *known, *reserved]), eos)
 
 
 @lru_cache(maxsize=1)  # a second copy in the process has scattered memory and encodes slower
@@ -122,8 +171,9 @@ def open_tokenizer(folder: Path) -> TrainedTokenizer:
 
 
 def _content(token: Any) -> str | None:
-    """A token's text, in either form that transformers writes."""
-    return token.get("content") if isinstance(token, dict) else token
+    """A token's text, in either form that transformers writes; `None` for anything else."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def _write(backend: Tokenizer, settings: dict[str, Any], target: Path) -> None:

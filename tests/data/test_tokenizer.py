@@ -1,10 +1,14 @@
 """Tokenizers: trained, imported, and their encoding of long and special texts."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
+from llama_pretrain.config.problems import UserError
 from llama_pretrain.config.tokenizer import Tokenizer as TokenizerConfig
 from llama_pretrain.config.tokenizer import TokenizerName
 from llama_pretrain.data import encode
@@ -69,3 +73,74 @@ def test_training_reads_a_bounded_sample_of_the_whole_corpus(tmp_path: Path) -> 
     assert 400_000 < sum(len(text.encode()) for text in texts) < 560_000
     assert int(texts[-1].split()[0]) > 3000
     assert len(list(sample_texts([(source, 0.2)], num_bytes=10**9))) > 3000
+
+
+RESERVED = "<|reserved_special_token_0|>"
+
+
+def without_pad(folder: Path, *special: str, **settings: object) -> Path:
+    """A tokenizer as published ones are: 300 tokens, none declared for padding."""
+    folder.mkdir()
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<unk>", "<s>", "</s>", *special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["the cat sat on the mat, and the dog on the cat"] * 9, trainer)
+    while (size := backend.get_vocab_size()) < 300:
+        backend.add_tokens([f"<filler-{size}>"])
+    backend.save(str(folder / "tokenizer.json"))
+    values = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"} | settings
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("special", "settings", "pad"),
+    [
+        ((), {"unk_token": "<unk>", "bos_token": "<s>"}, "<unk>"),  # LLaMA 1 and 2
+        ((RESERVED, "<|reserved_1|>"), {}, RESERVED),
+        ((RESERVED, "<|pad_id|>"), {}, "<|pad_id|>"),
+        ((), {}, "</s>"),
+        ((), {"pad_token": "<pad>"}, "</s>"),  # declared, but not in the vocabulary
+        ((), {"pad_token": {"content": "<s>"}}, "<s>"),
+        ((), {"eos_token": {"content": "</s>"}, "unk_token": {"content": "<unk>"}}, "<unk>"),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_without_a_padding_token_does_not_grow(
+    tmp_path: Path, special: tuple[str, ...], settings: dict[str, object], pad: str
+) -> None:
+    folder = without_pad(tmp_path / "t", *special, **settings)
+    config = TokenizerConfig(name=TokenizerName.pretrained, path=str(folder))
+    cache = Cache(folder=tmp_path / "cache", report=Quiet())
+    imported = import_tokenizer(config, cache)
+    assert open_tokenizer(imported).size == 300
+    theirs = AutoTokenizer.from_pretrained(imported)
+    assert (len(theirs), theirs.pad_token) == (300, pad)
+    grown = open_tokenizer(import_tokenizer(replace(config, add_pad_token=True), cache))
+    assert grown.size == (300 if settings.get("pad_token") == {"content": "<s>"} else 301)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"eos_token": ', "tokenizer_config.json cannot be read: Expecting value"),
+        ("[1, 2]", "tokenizer_config.json must be a JSON object (got a list)"),
+        ('{"eos_token": ["</s>"]}', "has no eos_token in its vocabulary (got ['</s>'])"),
+        ('{"eos_token": {"content": 2}}', "has no eos_token in its vocabulary"),
+        ("[" * 100_000, "tokenizer_config.json cannot be read: maximum recursion"),
+        ("\udcff", "tokenizer_config.json cannot be read: 'utf-8' codec"),
+    ],
+)
+def test_damaged_settings_are_one_problem(tmp_path: Path, text: str, message: str) -> None:
+    folder = without_pad(tmp_path / "t")
+    (folder / "tokenizer_config.json").write_text(text, errors="surrogateescape")
+    config = TokenizerConfig(name=TokenizerName.pretrained, path=str(folder))
+    with pytest.raises(UserError) as caught:
+        import_tokenizer(config, Cache(folder=tmp_path / "cache", report=Quiet()))
+    (problem,) = caught.value.problems
+    assert problem.path == "tokenizer.path"
+    assert message in problem.message

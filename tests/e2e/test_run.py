@@ -446,7 +446,7 @@ def test_goes_on_from_an_export_with_a_larger_tokenizer(
     tokenizer = tmp_path / "tokenizer"
     shutil.copytree(full.run_dir.export, tokenizer)
     settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
-    settings["pad_token"] = None  # as most published ones have it: ours adds [PAD]
+    settings["pad_token"] = None  # as most published ones have it
     content = json.loads((tokenizer / "tokenizer.json").read_text())
     content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != "[PAD]"]
     content["model"]["vocab"]["<was-pad>"] = content["model"]["vocab"].pop("[PAD]")
@@ -458,6 +458,7 @@ def test_goes_on_from_an_export_with_a_larger_tokenizer(
         f"model.path={full.run_dir.export}",
         "tokenizer=pretrained",
         f"tokenizer.path={tokenizer}",
+        "tokenizer.add_pad_token=true",
         "data=text",
         f"data.paths=['{runner.corpus}/*.py']",
         "data.sequence_length=64",
@@ -472,6 +473,7 @@ def test_goes_on_from_an_export_with_a_larger_tokenizer(
         run_dir=RunDir(folder),
     )
     assert json.loads(done.run_dir.plan.read_text())["vocab_size"] == 520
+    assert "513 tokens with [PAD]: embeddings grow from 512 to 520 rows" in done.output
     config = json.loads((done.run_dir.export / "config.json").read_text())
     assert config["vocab_size"] == 513  # the rows that only fill up a multiple of 8 are cut
     assert config["pad_token_id"] == 512
