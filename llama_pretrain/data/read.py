@@ -15,7 +15,15 @@ from llama_pretrain.data.cache import data_error
 
 MAX_DOCUMENT_BYTES = 32_000_000
 """A longer document is cut, so that memory does not depend on the longest one."""
+MAX_LINE_BYTES = 1 << 27
+"""A longer JSON line is unreadable: parsing it takes several times its size."""
 BLOCK = 1 << 20
+ZSTD_BLOCK = 1 << 12
+"""Compressed bytes at a time: in the extreme they become 128 MiB."""
+ZSTD_WINDOW = 1 << 31
+"""The largest that zstd --long=31 writes."""
+BOM = "\ufeff".encode()
+"""A byte order mark, which some editors put before a text."""
 TEXT_SUFFIXES = (".txt", ".py")
 LINE_SUFFIXES = (".jsonl",)
 COMPRESSED = (".gz", ".zst")
@@ -84,7 +92,8 @@ def open_binary(path: Path) -> Any:
         return gzip.open(path, "rb")
     if path.suffix == ".zst":
         zstandard = import_optional("zstandard", extra="zstd", path="data.paths")
-        return io.BufferedReader(ZstdReader(path, zstandard.ZstdDecompressor()), BLOCK)
+        decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
+        return io.BufferedReader(ZstdReader(path, decompressor), BLOCK)
     return path.open("rb", buffering=BLOCK)
 
 
@@ -104,7 +113,7 @@ class ZstdReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            block = self._rest or self._file.read(BLOCK)
+            block = self._rest or self._file.read(ZSTD_BLOCK)
             self._rest = b""
             if not block:
                 if self._frame is not None:
@@ -144,20 +153,35 @@ def read_lines(path: Path, *, start: int, stop: int | None, field: str) -> Itera
         first = start
         if start:  # a line that begins earlier belongs to the previous span
             file.seek(start - 1)
-            first = start - 1 + len(file.readline())
+            first = start - 1 + _skip_line(file)
 
         @cache
         def lines_before() -> int:  # counted only when a message needs it
             return _count_lines(path, first)
 
         offset, lines = first, 0
-        while (stop is None or offset < stop) and (line := file.readline()):
+        while (stop is None or offset < stop) and (line := file.readline(MAX_LINE_BYTES + 1)):
             lines += 1
+            length = len(line)
             try:
+                if length > MAX_LINE_BYTES:
+                    length += 0 if line.endswith(b"\n") else _skip_line(file)
+                    message = f"has more than {MAX_LINE_BYTES >> 20} MiB (at byte {offset})"
+                    raise UnreadableError("paths", message)
                 yield _parse_line(line, path=path, offset=offset, field=field)
             except UnreadableError as error:
                 yield error.fault(f"{path}, line {lines_before() + lines}")
-            offset += len(line)
+            offset += length
+
+
+def _skip_line(file: Any) -> int:
+    """Read the rest of a line in blocks. Returns its bytes."""
+    length = 0
+    while block := file.readline(BLOCK):
+        length += len(block)
+        if block.endswith(b"\n"):
+            break
+    return length
 
 
 def _count_lines(path: Path, num_bytes: int) -> int:
@@ -273,7 +297,8 @@ def _read_delimited(
 
 def _decode(content: bytes, *, path: Path, offset: int) -> Record:
     try:
-        return Document(content.decode("utf-8"), "byte", offset)
+        text = content.decode("utf-8")
+        return Document(text if offset else text.removeprefix("\ufeff"), "byte", offset)
     except UnicodeDecodeError as error:
         message = f"{path} is not UTF-8 at byte {offset + error.start}: {error.reason}"
         return Fault("paths", message, "Convert it, e.g. with iconv -t UTF-8")
@@ -285,13 +310,15 @@ def _parse_line(line: bytes, *, path: Path, offset: int, field: str) -> Record:
     Raises:
         UnreadableError: if it has none.
     """
-    if not line.strip():
+    if line.strip() in (b"", BOM):
         return Document("", "byte", offset)
     text = _decode(line, path=path, offset=offset)
     if isinstance(text, Fault):
         return text
     try:
-        record: Any = json.loads(text.text)
+        record: Any = json.loads(text.text.removeprefix("\ufeff"))  # files may be concatenated
+    except RecursionError as error:
+        raise UnreadableError("paths", "is nested too deeply") from error
     except ValueError as error:
         truncated = "" if line.endswith(b"\n") else "the last line is truncated: "
         raise UnreadableError("paths", f"{truncated}{error}") from error

@@ -55,22 +55,30 @@ def list_files(
 ) -> list[Path]:
     """The files that paths and globs match: sorted per pattern, each once.
 
+    A link is judged by its own name: in a hub's cache it names a file without a suffix.
+
     Args:
         path: the option that has the patterns.
         suffixes: supported ones; `None` = any.
 
     Raises:
-        UserError: for each pattern without a file, and each file of another type.
+        UserError: for each pattern without a file, each dead link, and each file of another type.
     """
     problems: list[Problem] = []
-    found: dict[Path, None] = {}
+    found: dict[str, Path] = {}
     for pattern in patterns:
         expanded = os.path.expanduser(pattern)
         names = sorted(glob.glob(expanded, recursive=True))
         if os.path.isfile(expanded):  # a file name may contain brackets
             names = [expanded]
-        files = [Path(name).resolve() for name in names if os.path.isfile(name)]
-        if not files:
+        names = [name for name in names if not os.path.isdir(name)]
+        for name in names:
+            if not os.path.isfile(name):
+                dead = os.path.islink(name) and not os.path.exists(name)
+                kind = f"a dead link to {os.readlink(name)}" if dead else "not a regular file"
+                problems.append(Problem(path=path, message=f"{name} is {kind}"))
+        files = [Path(os.path.abspath(name)) for name in names if os.path.isfile(name)]
+        if not names:
             is_folder = os.path.isdir(expanded)
             message = f"{'is a directory' if is_folder else 'matches no file'} (got {pattern})"
             hint = f"Use {pattern.rstrip('/')}/**/*.txt" if is_folder else ""
@@ -79,6 +87,6 @@ def list_files(
             if suffixes is not None and suffix_of(file) not in suffixes:
                 message = f"must be .txt, .jsonl (plain, .gz or .zst) or .parquet (got {file})"
                 problems.append(Problem(path=path, message=message))
-            found[file] = None
+            found.setdefault(os.path.realpath(file), file)
     refuse(problems)
-    return list(found)
+    return list(found.values())

@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import os
+import resource
+import tracemalloc
 from pathlib import Path
 
 import datasets
@@ -10,10 +13,11 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
+from llama_pretrain.data import read
 from llama_pretrain.data.corpus import prepare_corpus
 from llama_pretrain.data.meta import read_meta
 from tests.conftest import Quiet
-from tests.data.corpora import data_run, folder_of, prepare, problems_of
+from tests.data.corpora import data_run, documents_of, folder_of, prepare, problems_of
 
 GOOD = json.dumps({"text": "a text that is long enough for some rows " * 20}) + "\n"
 LINES = "a.jsonl"
@@ -155,3 +159,101 @@ def test_unreadable_datasets(tmp_path: Path) -> None:
     (problem,) = problems_of(tmp_path, *words[:2], f"data.dataset={tmp_path}/empty")
     assert problem.startswith("data.dataset: ")
     assert "cannot be loaded: " in problem
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_a_line_that_is_nested_too_deeply(tmp_path: Path, on_error: str) -> None:
+    deep = '{"text": "x", "other": ' + "[" * 200_000 + "]" * 200_000 + "}\n"
+    (tmp_path / LINES).write_text(GOOD * 40 + deep)
+    words = [f"data.on_error={on_error}", "data.max_error_fraction=0.5"]
+    problem = "a.jsonl, line 41: is nested too deeply"
+    if on_error == "stop":
+        assert problems_of(tmp_path, *words, files=LINES) == [f"data.paths: {problem}"]
+        return
+    corpus = prepare_corpus(data_run(tmp_path, *words, files=LINES), report=Quiet())
+    assert read_meta(folder_of(corpus), path="data").skipped == [f"{tmp_path}/{problem}"]
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", GOOD.encode() * 30),
+        ("a.txt", b"a text that is long enough for some sequences " * 200),
+        ("a.jsonl.gz", gzip.compress(GOOD.encode() * 30)),
+    ],
+)
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str, content: bytes) -> None:
+    read_back = []
+    for marked in (False, True):
+        folder = tmp_path / str(marked)
+        folder.mkdir()
+        plain = gzip.decompress(content) if name.endswith("gz") else content
+        whole = BOM + plain if marked else plain
+        (folder / name).write_bytes(gzip.compress(whole) if name.endswith("gz") else whole)
+        corpus = prepare(folder, "data.heldout_fraction=0.2", files=name)
+        read_back.append(documents_of(corpus))
+    assert read_back[0] == read_back[1]
+    assert len(read_back[0]) > 0
+
+
+def test_marks_between_concatenated_files(tmp_path: Path) -> None:
+    line = GOOD.encode()
+    (tmp_path / LINES).write_bytes((BOM + line * 10) * 3 + BOM)
+    assert prepare(tmp_path, files=LINES).sources[0].train_tokens > 0
+
+
+def test_a_file_that_decompresses_to_too_long_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read in blocks, named with its place, and what follows it is read."""
+    monkeypatch.setattr(read, "MAX_LINE_BYTES", 1 << 21)
+    bomb = b'{"text": "' + b"x" * (1 << 25) + b'"}\n'
+    content = GOOD.encode() * 40 + bomb + GOOD.encode() * 3
+    for suffix, compress in (("gz", gzip.compress), ("zst", zstandard.compress)):
+        name = f"a.jsonl.{suffix}"
+        (tmp_path / name).write_bytes(compress(content))
+        place = f"{name}, line 41: has more than 2 MiB (at byte {40 * len(GOOD)})"
+        tracemalloc.start()
+        assert problems_of(tmp_path, files=name) == [f"data.paths: {place}"]
+        assert tracemalloc.get_traced_memory()[1] < 100 << 20
+        tracemalloc.stop()
+        words = ["data.on_error=skip", "data.max_error_fraction=0.5"]
+        meta = read_meta(folder_of(prepare(tmp_path, *words, files=name)), path="data")
+        assert sum(split.documents or 0 for split in meta.splits.values()) == 43
+
+
+def test_memory_is_bounded_while_a_frame_is_decompressed(tmp_path: Path) -> None:
+    """288 KB that become 9 GiB: what is read stays small."""
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(zstandard.ZstdCompressor(level=1).compress(bytes(1 << 30)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with read.open_binary(path) as file:
+        for _ in range(20):
+            assert len(file.read(1 << 20)) == 1 << 20
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 400 << 10  # KiB
+
+
+def test_a_long_window(tmp_path: Path) -> None:
+    parameters = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters)
+    (tmp_path / "a.jsonl.zst").write_bytes(compressor.compress(GOOD.encode() * 30))
+    assert prepare(tmp_path, files="a.jsonl.zst").sources[0].train_tokens > 0
+
+
+def test_links_are_judged_by_their_own_names(tmp_path: Path) -> None:
+    """As in a hub's cache, where they point to files without a suffix."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "0f1e").write_text(GOOD * 30)
+    (tmp_path / LINES).symlink_to("blobs/0f1e")
+    assert prepare(tmp_path, files=LINES).sources[0].train_tokens > 0
+    (tmp_path / "b.jsonl").symlink_to("blobs/gone")
+    dead = "data.paths: b.jsonl is a dead link to blobs/gone"
+    assert problems_of(tmp_path, files="*.jsonl") == [dead]
+    assert problems_of(tmp_path, files="b.jsonl") == [dead]
+    os.mkfifo(tmp_path / "c.jsonl")
+    fifo = "data.paths: c.jsonl is not a regular file"
+    assert problems_of(tmp_path, files="c*.jsonl") == [fifo]
