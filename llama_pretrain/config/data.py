@@ -9,6 +9,7 @@ from annotated_types import Ge, Interval
 
 from llama_pretrain.config.fields import (
     Fraction,
+    IsPath,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -76,18 +77,18 @@ class Source:
     Existing tokens, read where they are: `megatron` (.bin with .idx), `tokens` (headerless files),
     `prepared` (a directory written by task=prepare). `mixture`: several of these, in
     `data.sources`."""
-    paths: list[str] = field(default_factory=list)
+    paths: Annotated[list[str], IsPath()] = field(default_factory=list)
     """`text`: files and globs of .txt (one file = one document), .jsonl and .parquet; .txt and
     .jsonl may end in .gz or .zst. `megatron`: .bin files; `tokens`: files; `prepared`: one
     directory. `**` recurses."""
-    heldout_paths: list[str] = field(default_factory=list)
+    heldout_paths: Annotated[list[str], IsPath()] = field(default_factory=list)
     """The same for evaluation, as in nanoGPT's val.bin; then nothing of `paths` is held out."""
     text_field: Annotated[str, UsedWhen(".name", ("text", "huggingface"))] = "text"
     """Field of a .jsonl record, or column of a .parquet file or a dataset, that holds the text."""
     delimiter: Annotated[str | None, UsedWhen(".name", ("text",))] = None
     """`text`: what separates documents inside a .txt, with `\\n` and `\\t` for line feed and tab;
     `null` = one file is one document."""
-    dataset: str | None = None
+    dataset: Annotated[str | None, IsPath(must_exist=True)] = None
     """`huggingface`: a directory written by save_to_disk, a directory of data files, or a name on
     the hub, which is streamed."""
     dataset_config: Annotated[str | None, HUGGINGFACE] = None
@@ -157,7 +158,7 @@ class Data(Source):
     hash: str | None = None
     """What the data must be: SHA-256 of its tokens' hashes and the tokenizer's. A snapshot records
     it, so that a run cannot be reproduced on other data unnoticed; `null` = any data."""
-    cache_dir: str = "~/.cache/llama_pretrain"
+    cache_dir: Annotated[str, IsPath(keep_home=True)] = "~/.cache/llama_pretrain"
     """Where tokenizers and tokens are cached, each under the hash of what it was made from."""
     num_workers: NonNegativeInt = 0
     """Loader processes a rank; 0 is the fastest here (docs/log.md)."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Ge
 
 from llama_pretrain.config.fields import (
+    IsPath,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -58,7 +59,7 @@ class TensorBoardMonitor:
 
     enabled: bool = False
     """Whether it is on."""
-    output_path: str | None = None
+    output_path: Annotated[str | None, IsPath()] = None
     """Where it writes; `null` = tensorboard/ of the run directory."""
     job_name: str = "deepspeed"
     """Its directory in output_path."""
@@ -80,7 +81,7 @@ class FlopsProfiler:
     """Number of modules named at each depth."""
     detailed: bool = True
     """Whether each module has a line."""
-    output_file: str | None = None
+    output_file: Annotated[str | None, IsPath()] = None
     """File to write to; `null` = the log of rank 0."""
 
 

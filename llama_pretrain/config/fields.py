@@ -54,6 +54,21 @@ class UsedWhen:
         return value in self.values or number or (isinstance(value, str) and PATH in self.values)
 
 
+@dataclass(frozen=True)
+class IsPath:
+    """Marks a setting that names files: a snapshot has it as an absolute path."""
+
+    must_exist: bool = False
+    """Only an existing directory is a path; other text is something else, as a hub's name is."""
+    keep_home: bool = False
+    """A leading `~` stays: each user who reads the snapshot has their own."""
+
+
+def path_mark(item: "Field[Any]") -> IsPath | None:
+    """The mark on a field that names files."""
+    return next((mark for mark in get_args(item.type) if isinstance(mark, IsPath)), None)
+
+
 def marks_of(item: "Field[Any]") -> list[UsedWhen]:
     """The marks on a field."""
     return [mark for mark in get_args(item.type) if isinstance(mark, UsedWhen)]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from llama_pretrain.config.fields import (
     Fraction,
+    IsPath,
     PositiveFloat,
     PositiveInt,
     UsedWhen,
@@ -69,7 +70,7 @@ class Model:
 
     name: str = "custom"
     """A label for plans and reports; the other fields define the shape."""
-    path: str | None = None
+    path: Annotated[str | None, IsPath()] = None
     """Directory of a Hugging Face LLaMA checkpoint (config.json and safetensors) to start from;
     its config.json then gives the shape. `null` starts from random weights."""
     vocab_size: PositiveInt = 32_000

@@ -9,6 +9,7 @@ from annotated_types import Ge, Interval
 from llama_pretrain.config.fields import (
     NUMBER,
     PATH,
+    IsPath,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
@@ -54,7 +55,7 @@ class Export:
     checkpoint: Annotated[str | None, UsedWhen("task", ("export", "evaluate", "generate"))] = None
     """Name of the checkpoint, such as step-00000100, also for task=evaluate; `null` = the newest
     complete one."""
-    target: Annotated[str | None, UsedWhen("task", ("export",))] = None
+    target: Annotated[str | None, UsedWhen("task", ("export",)), IsPath()] = None
     """Directory to write to, for task=export; `null` = export/ in the run directory."""
     max_shard_size: str = "4GiB"
     """Maximum size of one file of weights."""

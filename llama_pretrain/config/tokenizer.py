@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
 
-from llama_pretrain.config.fields import PositiveInt, UsedWhen, schema
+from llama_pretrain.config.fields import IsPath, PositiveInt, UsedWhen, schema
 from llama_pretrain.config.problems import Problem
 from llama_pretrain.config.tasks import Task
 
@@ -34,7 +34,7 @@ class Tokenizer:
     """`train`: maximum number of tokens, including the 256 bytes and the special tokens."""
     sample_bytes: Annotated[PositiveInt, TRAINED] = 200_000_000
     """`train`: bytes of text to train on, sampled from the whole corpus."""
-    path: str | None = None
+    path: Annotated[str | None, IsPath()] = None
     """`pretrained`: directory with tokenizer.json, as written by `save_pretrained`."""
     add_pad_token: Annotated[bool, PRETRAINED] = False
     """`pretrained`: add [PAD] to a tokenizer without a padding token, and grow the embeddings.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Interval
 
 from llama_pretrain.config.fields import (
+    IsPath,
     NonNegativeInt,
     PositiveInt,
     UsedWhen,
@@ -47,7 +48,7 @@ class OffloadOptimizer:
 
     device: OffloadDevice = OffloadDevice.none
     """`none`, `cpu`, or `nvme` (stage 3 only)."""
-    nvme_path: Annotated[str | None, ON_DISK] = None
+    nvme_path: Annotated[str | None, ON_DISK, IsPath()] = None
     """Directory on a local disk, for `nvme`."""
     pin_memory: Annotated[bool, OFFLOADED] = False
     """Page-locked host memory: faster copies, cannot be swapped."""
@@ -75,7 +76,7 @@ class OffloadParam:
 
     device: OffloadDevice = OffloadDevice.none
     """`none`, `cpu` or `nvme`."""
-    nvme_path: Annotated[str | None, ON_DISK] = None
+    nvme_path: Annotated[str | None, ON_DISK, IsPath()] = None
     """Directory on a local disk, for `nvme`."""
     pin_memory: Annotated[bool, OFFLOADED] = False
     """Page-locked host memory: faster copies, cannot be swapped."""

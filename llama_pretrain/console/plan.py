@@ -77,10 +77,10 @@ def show_plan(run: ResolvedRun, plan: Plan, run_dir: RunDir | None) -> None:
         text = f"{run.data.name.value}: {sequences}, {steps.eval_sequences} for evaluation"
         table.add_row("data", text)
         if plan.vocab_size != run.model.vocab_size:
-            size = f"{plan.corpus.tokenizer_size:,} tokens"
+            tokens = f"{plan.corpus.tokenizer_size:,} tokens"
             grown = f"embeddings grow from {run.model.vocab_size:,} to {plan.vocab_size:,} rows"
             added = " with [PAD]" if run.tokenizer.add_pad_token else ""
-            table.add_row("tokenizer", f"{size}{added}: {grown}")
+            table.add_row("tokenizer", f"{tokens}{added}: {grown}")
         _add_sources(table, plan)
     _add_stages(table, run, plan)
     if run_dir is not None:

@@ -6,10 +6,11 @@ elsewhere.
 
 import math
 import os
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 from llama_pretrain.config.batch import Batch
-from llama_pretrain.config.fields import parse_size
+from llama_pretrain.config.fields import IsPath, parse_size, path_mark
 from llama_pretrain.config.launch import Device, Launch
 from llama_pretrain.config.optim import BatchScaling, Optim, OptimName
 from llama_pretrain.config.precision import PrecisionName
@@ -33,6 +34,8 @@ from llama_pretrain.plan.machine import Machine
 from llama_pretrain.plan.memory import estimate_memory
 from llama_pretrain.plan.model_size import count_parameters
 from llama_pretrain.plan.pretrained import read_shape
+
+AnySection = TypeVar("AnySection", bound=Any)
 
 DEFAULT_BATCH = 16
 """Sequences of a step when no batch size is given."""
@@ -78,16 +81,7 @@ def resolve(run: Run, machine: Machine) -> ResolvedRun:
         UserError: if a pretrained model contradicts the config, or the batch does not divide.
     """
     launch = _resolve_launch(run, machine)
-    tokenizer = run.tokenizer
-    run = replace(
-        run,
-        launch=launch,
-        # Absolute, so that the snapshot means the same files wherever it is read.
-        data=replace(run.data, paths=[_absolute(path) for path in run.data.paths]),
-        tokenizer=replace(
-            tokenizer, path=None if tokenizer.path is None else _absolute(tokenizer.path)
-        ),
-    )
+    run = with_absolute_paths(replace(run, launch=launch))
     if run.model.path is not None and not run.task.reads_a_run:
         run = replace(run, model=read_shape(run.model))
     run = replace(run, precision=replace(run.precision, name=_choose_precision(run, machine)))
@@ -213,8 +207,30 @@ def resolve_zero(zero: Zero, run: Run, *, num_processes: int) -> ResolvedZero:
     return ResolvedZero(**given | {k: v for k, v in derived.items() if given[k] is None})
 
 
-def _absolute(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
+def with_absolute_paths(section: AnySection) -> AnySection:
+    """A run, or a section of one, that means the same files wherever its snapshot is read."""
+    changed: dict[str, Any] = {}
+    for item in fields(section):
+        value, mark = getattr(section, item.name), path_mark(item)
+        if is_dataclass(value):
+            changed[item.name] = with_absolute_paths(value)
+        elif mark is not None and isinstance(value, list):
+            changed[item.name] = [_absolute(path, mark) for path in value]
+        elif mark is not None and value is not None:
+            changed[item.name] = _absolute(value, mark)
+        elif isinstance(value, dict):
+            changed[item.name] = {
+                key: with_absolute_paths(inner) if is_dataclass(inner) else inner
+                for key, inner in value.items()
+            }
+    return replace(section, **changed)
+
+
+def _absolute(path: str, mark: IsPath) -> str:
+    expanded = os.path.expanduser(path)
+    if mark.must_exist and not os.path.isdir(expanded):
+        return path
+    return path if mark.keep_home and path.startswith("~") else os.path.abspath(expanded)
 
 
 def _resolve_launch(run: Run, machine: Machine) -> ResolvedLaunch:
