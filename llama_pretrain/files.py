@@ -1,5 +1,6 @@
 """Files: atomic writes, tolerant reads of JSON, SHA-256."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -24,6 +25,21 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locking(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a folder's lock; the system releases it however the process ends.
+
+    Raises:
+        BlockingIOError: without `wait`, if another process or another part of this one holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

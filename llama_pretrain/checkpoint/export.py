@@ -6,8 +6,10 @@ a process group. Axes: T tokens, V vocabulary.
 
 import json
 import os
+import secrets
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from llama_pretrain.config.fields import parse_size
 from llama_pretrain.config.precision import Precision, PrecisionName
 from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.config.resolved import ResolvedRun
-from llama_pretrain.files import hash_file, write_json, write_text
+from llama_pretrain.files import hash_file, locking, write_json, write_text
 from llama_pretrain.runs.layout import RunDir
 
 PROOF = "export.json"
@@ -78,10 +80,7 @@ def export_checkpoint(
         raise UserError(
             [Problem(path="export.target", message=message, hint="Name a folder that is not there")]
         )
-    temporary = target.with_name(f".tmp-{target.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with _temporary_folder(target) as temporary:
         _write_model(checkpoint, temporary, run=run, tokenizer_dir=run_dir.tokenizer)
         difference = compare_logits(temporary, checkpoint, precision=run.precision)
         tolerance = _logit_tolerance(run)
@@ -100,9 +99,25 @@ def export_checkpoint(
         )
         write_json(temporary / PROOF, asdict(proof))
         _replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return proof
+
+
+@contextmanager
+def _temporary_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target` for this export alone; those of killed exports are deleted."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.with_name(f".tmp-{target.name}-{secrets.token_hex(4)}")
+    with ExitStack() as stack:
+        with locking(target.parent):
+            for stale in target.parent.glob(f".tmp-{target.name}-*"):
+                with suppress(BlockingIOError), locking(stale, wait=False):
+                    shutil.rmtree(stale)
+            folder.mkdir()
+            stack.enter_context(locking(folder))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _logit_tolerance(run: ResolvedRun) -> float:
@@ -127,13 +142,14 @@ def _too_different(
 
 
 def _replace(folder: Path, target: Path) -> None:
-    """Move a complete folder to `target`, which may exist."""
+    """Move a complete folder to `target`, which may exist; one export at a time does this."""
     old = target.with_name(f".old-{target.name}")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.rename(target, old)
-    os.rename(folder, target)
-    shutil.rmtree(old, ignore_errors=True)
+    with locking(target.parent):
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            os.rename(target, old)
+        os.rename(folder, target)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_model(checkpoint: Path, target: Path, *, run: ResolvedRun, tokenizer_dir: Path) -> None:

@@ -5,6 +5,7 @@ derived settings that the command line changes.
 """
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -172,6 +173,8 @@ def write_primary_config(
     if kind == "reproduce":
         _quote(folder)  # a path that a config can hold
         values["reproduce_of"] = str(folder)
+    if kind != "run" and "batch" not in chosen:
+        values["batch"] |= _batch_anew(values, settings, launch_chosen="launch" in chosen)
     _derive_again(values, settings, chosen)
     for group in chosen:
         named = settings_of_option(group, settings[group])
@@ -215,6 +218,36 @@ def _derive_again(
         zero |= dict.fromkeys(DERIVED_OF_ZERO)
     if "optim" in chosen:
         values["train"]["gradient_clipping"] = None
+
+
+def _batch_anew(
+    values: Mapping[str, Any], settings: Mapping[str, str], *, launch_chosen: bool
+) -> dict[str, int | None]:
+    """What changes in the batch: the global batch stays, and is split anew over the ranks.
+
+    The micro batch becomes smaller only if it does not divide a rank's share.
+    """
+    given = {key.removeprefix("batch.") for key in settings if key.startswith("batch.")}
+    micro, accumulation = "micro_batch_size", "gradient_accumulation_steps"
+    if given:
+        derived: dict[str, int | None] = {accumulation: None}
+        if accumulation in given:
+            derived[micro] = None
+        if "global_batch_tokens" in given:
+            derived["global_batch_size"] = None
+        return derived
+    sizes = [
+        settings.get(f"launch.{name}", str(values["launch"][name]))
+        for name in ("num_processes", "nodes")
+    ]
+    batch = values["batch"]
+    whole, before = batch["global_batch_size"], batch[micro]
+    known = all(size.isdigit() and int(size) > 0 for size in sizes) and not launch_chosen
+    if not known or whole is None or before is None or whole % math.prod(map(int, sizes)):
+        return {accumulation: None}
+    share = whole // math.prod(map(int, sizes))
+    size = max(n for n in range(1, min(before, share) + 1) if share % n == 0)
+    return {micro: size, accumulation: share // size}
 
 
 def settings_of_stage(zero: Mapping[str, Any], stage: int) -> dict[str, Any]:

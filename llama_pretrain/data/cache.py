@@ -37,10 +37,16 @@ class Cache:
     def claim(self, recipe: Any) -> Iterator[tuple[Path, Path, str]]:
         """Lock the tokens that a recipe describes; a process that wants the same ones waits.
 
-        Returns the final directory, a partial one to build it in, and the recipe's hash.
+        Nothing is locked or written if they are complete: the cache may be read-only.
+
+        Returns:
+            The final directory, a partial one to build it in, and the recipe's hash.
         """
         digest = hash_text(json.dumps(recipe, sort_keys=True))
         tokens, name = self.folder / "tokens", digest[:16]
+        if (tokens / name).is_dir():
+            yield tokens / name, tokens / f".partial-{name}", digest
+            return
         tokens.mkdir(parents=True, exist_ok=True)
         with (tokens / f".lock-{name}").open("w") as lock:
             try:

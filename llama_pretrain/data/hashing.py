@@ -1,9 +1,10 @@
 """SHA-256 of input files, remembered between runs."""
 
+import os
 import sqlite3
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +26,7 @@ class File:
 
 def hash_files(paths: Sequence[Path], cache: Cache) -> list[File]:
     """Hash files in parallel; those with an unchanged size and modification time are not read."""
-    cache.folder.mkdir(parents=True, exist_ok=True)
-    database = sqlite3.connect(cache.folder / "hashes.sqlite", timeout=60)
-    with closing(database), database:
-        database.execute(
-            "CREATE TABLE IF NOT EXISTS hashes"
-            " (path TEXT PRIMARY KEY, size INTEGER, time INTEGER, digest TEXT)"
-        )
+    with closing(_open_database(cache.folder)) as database, database:
         hashed: dict[Path, File] = {}
         missing: dict[Path, int] = {}
         for path in paths:
@@ -51,6 +46,23 @@ def hash_files(paths: Sequence[Path], cache: Cache) -> list[File]:
                 row = (str(file.path), file.size, file.time, file.digest)
                 database.execute("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?)", row)
     return [hashed[path] for path in paths]
+
+
+def _open_database(folder: Path) -> sqlite3.Connection:
+    """The hashes of the cache; a copy in memory if the cache cannot be written."""
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "hashes.sqlite"
+    shared = os.access(path if path.exists() else folder, os.W_OK) and os.access(folder, os.W_OK)
+    database = sqlite3.connect(path if shared else ":memory:", timeout=60)
+    if not shared and path.is_file():
+        with closing(sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True)) as stored:
+            stored.backup(database)
+    database.execute(
+        "CREATE TABLE IF NOT EXISTS hashes"
+        " (path TEXT PRIMARY KEY, size INTEGER, time INTEGER, digest TEXT)"
+    )
+    return database
 
 
 def _hash(path: Path) -> File:

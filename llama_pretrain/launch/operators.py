@@ -53,8 +53,10 @@ def build_operators(
     if run.optim.name not in BUILDERS:
         return
     name, folder = run.optim.name.value, extensions_dir(run)
-    folder.mkdir(parents=True, exist_ok=True)
     built = folder / f".{name}-{_machine_key()}"
+    if built.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".build.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

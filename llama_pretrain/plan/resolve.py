@@ -92,6 +92,8 @@ def resolve(run: Run, machine: Machine) -> ResolvedRun:
         size = -(-DEFAULT_BATCH // world_size) * world_size
         run = replace(run, batch=replace(run.batch, global_batch_size=size))
     batch = _try_solve(run, launch)
+    if batch is not None:
+        run = replace(run, batch=Batch(**vars(batch)))
     run = replace(run, optim=_scale_learning_rates(run.optim, batch), train=_count_tokens(run))
     clipping = run.train.gradient_clipping
     if clipping is None:
@@ -190,7 +192,7 @@ def describe_choices(before: Run, after: ResolvedRun) -> dict[str, str]:
     described = {path: text for path, text in REASONS.items() if were[path] != are[path]}
     sizes = ("global_batch_size", "micro_batch_size", "gradient_accumulation_steps")
     rule = "derived: global = micro x accumulation x ranks"
-    return {f"batch.{n}": rule for n in sizes if are[f"batch.{n}"] is None} | described
+    return {f"batch.{n}": rule for n in sizes if were[f"batch.{n}"] is None} | described
 
 
 def resolve_zero(zero: Zero, run: Run, *, num_processes: int) -> ResolvedZero:

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from llama_pretrain.checkpoint import export as export_module
 from llama_pretrain.checkpoint.export import export_checkpoint
 from llama_pretrain.checkpoint.manifest import METRICS, Manifest, write_manifest
 from llama_pretrain.checkpoint.tensors import (
@@ -22,9 +23,10 @@ from llama_pretrain.checkpoint.tensors import (
     StoredState,
     fragment_key,
     rank_file,
+    write_and_hash,
     write_tensors,
 )
-from llama_pretrain.config.precision import PrecisionName
+from llama_pretrain.config.precision import Precision, PrecisionName
 from llama_pretrain.config.problems import UserError
 from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.tasks import Export, Generate
@@ -121,10 +123,13 @@ def write_checkpoint(model: LlamaForCausalLM, folder: Path, run: ResolvedRun) ->
             values = flat[cuts[rank] : cuts[rank + 1]]
             tensors[fragment_key(name, "weight", cuts[rank])] = values
             tensors[fragment_key(name, "exp_avg", cuts[rank])] = -values
+    files: dict[str, list[int | str]] = {}
     for rank, tensors in enumerate(ranks):
-        write_tensors(folder / rank_file(rank), tensors)
+        files[rank_file(rank)] = list(write_tensors(folder / rank_file(rank), tensors))
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-    (folder / STATE).write_text(json.dumps({"parameters": shapes}))
+    files[STATE] = list(
+        write_and_hash(folder / STATE, [json.dumps({"parameters": shapes}).encode()])
+    )
     (folder / "config.json").write_text(model.config.to_json_string(use_diff=False))
     rows = [evaluation_row(2, 5.5, perplexity=244.69, bits_per_byte=3.25), step_row(3, loss=5.25)]
     write_rows(folder / METRICS, rows)
@@ -136,7 +141,7 @@ def write_checkpoint(model: LlamaForCausalLM, folder: Path, run: ResolvedRun) ->
             parameter.data = parameter.data.to(dtype)
         logits = rounded(input_ids=PROBE, use_cache=False).logits.float()
     write_tensors(folder / LOGITS, {"input_ids": PROBE, "logits": logits})
-    write_manifest(folder, manifest_of(run.precision.name.value, {}))
+    write_manifest(folder, manifest_of(run.precision.name.value, files))
 
 
 def export(run_dir: RunDir, run: ResolvedRun, **settings: Any) -> Any:
@@ -344,3 +349,27 @@ def test_generation_from_an_export(trained: Trained) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(UserError, match=r"generate\.num_tokens: is too much after a prompt of"):
         generate(num_tokens=64)
+
+
+def test_exports_at_the_same_time_do_not_disturb_each_other(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second one begins and ends while the first compares; one that was killed leaves nothing."""
+    _, run_dir, run = trained()
+    killed = run_dir.path / ".tmp-export-0123"
+    killed.mkdir()
+    compare = export_module.compare_logits
+    nested = []
+
+    def compare_later(folder: Path, checkpoint: Path, *, precision: Precision) -> float:
+        if not nested:
+            nested.append(folder)
+            export_checkpoint(checkpoint, run_dir.export, run=run, run_dir=run_dir)
+        assert folder.is_dir()
+        return compare(folder, checkpoint, precision=precision)
+
+    monkeypatch.setattr(export_module, "compare_logits", compare_later)
+    export_checkpoint(run_dir.checkpoints / STEP, run_dir.export, run=run, run_dir=run_dir)
+    assert {path.name for path in run_dir.path.glob("*export*")} == {"export"}
+    assert not list(run_dir.path.glob(".*export*"))
+    assert AutoModelForCausalLM.from_pretrained(run_dir.export) is not None

@@ -19,6 +19,7 @@ from llama_pretrain.config.run import Run
 from llama_pretrain.config.snapshot import SNAPSHOT_NAME, load_snapshot, render_snapshot
 from llama_pretrain.config.validate import validate_run
 from llama_pretrain.config.zero import Zero
+from llama_pretrain.plan.batch import solve_batch
 from llama_pretrain.plan.machine import detect_machine
 from llama_pretrain.plan.resolve import resolve
 from tests.conftest import compose_run
@@ -263,7 +264,7 @@ def test_an_evaluation_is_of_all_rows_with_the_own_tokenizer(
         str(folder / "tokenizer"),
     )
     assert run.train.eval_sequences is None
-    assert (run.batch.global_batch_size, run.batch.micro_batch_size) == (None, 2)
+    assert (run.batch.global_batch_size, run.batch.micro_batch_size) == (6, 2)
     again = compose_words(
         tmp_path,
         "task=evaluate",
@@ -381,3 +382,51 @@ def test_auto_in_a_directory_is_a_run_of_the_command_line(tmp_path: Path) -> Non
         "zero=stage2",
         "resume.run_dir=auto",
     ]
+
+
+def sizes(run: Run) -> tuple[int | None, int | None, int | None]:
+    batch = run.batch
+    return batch.global_batch_size, batch.micro_batch_size, batch.gradient_accumulation_steps
+
+
+@pytest.mark.parametrize(
+    ("ranks", "batch", "words", "expected"),
+    [
+        (2, ["batch.micro_batch_size=2"], [], (4, 2, 1)),
+        (2, ["batch.micro_batch_size=2"], ["launch.num_processes=1"], (4, 2, 2)),
+        (2, ["batch.micro_batch_size=2"], ["launch.num_processes=4"], (4, 1, 1)),
+        (1, ["batch.global_batch_size=12", "batch.micro_batch_size=4"], ["launch.num_processes=2"],
+         (12, 3, 2)),
+        (1, ["batch.global_batch_tokens=768"], ["launch.num_processes=3"], (12, 4, 1)),
+        (2, [], ["launch.num_processes=1"], (16, 8, 2)),
+        (2, ["batch.micro_batch_size=2"], ["batch.micro_batch_size=1"], (4, 1, 2)),
+        (2, ["batch.micro_batch_size=2"], ["batch.gradient_accumulation_steps=2"], (4, 1, 2)),
+        (2, ["batch.micro_batch_size=2"], ["batch.global_batch_size=8"], (8, 2, 2)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["resume", "reproduce"])
+def test_the_global_batch_stays_when_ranks_change(
+    started: Started,
+    tmp_path: Path,
+    kind: str,
+    ranks: int,
+    batch: list[str],
+    words: list[str],
+    expected: tuple[int, int, int],
+) -> None:
+    free = ["batch.global_batch_size=null", "batch.micro_batch_size=null"]
+    folder = started(*free, "data.sequence_length=64", f"launch.num_processes={ranks}", *batch)
+    assert None not in sizes(load_snapshot(folder / "snapshot.yaml"))
+    run = resolved(compose_words(tmp_path, f"{kind}={folder}", *words))
+    assert sizes(run) == expected
+
+
+def test_ranks_that_do_not_divide_the_global_batch_are_refused(
+    started: Started, tmp_path: Path
+) -> None:
+    folder = started("launch.num_processes=2", "batch.global_batch_size=4")
+    run = resolve(
+        compose_words(tmp_path, f"resume={folder}", "launch.num_processes=3"), detect_machine()
+    )
+    with pytest.raises(UserError, match=r"batch.global_batch_size: must be a multiple of"):
+        solve_batch(run.batch, sequence_length=run.data.sequence_length, world_size=3)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from llama_pretrain.config.batch import Batch
 from llama_pretrain.config.compose import PROJECT_ROOT
 from llama_pretrain.config.fields import parse_size
 from llama_pretrain.config.resolved import ResolvedRun
@@ -29,8 +30,10 @@ LLAMA2_7B = 6_738_415_616
 
 
 def with_ranks(run: ResolvedRun, ranks: int) -> ResolvedRun:
-    """The run on one node with this many ranks."""
-    return replace(run, launch=replace(run.launch, num_processes=ranks, nodes=1))
+    """The run on one node with this many ranks, one sequence of the batch on each."""
+    batch = Batch(global_batch_size=ranks)
+    launch = replace(run.launch, num_processes=ranks, nodes=1)
+    return replace(run, launch=launch, batch=batch)
 
 
 def phase_memory(run: ResolvedRun) -> list[MemoryPlan]:
