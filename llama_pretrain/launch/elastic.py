@@ -2,9 +2,12 @@
 
 import logging
 import os
+import socket
 import sys
 from pathlib import Path
+from typing import Any
 
+from torch import distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -14,6 +17,18 @@ from llama_pretrain.launch.failures import Failure
 from llama_pretrain.launch.spec import LaunchSpec
 from llama_pretrain.launch.supervisor import POLL_S, WORKER, Supervisor
 from llama_pretrain.process import PARENT, list_processes
+
+
+def _host_store() -> Any:
+    """The store of the rendezvous, on the loopback interface: torch's own listens on all.
+
+    It has no authentication, and whoever reaches it can set its keys.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        host, port = listener.getsockname()
+        return dist.TCPStore(  # type: ignore[attr-defined]  # torch does not list it
+            host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
 
 
 class ElasticSupervisor(Supervisor):
@@ -33,20 +48,28 @@ class ElasticSupervisor(Supervisor):
         for name in list(logging.root.manager.loggerDict):
             if name.startswith("torch.distributed.elastic"):
                 logging.getLogger(name).setLevel(logging.CRITICAL)
+        store = _host_store()
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else the agent hosts a second one
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=self._spec.plan.world_size,
             run_id=self._spec.run_dir.path.name,
             rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",  # the host's own name may not resolve
+            rdzv_endpoint=f"{store.host}:{store.port}",
+            rdzv_configs={"is_host": False},
+            local_addr=store.host,  # the host's own name may not resolve
             max_restarts=0,
             monitor_interval=POLL_S,
             # What a rank prints before it opens its own log, which is next to nothing.
             logs_specs=DefaultLogsSpecs(log_dir=str(self._log_dir), redirects=Std.ALL),
         )
-        variables = worker_environment(self._spec.run) | {PARENT: str(os.getpid())}
+        variables = worker_environment(self._spec.run) | {
+            PARENT: str(os.getpid()),
+            "MASTER_ADDR": store.host,
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # ranks are its clients
+        }
         # `env` sets the environment of the ranks without touching ours, and becomes the worker
         words = [f"{key}={value}" for key, value in variables.items()]
         words += [sys.executable, "-u", "-m", WORKER, *self._spec.worker_args]

@@ -53,6 +53,8 @@ def import_environment(
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",  # everything a rank reads is a file
         "PYTHONWARNINGS": "ignore::FutureWarning:torch.distributed.c10d_logger",
+        # Sockets of gloo on one node: the loopback interface, which no other machine reaches.
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
         # Look for devices through NVML: a process that has touched CUDA cannot be forked.
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     }

@@ -359,7 +359,7 @@ def test_exports_at_the_same_time_do_not_disturb_each_other(
     killed = run_dir.path / ".tmp-export-0123"
     killed.mkdir()
     compare = export_module.compare_logits
-    nested = []
+    nested: list[Path] = []
 
     def compare_later(folder: Path, checkpoint: Path, *, precision: Precision) -> float:
         if not nested:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.faults import pieces
+from benchmarks.faults import pieces, sockets_of
 from llama_pretrain.checkpoint.manifest import checkpoint_name
 from llama_pretrain.data.corpus import prepare_corpus
 from llama_pretrain.launch.environment import worker_environment
@@ -362,3 +362,29 @@ def test_the_environment_follows_the_run(
     run = resolve_for("launch.device=cpu", "launch.threads_per_process=3", *words)
     values = worker_environment(run)
     assert {name: values.get(name) for name in expected} == expected
+
+
+def listening_addresses(pids: set[int]) -> set[str]:
+    """The addresses on which processes listen, as /proc/net/tcp has them."""
+    inodes = set().union(*(sockets_of(pid) for pid in pids))
+    tables = [Path(f"/proc/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6")]
+    lines = [line.split() for table in tables for line in table]
+    return {line[1].partition(":")[0] for line in lines if line[9] in inodes}
+
+
+@pytest.mark.parametrize("fork", [True, False])
+def test_nothing_listens_beyond_this_machine(train: Trainer, fork: bool) -> None:
+    """Neither the store of the rendezvous, whose keys anyone could set, nor gloo."""
+    seen: list[str] = []
+
+    def look(beats: list[Beat]) -> None:
+        parents = {process.pid: process.parent for process in list_processes()}
+        mine = {os.getpid(), *(beat.pid for beat in beats)}
+        while more := {pid for pid, parent in parents.items() if parent in mine} - mine:
+            mine |= more
+        seen.extend(listening_addresses(mine))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Preempted):
+        train(*LONG, f"launch.fork={fork}", poll=Once(look))
+    assert set(seen) == {"0100007F"}  # 127.0.0.1
