@@ -1,9 +1,12 @@
-"""Files: atomic writes, tolerant reads of JSON, SHA-256."""
+"""Files: atomic writes, reads of files that may be anything, SHA-256."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +20,9 @@ def replacing(path: Path) -> Iterator[Path]:
     Readers see the old file or the new one. If the block fails, the old file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Unpredictable and new: a link that somebody has put there is not followed.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -58,11 +63,65 @@ def write_json(path: Path, values: Any, *, indent: int | None = 2) -> None:
     write_text(path, json.dumps(values, indent=indent) + "\n")
 
 
+MAX_BYTES = 1 << 30
+"""Of a file that is read at once: the metrics of some three million steps."""
+MAX_JSON_BYTES = 1 << 26
+MAX_DIGITS = 20
+"""Of an integer in JSON: 64 bits."""
+
+
+def open_regular(path: Path, flags: int = os.O_RDONLY, mode: int = 0o666) -> int:
+    """Open a file that must be a regular one: a pipe would block for ever.
+
+    A link is followed for reading only.
+
+    Raises:
+        OSError: if it is none.
+    """
+    follow = 0 if flags & os.O_ACCMODE == os.O_RDONLY else os.O_NOFOLLOW
+    descriptor = os.open(path, flags | follow | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    return descriptor
+
+
+def read_regular(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
+    """The contents of a regular file.
+
+    Raises:
+        OSError: if it is none, or has more bytes.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise OSError(errno.EFBIG, f"has more than {max_bytes:,} bytes", str(path))
+    return content
+
+
+def parse_json(content: bytes | str) -> Any:
+    """JSON of a file that may be anything.
+
+    Raises:
+        ValueError: if it is not JSON, is nested too deeply, or has a number that is too long.
+    """
+    try:
+        return json.loads(content, parse_int=_parse_int)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+
+
+def _parse_int(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"has a number of {len(text)} digits")
+    return int(text)
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; `None` if the file is missing, unreadable or damaged."""
     try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        values = parse_json(read_regular(path, max_bytes=MAX_JSON_BYTES))
+    except (OSError, ValueError):
         return None
     return values if isinstance(values, dict) else None
 

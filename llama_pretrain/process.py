@@ -15,6 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
+from llama_pretrain.files import open_regular
+
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 DUMP = signal.SIGUSR2
 """Makes a rank write the stacks of all its threads to its log, even inside a collective."""
@@ -173,7 +175,7 @@ class Heartbeat:
 
     def __init__(self, path: Path, rank: int):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._file = open_regular(path, os.O_RDWR | os.O_CREAT)
         self._offset, self._count = rank * SLOT.size, 0
         self.beat()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from llama_pretrain.files import hash_file, hash_text, write_json
+from llama_pretrain.files import hash_file, hash_text, parse_json, read_regular, write_json
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -87,7 +87,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise ValueError(f"was written by another program (found {pickles[0]}, no {MANIFEST})")
         raise ValueError(f"is incomplete: it has no {MANIFEST}")
     try:
-        values = json.loads(path.read_bytes())
+        values = parse_json(read_regular(path))
         if not isinstance(values, dict) or values.pop("sha256", None) != _hash_values(values):
             raise ValueError("its contents have changed")
         return TypeAdapter(Manifest).validate_python(values)

@@ -85,6 +85,9 @@ def _look(name: str, check: Callable[[], str]) -> Check:
     except OSError as error:
         text = f"cannot be read: {error.strerror} ({error.filename})"
         return Check(name=name, result=Result.failed, text=text)
+    except Exception as error:  # other checks may still say something
+        text = f"cannot be checked: {type(error).__name__}: {error}"
+        return Check(name=name, result=Result.failed, text=text.splitlines()[0])
 
 
 def _check_snapshot(files: Files) -> str:

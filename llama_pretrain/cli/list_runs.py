@@ -97,7 +97,7 @@ def _place(run: Listed, root: Path) -> str:
 def _time(time: str | None) -> str:
     try:
         return datetime.fromisoformat(time or "").astimezone(UTC).strftime("%Y-%m-%d %H:%M")
-    except ValueError:
+    except (ValueError, OverflowError):
         return "-"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from llama_pretrain.checkpoint.manifest import newest_of
-from llama_pretrain.files import read_json
+from llama_pretrain.files import open_regular, read_json
 from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.runs.metrics import Row, SummaryRow, evaluations, last, last_value, read_tail
 from llama_pretrain.runs.status import CRASHED, read_state
@@ -57,7 +57,7 @@ class Listed:
 
 def list_runs(root: Path) -> list[Listed]:
     """All runs below a folder, the newest last."""
-    found = [_describe(folder) for folder in _find_runs(root)]
+    found = [_try_to_describe(folder) for folder in _find_runs(root)]
     return sorted(found, key=lambda listed: (listed.started or "", str(listed.path)))
 
 
@@ -74,6 +74,14 @@ def _find_runs(root: Path) -> Iterator[Path]:
     for fault in faults:
         if not isinstance(fault, FileNotFoundError):  # deleted meanwhile
             yield Path(fault.filename)
+
+
+def _try_to_describe(folder: Path) -> Listed:
+    """One run; whatever is wrong with its files becomes its row."""
+    try:
+        return _describe(folder)
+    except Exception as error:  # a damaged run must not hide the others
+        return Listed(path=folder, status=UNREADABLE, error=f"{type(error).__name__}: {error}")
 
 
 def _describe(folder: Path) -> Listed:
@@ -112,7 +120,7 @@ def _describe(folder: Path) -> Listed:
 def _read_head(path: Path) -> dict[str, str]:
     """The task and the model of a snapshot, without parsing all of its YAML."""
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             text = file.read(HEAD_BYTES).decode("utf-8", errors="replace")
     except FileNotFoundError:  # unreadable folder, or deleted meanwhile
         os.scandir(path.parent).close()

@@ -12,6 +12,7 @@ from llama_pretrain.config.problems import UserError
 from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.snapshot import load_snapshot
 from llama_pretrain.config.tasks import Task
+from llama_pretrain.files import parse_json, read_regular
 from llama_pretrain.plan.plan import TrainingPlan, load_plan
 from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.runs.metrics import Row, apply_rollbacks, parse_row
@@ -89,7 +90,7 @@ def read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise BrokenError("is missing")
     try:
-        values = json.loads(path.read_bytes())
+        values = parse_json(read_regular(path))
     except ValueError as error:
         raise BrokenError(f"is not JSON: {error}") from error
     if not isinstance(values, dict):
@@ -102,7 +103,7 @@ def read_lines(path: Path) -> list[Row]:
     if not path.is_file():
         raise BrokenError("is missing")
     rows = []
-    lines = path.read_bytes().split(b"\n")
+    lines = read_regular(path).split(b"\n")
     if lines.pop():
         raise BrokenError(f"line {len(lines) + 1} was cut short")
     for number, line in enumerate(lines, start=1):

@@ -14,6 +14,7 @@ from typing import Any
 from llama_pretrain.config.command_line import CommandLine
 from llama_pretrain.config.compose import CONF, list_groups
 from llama_pretrain.config.origins import settings_of_option
+from llama_pretrain.config.ownership import validate_ownership
 from llama_pretrain.config.problems import Problem, UserError, refuse
 from llama_pretrain.config.secrets import find_secrets, secret_problem
 from llama_pretrain.config.snapshot import (
@@ -87,6 +88,8 @@ def words_for_hydra(command: CommandLine, *, scratch: Path) -> list[str]:
         raise UserError([Problem(path="resume", message=message, hint=hint)])
     folder = Path(place).expanduser().resolve()
     write_primary_config(folder, settings, scratch=scratch, kind=kind)
+    if kind == "resume" or (kind == "run" and _writes_inside(folder, settings)):
+        refuse(validate_ownership(folder))  # before Hydra creates anything
     ours: list[str] = []
     if kind == "resume":
         ours = [f"hydra.run.dir={_quote(folder)}", f"resume.run_dir={_quote(folder)}"]
@@ -127,6 +130,14 @@ def _output_directory(folder: Path, settings: Mapping[str, str]) -> list[str]:
         hint = "Remove it" if task != "export" else "Use export.target=DIR"
         raise UserError([Problem(path="hydra.run.dir", message=message, hint=hint)])
     return [f"hydra.run.dir={_quote(folder)}"]
+
+
+def _writes_inside(folder: Path, settings: Mapping[str, str]) -> bool:
+    """Whether a task on an existing run writes to its directory."""
+    task = settings.get("task", "")
+    exported = task == "generate" and (folder / "export" / "config.json").is_file()
+    elsewhere = {"evaluate": "hydra.run.dir", "export": "export.target"}.get(task)
+    return not exported and elsewhere not in settings
 
 
 def find_unfinished(outputs: Path) -> Path:

@@ -16,6 +16,7 @@ from llama_pretrain.config.model import Model
 from llama_pretrain.config.monitor import Monitor
 from llama_pretrain.config.optim import Optim
 from llama_pretrain.config.precision import Precision
+from llama_pretrain.config.provenance import Provenance
 from llama_pretrain.config.schedule import Schedule
 from llama_pretrain.config.sweep import SweepSettings
 from llama_pretrain.config.tasks import DriftPolicy, Export, Generate, PlanSettings, Resume, Task
@@ -73,6 +74,8 @@ class Run:
     """Text from a finished run's model."""
     monitor: Monitor = field(default_factory=Monitor)
     """Where metrics go."""
+    provenance: Provenance = field(default_factory=Provenance)
+    """What a run records about its origin."""
     launch: Launch = field(default_factory=Launch)
     """Nodes, ranks and threads."""
     plan: PlanSettings = field(default_factory=PlanSettings)

@@ -18,8 +18,8 @@ MIN_LENGTH = 8
 _ANYWHERE = re.compile(r"password|passwd|passphrase|secret|credential", re.IGNORECASE)
 _NAME = re.compile(
     r"(?:password|passwd|passphrase|secret|credentials?|"
-    r"(?:api|access|private|account|signing|encryption|storage|ssh|gpg|auth)_?key(?:_id)?|"
-    r"token|(?:^|[_.\-])(?:pwd|authorization|cookie|dsn))$",
+    r"(?:api|access|private|account|signing|encryption|storage|ssh|gpg|auth)[_\-]?key(?:[_\-]id)?|"
+    r"token|(?:^|[_.\-])(?:pwd|pass|pat|authorization|cookie|dsn))$",
     re.IGNORECASE,
 )
 _NO_SECRET = re.compile(
@@ -37,11 +37,18 @@ _FORMS = re.compile(
     r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"
     r"|\bAIza[A-Za-z0-9_\-]{35}"
     r"|\beyJ[A-Za-z0-9_\-]{10,}\.eyJ[A-Za-z0-9_\-]{10,}\.[A-Za-z0-9_\-]*"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?:.*?-----END [A-Z ]*PRIVATE KEY-----|.*\Z)"
-    r"|\bBearer +[A-Za-z0-9_\-.=+/~]{16,}",
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----"
+    r"(?:.*?-----END [A-Z ]*PRIVATE KEY(?: BLOCK)?-----|.*\Z)"
+    r"|\b(?:Bearer|Basic) +[A-Za-z0-9_\-.=+/~]{16,}"
+    r"|\bya29\.[A-Za-z0-9_\-]{16,}"
+    r"|\bSG\.[A-Za-z0-9_\-]{16,}\.[A-Za-z0-9_\-]{16,}"
+    r"|\bAGE-SECRET-KEY-[A-Z0-9]{16,}"
+    r"|(?<=[?&])(?:sig|X-Amz-Signature|X-Amz-Credential|X-Goog-Signature)=[^\s&\"']{8,}",
     re.DOTALL,
 )
-_URL = re.compile(r"(?<=://)[^\s/@:'\"]*:[^\s/@'\"]+(?=@)")
+_URL = re.compile(r"(?<=://)(?:[^\s/@:'\"]*:[^\s/@'\"]+|[A-Za-z0-9_\-]{20,})(?=@)")
+_OPTION = re.compile(r"(?P<option>--?[A-Za-z][\w\-]*)(?P<space>[ \t]+)(?P<value>[^\s\-][^\s]*)")
+_NETRC = re.compile(r"(?P<before>\bmachine\s+\S+\s+login\s+\S+\s+password\s+)\S+")
 _SETTING = re.compile(
     r"""(?<![\w.\-])(?P<key>[A-Za-z_][\w.\-]{0,99}+)(?P<mid>["']?[ \t]*[=:][ \t]*)"""
     r"""(?P<value>"[^"\n]{4,}"|'[^'\n]{4,}'|[^\s"',;{}\[\]()<>]{6,}+(?![(\[]))"""
@@ -50,8 +57,9 @@ _WORDS = re.compile(r"[A-Za-z_.]+")
 _PLAIN = re.compile(r"(?:true|false|null|none|\$\{.*|os\..*|<.*)", re.IGNORECASE)
 _COUNT = re.compile(r"[-+]?[\d_]+(?:\.\d*)?")
 _FILE = re.compile(
-    r"(?:\.env(?:\..*)?|.*\.(?:env|pem|key|p12|pfx|jks|keystore|ppk|kdbx|gpg|asc)|\.?netrc|_netrc|"
-    r"\.pgpass|\.npmrc|\.pypirc|\.git-credentials|\.htpasswd|id_(?:rsa|dsa|ecdsa|ed25519).*|"
+    r"(?:\.env(?:\..*)?|.*\.(?:env|pem|key|p12|pfx|jks|keystore|ppk|kdbx|gpg|asc|age)(?:\..*)?|"
+    r"[._]?netrc(?:\..*)?|\.pgpass|\.npmrc|\.pypirc|\.git-credentials|\.htpasswd|\.s3cfg|"
+    r".*\.tfstate(?:\..*)?|kube_?config(?:\..*)?|rclone\.conf|id_(?:rsa|dsa|ecdsa|ed25519).*|"
     r".*(?:credential|secret|passw|private[_\-]?key|api[_\-]?key|token\.).*|token|.*[_\-.]key)",
     re.IGNORECASE,
 )
@@ -116,7 +124,17 @@ def redact(text: str, *, known: Iterable[str] | None = None) -> str:
         text = text.replace(value, REDACTED)
     text = _FORMS.sub(REDACTED, text)
     text = _URL.sub(REDACTED, text)
+    text = _NETRC.sub(rf"\g<before>{REDACTED}", text)
+    text = _OPTION.sub(_redact_option, text)
     return _SETTING.sub(_redact_setting, text)
+
+
+def _redact_option(match: re.Match[str]) -> str:
+    """`--password x`, but not `--max-token 5`."""
+    name = match["option"].lstrip("-").replace("-", "_")
+    if not _ends_as_secret(name) or _is_plain(name, match["value"]):
+        return match[0]
+    return f"{match['option']}{match['space']}{REDACTED}"
 
 
 def _redact_setting(match: re.Match[str]) -> str:

@@ -17,6 +17,7 @@ from llama_pretrain.config.run import Run
 from llama_pretrain.config.sweep import SweepSettings
 from llama_pretrain.config.tasks import DriftPolicy, Resume
 from llama_pretrain.config.validate import parse_values
+from llama_pretrain.files import read_regular
 
 AnyRun = TypeVar("AnyRun", bound=Run)
 
@@ -78,6 +79,27 @@ def load_snapshot(path: Path) -> ResolvedRun:
     Raises:
         UserError: if it does not exist, is not a snapshot, or names anything but the schema.
     """
+    values = read_plain_yaml(path)
+    if values.pop("defaults", None) != DEFAULTS:
+        raise UserError([Problem(path=str(path), message="is not a snapshot of a run")])
+    refuse(Problem(path=str(path), message=fault) for fault in _find_foreign(values))
+    try:
+        return parse_values(values, ResolvedRun)
+    except UserError as error:
+        unknown = [p.path for p in error.problems if p.message.startswith("unknown key")]
+        if len(unknown) < OTHER_VERSION:
+            raise
+        message = f"was written by another version of llama-pretrain (unknown: {unknown[0]}, ...)"
+        hint = "Use that version for this run, or start a new one"
+        raise UserError([Problem(path=str(path), message=message, hint=hint)]) from error
+
+
+def read_plain_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a file of YAML that may come from elsewhere, without what YAML can do.
+
+    Raises:
+        UserError: if it does not exist, is not YAML, or is more than plain nested values.
+    """
     try:
         text = _read_text(path)
         for fault in find_yaml_faults(text):
@@ -94,30 +116,20 @@ def load_snapshot(path: Path) -> ResolvedRun:
         raise UserError([Problem(path=str(path), message="is not YAML in UTF-8")]) from error
     except (ValueError, OverflowError, RecursionError) as error:  # dates and numbers out of range
         raise UserError([Problem(path=str(path), message="is not supported YAML")]) from error
-    if not isinstance(values, dict) or values.pop("defaults", None) != DEFAULTS:
+    if not isinstance(values, dict):
         raise UserError([Problem(path=str(path), message="is not a snapshot of a run")])
-    refuse(Problem(path=str(path), message=fault) for fault in _find_foreign(values))
-    try:
-        return parse_values(values, ResolvedRun)
-    except UserError as error:
-        unknown = [p.path for p in error.problems if p.message.startswith("unknown key")]
-        if len(unknown) < OTHER_VERSION:
-            raise
-        message = f"was written by another version of llama-pretrain (unknown: {unknown[0]}, ...)"
-        hint = "Use that version for this run, or start a new one"
-        raise UserError([Problem(path=str(path), message=message, hint=hint)]) from error
+    return values
 
 
 def _read_text(path: Path) -> str:
     """The text of a file that may be anything; no more of it than a snapshot can have."""
     if not path.is_file():
         raise UserError([Problem(path=str(path), message="there is no snapshot here")])
-    with path.open("rb") as file:
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        message = f"is not a snapshot: it has more than {MAX_BYTES:,} bytes"
-        raise UserError([Problem(path=str(path), message=message)])
-    return content.decode("utf-8")
+    try:
+        return read_regular(path, max_bytes=MAX_BYTES).decode("utf-8")
+    except OSError as error:
+        message = f"is not a snapshot: it {error.strerror}"
+        raise UserError([Problem(path=str(path), message=message)]) from error
 
 
 def find_yaml_faults(text: str) -> Iterator[str]:

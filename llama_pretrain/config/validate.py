@@ -17,6 +17,7 @@ from llama_pretrain.config.model import validate_model
 from llama_pretrain.config.optim import validate_optim
 from llama_pretrain.config.precision import validate_precision
 from llama_pretrain.config.problems import Problem, UserError, refuse
+from llama_pretrain.config.provenance import validate_provenance
 from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.run import Run
 from llama_pretrain.config.schedule import validate_schedule
@@ -144,6 +145,7 @@ def validate_run(run: Run) -> Iterator[Problem]:
         validate_schedule,
         validate_train,
         validate_checkpoint,
+        validate_provenance,
         validate_zero,
         validate_optim,
         validate_precision,

@@ -13,6 +13,7 @@ from llama_pretrain.config.fields import parse_size
 from llama_pretrain.config.problems import Problem, UserError, refuse
 from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.schedule import ScheduleName
+from llama_pretrain.files import read_regular
 from llama_pretrain.plan.batch import BatchPlan, solve_batch
 from llama_pretrain.plan.cost import CostPlan, estimate_cost
 from llama_pretrain.plan.feasible import validate_world_size
@@ -309,4 +310,4 @@ def render_plan(plan: TrainingPlan) -> str:
 
 def load_plan(path: Path) -> TrainingPlan:
     """Read plan.json, as workers do."""
-    return TypeAdapter(TrainingPlan).validate_json(path.read_bytes())
+    return TypeAdapter(TrainingPlan).validate_json(read_regular(path))

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from llama_pretrain.config.problems import UserError
+from llama_pretrain.config.snapshot import read_plain_yaml
 from llama_pretrain.files import read_json
 from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.runs.metrics import Row, read_metrics, seconds_by_step
@@ -62,10 +62,9 @@ def read_contents(path: Path) -> RunContents:
 
 def _read_yaml(path: Path) -> Values:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return read_plain_yaml(path)
+    except (UserError, OSError, ValueError):
         return {}
-    return values if isinstance(values, dict) else {}
 
 
 def flatten(values: Any, *, prefix: str = "", separator: str = ".") -> dict[str, Any]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama_pretrain.files import open_regular
+
 ATTEMPTS = 5
 """Tries to take the lock before it counts as another process's."""
 
@@ -68,7 +70,7 @@ def hold(run_dir: RunDir) -> Iterator[None]:
         BlockingIOError: if another process holds it.
     """
     run_dir.path.mkdir(parents=True, exist_ok=True)
-    with run_dir.lock.open("w") as lock:
+    with os.fdopen(open_regular(run_dir.lock, os.O_RDWR | os.O_CREAT), "w") as lock:
         for attempt in range(ATTEMPTS):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,8 +85,8 @@ def hold(run_dir: RunDir) -> Iterator[None]:
 def is_held(run_dir: RunDir) -> bool:
     """Whether a process holds the run: its lock is tried as one of many readers, for a moment."""
     try:
-        lock = os.open(run_dir.lock, os.O_RDONLY)
-    except FileNotFoundError:
+        lock = open_regular(run_dir.lock)
+    except OSError:
         return False
     try:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)

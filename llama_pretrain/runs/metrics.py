@@ -8,9 +8,19 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, BinaryIO, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    BinaryIO,
+    ClassVar,
+    TextIO,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
-from llama_pretrain.files import write_text
+from llama_pretrain.files import open_regular, parse_json, read_regular, write_text
 from llama_pretrain.runs.units import is_number
 
 Point = tuple[float, float]
@@ -187,7 +197,7 @@ def parse_row(line: bytes | str) -> Row:
     Raises:
         ValueError: if it is not JSON, has no known kind, or lacks a field.
     """
-    values = json.loads(line)
+    values = parse_json(line)
     kind = KINDS.get(str(values.get("kind"))) if isinstance(values, dict) else None
     if kind is None:
         raise ValueError("has no known kind")
@@ -215,7 +225,7 @@ def read_metrics(path: Path) -> list[Row]:
     Lines that cannot be parsed, such as a torn last one, are left out.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = read_regular(path).split(b"\n")
     except FileNotFoundError:
         return []
     return apply_rollbacks(_parse_all(lines[:-1]))
@@ -240,8 +250,14 @@ def truncate_metrics(path: Path, *, last_step: int) -> None:
 
 def append_row(path: Path, row: Row) -> None:
     """Append one line."""
-    with path.open("a", encoding="utf-8") as file:
+    with open_to_append(path) as file:
         file.write(row.to_line())
+
+
+def open_to_append(path: Path) -> TextIO:
+    """Open metrics.jsonl or samples.jsonl for more rows."""
+    descriptor = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    return os.fdopen(descriptor, "a", encoding="utf-8")
 
 
 TAIL_BYTES, FAR_TAIL_BYTES = 1 << 14, 1 << 20
@@ -251,7 +267,7 @@ TAIL_BYTES, FAR_TAIL_BYTES = 1 << 14, 1 << 20
 def read_tail(path: Path) -> list[Row]:
     """The last rows of metrics.jsonl, with the last evaluation, in time independent of length."""
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             lines = _read_end(file, TAIL_BYTES).split(b"\n")
             rows = apply_rollbacks(_parse_all(lines[:-1]))
             if file.tell() > TAIL_BYTES and not evaluations(rows):
@@ -283,7 +299,7 @@ def _parse_all(lines: Iterable[bytes]) -> Iterator[Row]:
     for line in lines:
         try:
             yield parse_row(line)
-        except (ValueError, RecursionError):
+        except ValueError:
             continue
 
 

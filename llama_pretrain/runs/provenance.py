@@ -207,46 +207,69 @@ def _changed_files(root: Path) -> list[str]:
 
 
 def write_changes(
-    root: Path, target: Path, *, environment: Mapping[str, str] | None = None
+    root: Path,
+    target: Path,
+    *,
+    include_untracked: bool = False,
+    environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any] | None:
-    """Keep what git lacks: a patch of changed files and copies of untracked ones, bounded.
+    """Record what git lacks: a patch of changed files, and the hashes of untracked ones.
 
-    Files whose names suggest secrets, links and binary files are left out, and secrets inside
-    lines are redacted.
+    Both are bounded. Secrets inside the patch are redacted; files whose names suggest secrets,
+    links, binary files and the files of other runs are left out.
+
+    Args:
+        include_untracked: copy untracked files too, with secrets redacted.
 
     Returns:
-        What was kept and what was left out; `None` outside of git or without changes.
+        What was recorded and what was left out; `None` outside of git or without changes.
     """
     shutil.rmtree(target, ignore_errors=True)  # of an earlier launch
     if _git(root, "rev-parse", "HEAD") is None or not _changed_files(root):
         return None
     known, room = known_secrets(environment), MAX_CHANGES
-    patch, untracked, left_out = "", list[str](), list[str]()
-    diffs = ((name, part, "") for name, part in _diff(root))
-    others = _paths(root, "ls-files", "-z", "--others", "--exclude-standard")
-    files = ((name, *_read_untracked(root / name)) for name in others)
-    for is_patch, found in ((True, diffs), (False, files)):
-        for name, text, fault in found:
-            reason = "its name" if is_secret_file(name) else fault
-            if not reason and len(text.encode()) > room:
-                reason = "its size"
-            if not reason and len(untracked) == MAX_UNTRACKED:
-                reason = "too many"
-            if reason:
-                left_out.append(f"{name} ({reason})")
-                continue
-            text = redact(text, known=known)
-            room -= len(text.encode())
-            if is_patch:
-                patch += text
-            else:
-                untracked.append(name)
-                write_text(target / "untracked" / name, text)
+    patch, left_out = "", list[str]()
+    for name, part in _diff(root):
+        reason = "its name" if is_secret_file(name) else ""
+        if not reason and len(part.encode()) > room:
+            reason = "its size"
+        if reason:
+            left_out.append(f"{name} ({reason})")
+            continue
+        part = redact(part, known=known)
+        room -= len(part.encode())
+        patch += part
     if patch:
         write_text(target / "changes.patch", patch)
+    untracked: list[dict[str, Any]] = []
+    for name in _list_untracked(root):
+        fault = "too many" if len(untracked) == MAX_UNTRACKED else ""
+        text, fault = ("", fault) if fault else _read_untracked(root / name)
+        if not fault and include_untracked and len(text.encode()) > room:
+            fault = "its size"
+        if fault:
+            left_out.append(f"{name} ({fault})")
+            continue
+        size = (root / name).stat().st_size
+        untracked.append({"name": name, "size": size, "sha256": hash_file(root / name)})
+        if include_untracked:
+            text = redact(text, known=known)
+            room -= len(text.encode())
+            write_text(target / "untracked" / name, text)
     more = len(left_out) - MAX_UNTRACKED
     named = left_out[:MAX_UNTRACKED] + ([f"and {more} more"] if more > 0 else [])
     return {"patch": bool(patch), "untracked": untracked, "left_out": named}
+
+
+def _list_untracked(root: Path) -> Iterator[str]:
+    """Untracked files that git does not ignore, without those of run directories."""
+    runs: dict[Path, bool] = {}
+    for name in _paths(root, "ls-files", "-z", "--others", "--exclude-standard"):
+        for folder in [*Path(name).parents][:-1]:
+            if folder not in runs:
+                runs[folder] = (root / folder / "snapshot.yaml").is_file()
+        if not any(runs[folder] for folder in [*Path(name).parents][:-1]):
+            yield name
 
 
 def _diff(root: Path) -> Iterator[tuple[str, str]]:
@@ -268,8 +291,10 @@ def _paths(root: Path, *words: str) -> Iterator[str]:
 
 
 def _read_untracked(file: Path) -> tuple[str, str]:
-    """A file's text, or why it is not kept."""
-    if is_secret_file(file.name) or file.is_symlink() or not file.is_file():
+    """A file's text, or why it is not recorded."""
+    if is_secret_file(file.name):
+        return "", "its name"
+    if file.is_symlink() or not file.is_file():
         return "", "not a regular file"
     try:
         if file.stat().st_size > MAX_CHANGES:

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from llama_pretrain.files import read_json
+from llama_pretrain.files import read_json, read_regular
 from llama_pretrain.runs.chart import Chart, Series, draw
 from llama_pretrain.runs.contents import RunContents, Values, dig, flatten, read_contents
 from llama_pretrain.runs.layout import RunDir
@@ -113,9 +113,10 @@ def _asked(run: RunContents) -> Values:
 
 
 def _read_text(path: Path) -> str:
-    if not path.is_file():
+    try:
+        return read_regular(path).decode("utf-8", errors="replace").rstrip()
+    except OSError:
         return ""
-    return path.read_text(encoding="utf-8", errors="replace").rstrip()
 
 
 def _planned(run: RunContents) -> Values:

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from llama_pretrain.config.sweep import Objective
-from llama_pretrain.files import write_json, write_text
+from llama_pretrain.files import read_regular, write_json, write_text
 from llama_pretrain.runs import status
 from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.runs.metrics import (
@@ -137,7 +137,7 @@ def read_sweep(folder: SweepDir) -> SweepRecord:
         ValueError: if it has another format.
         OSError: if it does not exist.
     """
-    return TypeAdapter(SweepRecord).validate_json(folder.record.read_bytes())
+    return TypeAdapter(SweepRecord).validate_json(read_regular(folder.record))
 
 
 @contextmanager
@@ -164,7 +164,7 @@ def read_row(folder: SweepDir, job: JobRecord, *, objective: Objective) -> Row:
         row |= {"steps": final.step, "tokens": final.tokens, "train_loss": final.loss}
         row["tokens_per_s"] = median_value(done, "tokens_per_s")
         row["peak_memory_bytes"] = max(step.memory_bytes for step in done)
-        per_step = final.tokens // final.step
+        per_step = final.tokens // max(1, final.step)
         row["seconds"] = sum(seconds_by_step(done, tokens_per_step=per_step).values())
     row["eval_loss"] = last_value(rows, "eval_loss")
     summary = last(rows, SummaryRow)

@@ -7,7 +7,8 @@ from datetime import UTC, datetime
 from llama_pretrain import console
 from llama_pretrain.checkpoint.manifest import LATEST, checkpoint_name, discard, newest_of
 from llama_pretrain.config.launch import Device
-from llama_pretrain.config.problems import Problem, UserError
+from llama_pretrain.config.ownership import validate_ownership
+from llama_pretrain.config.problems import Problem, UserError, refuse
 from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.secrets import redact
 from llama_pretrain.config.snapshot import without_command
@@ -72,6 +73,10 @@ def pretrain(
         Preempted, Stopped: after a signal.
     """
     run_dir = context.run_dir
+    refuse(validate_ownership(run_dir.path))
+    run_dir.path.mkdir(parents=True, exist_ok=True)
+    if not any(run_dir.path.iterdir()):  # Hydra has created it with the usual permissions
+        run_dir.path.chmod(int(run.provenance.directory_mode, 8))
     try:
         with hold(run_dir):
             start, resumed = Start(), run.resume.run_dir is not None

@@ -49,7 +49,9 @@ def write_run_dir(run: ResolvedRun, plan: TrainingPlan, context: TaskContext) ->
     provenance = describe_launch(run, plan, context)
     earlier, weights = earlier_launches(run_dir), initial_weights(read_metrics(run_dir.metrics))
     provenance |= {"earlier_launches": earlier, "initial_weights": weights}
-    provenance["changes"] = write_changes(PROJECT_ROOT, run_dir.changes)
+    provenance["changes"] = write_changes(
+        PROJECT_ROOT, run_dir.changes, include_untracked=run.provenance.include_untracked
+    )
     write_json(run_dir.provenance, provenance)
     write_json(run_dir.data_files, hash_data_files(plan), indent=1)
     config = get_train_ds_config(run, plan.batch, run_dir=run_dir.path)

@@ -13,6 +13,7 @@ from llama_pretrain.runs.metrics import (
     StepRow,
     SummaryRow,
     append_row,
+    open_to_append,
     read_metrics,
     select,
 )
@@ -38,7 +39,7 @@ class MetricsWriter:
         self._wandb: Any = None
         if not active:
             return
-        self._file = run_dir.metrics.open("a", encoding="utf-8")
+        self._file = open_to_append(run_dir.metrics)
         if monitor.wandb:
             import wandb  # an optional dependency
 

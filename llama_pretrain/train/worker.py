@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from llama_pretrain.files import open_regular
 from llama_pretrain.process import Heartbeat, StopRequest, die_with_parent, ignore_lost_output
 from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.runs.phases import read_phases
@@ -59,7 +60,7 @@ def begin(arguments: Sequence[str]) -> NoReturn:
 def redirect_output(log: Path) -> None:
     """Redirect all output, including that of C++ libraries, to this rank's log."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = open_regular(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)

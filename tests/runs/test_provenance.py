@@ -12,7 +12,7 @@ import pytest
 
 from llama_pretrain.config.from_snapshot import COMPLETED
 from llama_pretrain.config.secrets import REDACTED
-from llama_pretrain.files import read_json
+from llama_pretrain.files import hash_file, read_json
 from llama_pretrain.launch.operators import describe_operators
 from llama_pretrain.plan.machine import detect_machine
 from llama_pretrain.runs.layout import RunDir
@@ -144,10 +144,17 @@ def test_changes_are_kept_without_secrets(repository: Path, tmp_path: Path) -> N
     private.write_text("s3cr3t-behind-a-link")
     (repository / "link.py").symlink_to(private)
     (repository / "é ü.py").write_text("c = 3\n")
-    found = write_changes(repository, target, environment={"MY_TOKEN": "opaque-v4lue"})
+    words: dict[str, Any] = {"environment": {"MY_TOKEN": "opaque-v4lue"}}
+    found = write_changes(repository, target, **words)
+    assert not (target / "untracked").exists()
+    assert write_changes(repository, target, include_untracked=True, **words) == found
     assert found == {
         "patch": True,
-        "untracked": ["new.py", "é ü.py"],
+        "untracked": [
+            {"name": name, "size": file.stat().st_size, "sha256": hash_file(file)}
+            for name in ("new.py", "é ü.py")
+            if (file := repository / name)
+        ],
         "left_out": [
             ".env (its name)",
             "big.txt (its size)",
@@ -173,7 +180,7 @@ def test_changes_are_kept_without_secrets(repository: Path, tmp_path: Path) -> N
 def test_changes_are_bounded(repository: Path, tmp_path: Path) -> None:
     for number in range(5):
         (repository / f"{number}.txt").write_text("z" * (MAX_CHANGES // 3))
-    found = write_changes(repository, tmp_path / "kept")
+    found = write_changes(repository, tmp_path / "kept", include_untracked=True)
     assert found is not None
     assert found["left_out"] == ["3.txt (its size)", "4.txt (its size)"]
     assert len(all_text(tmp_path / "kept")) <= MAX_CHANGES + 10
@@ -214,3 +221,16 @@ def test_an_error_is_written_without_its_secret(
 
 def test_runs_that_have_completed_are_known_everywhere() -> None:
     assert {status.value for status in Status if status.is_complete} == set(COMPLETED)
+
+
+def test_other_runs_of_the_clone_are_not_recorded(repository: Path, tmp_path: Path) -> None:
+    """With runs inside the clone, each would record the one before."""
+    run = repository / "runs" / "first"
+    (run / "ranks").mkdir(parents=True)
+    for name in ("snapshot.yaml", "plan.json", "ranks/rank0.log"):
+        (run / name).write_text("x")
+    (repository / "runs" / "notes.md").write_text("mine")
+    found = write_changes(repository, tmp_path / "kept")
+    assert found is not None
+    assert [item["name"] for item in found["untracked"]] == ["runs/notes.md"]
+    assert found["left_out"] == []
