@@ -25,11 +25,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="uses its tunables")
 @pytest.mark.parametrize(
     ("words", "kept"),
-    [
-        ((), True),
-        (("kernels=plain",), False),
-        (("launch.malloc_mmap_threshold=262144",), False),
-    ],
+    [((), True), (("kernels=plain",), False), (("launch.malloc_mmap_threshold=262144",), False)],
 )
 def test_freed_memory_stays(words: tuple[str, ...], kept: bool) -> None:
     run = plan_for_cluster("launch.device=cpu", *words, machine=detect_machine())

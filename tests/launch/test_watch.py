@@ -16,12 +16,7 @@ import pytest
 from llama_pretrain.launch.failures import Failure, find_first
 from llama_pretrain.launch.signals import Preempted, Requests, Stopped, describe_resume
 from llama_pretrain.launch.spec import LaunchSpec
-from llama_pretrain.launch.stacks import (
-    Frame,
-    describe_stack,
-    find_hanging,
-    read_stacks,
-)
+from llama_pretrain.launch.stacks import Frame, describe_stack, find_hanging, read_stacks
 from llama_pretrain.launch.watch import RankError, Watch
 from llama_pretrain.plan.machine import detect_machine
 from llama_pretrain.process import (
