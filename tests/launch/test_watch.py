@@ -73,9 +73,7 @@ READ = Frame("/x/numpy/core.py", 3, "read")
         pytest.param({1: [[REDUCE]]}, [8, 9], 1, id="the-other-is-done"),
     ],
 )
-def test_the_rank_that_hangs_is_found(
-    stacks: dict[int, list[list[Frame]]], counts: list[int], rank: int
-) -> None:
+def test_the_rank_that_hangs_is_found(stacks: Any, counts: list[int], rank: int) -> None:
     assert find_hanging(stacks, counts) == rank
 
 
@@ -182,10 +180,8 @@ def test_the_first_signal_is_forwarded_once_and_the_second_ends_the_run(tmp_path
         watched.watch.check()
         assert process.wait(10) == -signal.SIGTERM
     watched.watch.check()
-    (line,) = watched.lines
-    assert line == (
-        "SIGTERM: finishing the step and writing a checkpoint; repeat it to exit at once"
-    )
+    text = "SIGTERM: finishing the step and writing a checkpoint; repeat it to exit at once"
+    assert watched.lines == [text]
     watched.requests._last = time.monotonic()
     watched.requests.add(signal.SIGINT)  # `timeout` sends its signal twice
     watched.watch.check()
@@ -233,19 +229,14 @@ def test_a_rank_that_never_starts_is_reported(tmp_path: Path) -> None:
         watched.watch.check()
 
 
-@pytest.mark.parametrize(
-    ("error", "stopping", "may_pass"),
-    [
+def test_a_restart_is_tried_only_where_it_may_help() -> None:
+    for error, stopping, may_pass in (
         ("killed by SIGKILL", False, True),
         ("NonFiniteError: the loss", False, False),
         ("killed by SIGKILL", True, False),
-    ],
-)
-def test_a_restart_is_tried_only_where_it_may_help(
-    error: str, stopping: bool, may_pass: bool
-) -> None:
-    failed = RankError(rank=0, error=error, log=Path(), stopping=stopping)
-    assert failed.may_pass is may_pass
+    ):
+        failed = RankError(rank=0, error=error, log=Path(), stopping=stopping)
+        assert failed.may_pass is may_pass
 
 
 def test_a_killed_session_includes_every_process_group() -> None:
@@ -265,13 +256,9 @@ def test_a_killed_session_includes_every_process_group() -> None:
     assert is_alive(os.getpid())
 
 
-@pytest.mark.parametrize(
-    ("checkpoint", "text"),
-    [
-        ("step-00000012", "to resume from step-00000012: python run.py resume='/runs/a run'"),
+def test_the_command_that_continues_a_run_can_be_copied() -> None:
+    for checkpoint, text in (
+        (Path("step-12"), "to resume from step-12: python run.py resume='/runs/a run'"),
         (None, "no checkpoint yet; to start again: python run.py reproduce='/runs/a run'"),
-    ],
-)
-def test_the_command_that_continues_a_run_can_be_copied(checkpoint: str | None, text: str) -> None:
-    folder = None if checkpoint is None else Path(checkpoint)
-    assert describe_resume(Path("/runs/a run"), checkpoint=folder).endswith(text)
+    ):
+        assert describe_resume(Path("/runs/a run"), checkpoint=checkpoint).endswith(text)
