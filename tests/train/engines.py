@@ -34,15 +34,13 @@ SHAPE = Model(
 CONFIG = build_llama_config(SHAPE, vocab_size=64, special_ids={})
 RANK = Rank(index=0, local_index=0, world_size=1, device=torch.device("cpu"))
 BATCH_SIZE = 2
-SHARD_ALL = dict.fromkeys(
-    (
-        "stage3_param_persistence_threshold",
-        "stage3_max_live_parameters",
-        "stage3_max_reuse_distance",
-        "stage3_prefetch_bucket_size",
-    ),
-    0,
-)
+SHARD_ALL = {
+    f"stage3_{name}": 0
+    for name in (
+        *("param_persistence_threshold", "max_live_parameters"),
+        *("max_reuse_distance", "prefetch_bucket_size"),
+    )
+}
 """Without these, stage 3 would keep so small a model whole on each rank."""
 
 
