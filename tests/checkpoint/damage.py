@@ -21,29 +21,15 @@ from llama_pretrain.checkpoint.tensors import (
 )
 
 EXAMPLE = Manifest(
-    step=2,
-    consumed_samples=8,
-    global_batch_size=4,
-    world_size=2,
-    zero_stage=1,
-    precision="fp32",
-    config_hash="0" * 64,
-    data={"tokenizer": "a" * 64},
-    sample_hash="b" * 16,
-    files={},
-)
+    step=2, consumed_samples=8, global_batch_size=4, world_size=2, zero_stage=1, precision="fp32",
+    config_hash="0" * 64, data={"tokenizer": "a" * 64}, sample_hash="b" * 16, files={},
+)  # fmt: skip
 KINDS = [
     *["truncated", "bit flipped", "missing", "bit flipped in the manifest"] * 4,
     *["truncated", "bit flipped"],
     *["manifest truncated", "pickles"] * 2,
-    "extended",
-    "no manifest",
-    "manifest of another version",
-    "another run's",
-    "renamed",
-    "link outside",
-    "path outside",
-    "bit flipped",
+    *["extended", "no manifest", "manifest of another version", "another run's", "renamed"],
+    *["link outside", "path outside", "bit flipped"],
 ]
 """Thirty damages of every kind."""
 

@@ -55,13 +55,8 @@ def test_sequences_do_not_span_files(tmp_path: Path) -> None:
     write_tokens(tmp_path / "b", [range(100, 110)], dtype="uint16")
     extents = [Extent(file="a.bin", first=1, tokens=7), Extent(file="b.bin", first=0, tokens=10)]
     sequences = TokenSequences(tmp_path, extents, dtype="uint16", sequence_length=3)
-    assert [sequences.sequence(n).tolist() for n in range(len(sequences))] == [
-        [1, 2, 3, 4],
-        [4, 5, 6, 7],
-        [100, 101, 102, 103],
-        [103, 104, 105, 106],
-        [106, 107, 108, 109],
-    ]
+    found = [sequences.sequence(n).tolist() for n in range(len(sequences))]
+    assert found == [[*range(n, n + 4)] for n in (1, 4, 100, 103, 106)]
 
 
 def test_document_mask(tmp_path: Path) -> None:
@@ -76,14 +71,8 @@ def test_document_mask(tmp_path: Path) -> None:
 def test_padding_is_no_target(tmp_path: Path) -> None:
     sequences = rows_of(tmp_path, [5, 6, 0, 7, 0, 0, 0], length=6, sequence_tokens=7)
     assert len(sequences) == 1
-    assert dataset_of(sequences, padded=True)[0]["shift_labels"].tolist() == [
-        6,
-        0,
-        7,
-        0,
-        -100,
-        -100,
-    ]
+    labels = dataset_of(sequences, padded=True)[0]["shift_labels"].tolist()
+    assert labels == [6, 0, 7, 0, -100, -100]
 
 
 def test_truncated_files(tmp_path: Path) -> None:

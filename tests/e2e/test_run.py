@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llama_pretrain.data.dataset import create_pretrain_dataset
 from llama_pretrain.plan.plan import load_plan
 from tests.conftest import ROOT, Command, Runner
-from tests.e2e.test_parity import SHARD_ALL, at_stage, train_shape
+from tests.e2e.test_parity import at_stage, train_shape
 from tests.machines import list_options
 
 
@@ -143,35 +143,46 @@ def test_options_train(runner: Runner, words: str) -> None:
         assert len(lines) == 4
 
 
-def at_precision(precision: str) -> tuple[str, ...]:
-    return f"precision={precision}", "launch.num_processes=2", "optim.learning_rate=3e-3"
-
-
 @pytest.fixture(scope="module")
-def plain_losses(shared_runner: Runner) -> Callable[[str], list[float]]:
-    """Those of torch's AdamW by precision, trained once each."""
+def losses_of(shared_runner: Runner) -> Callable[[str], list[float]]:
+    """The losses of two ranks, trained once for each command line."""
 
     @cache
-    def train(precision: str) -> list[float]:
-        return shared_runner("optim=torch_adamw", "zero=stage1", *at_precision(precision)).losses
+    def train(words: str) -> list[float]:
+        more = ("launch.num_processes=2", "optim.learning_rate=3e-3")
+        return shared_runner(*split(words), *more).losses
 
     return train
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "words",
-    [
+SHARDED = " ".join(at_stage(3))
+ALIKE = {
+    "optim=torch_adamw zero=stage1": (
         *("optim=cpu_adam zero=stage3", "optim=fused_adam zero=stage1"),
         *("optim=fused_adam zero=stage0", "zero=stage2_offload", "zero=stage3_offload"),
-    ],
-)
-def test_compiled_optimizers_train(
-    runner: Runner, plain_losses: Callable[[str], list[float]], words: str
+    ),
+    "optim=muon zero=stage1": ("optim=muon zero=stage2", f"optim=muon {SHARDED}"),
+    **{
+        f"optim={name} zero=stage1": tuple(
+            f"optim={name} {zero}"
+            for zero in ("zero=stage0", "zero=stage2_offload", f"{SHARDED} zero=stage3_offload")
+        )
+        for name in ("cpu_lion", "cpu_adagrad")
+    },
+}
+"""Command lines that train as another does."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("words", "same"), [(w, key) for key, some in ALIKE.items() for w in some])
+def test_optimizers_train_alike(
+    losses_of: Callable[[str], list[float]], words: str, same: str
 ) -> None:
-    for precision, tolerance in (("fp32", 2e-5), ("bf16", 2e-3)):
-        done = runner(*split(words), *at_precision(precision))
-        assert done.losses == pytest.approx(plain_losses(precision), abs=tolerance)
+    adam = "torch_adamw" in same
+    for precision, tolerance in (("fp32", 2e-5 if adam else 1e-6), ("bf16", 2e-3))[: 1 + adam]:
+        losses = losses_of(f"{same} precision={precision}")
+        assert len(losses) == 3
+        assert losses_of(f"{words} precision={precision}") == pytest.approx(losses, abs=tolerance)
 
 
 def test_the_norm_is_that_of_the_gradient_without_its_scale(runner: Runner) -> None:
@@ -193,39 +204,18 @@ def test_muon_trains_without_a_compiler(
     assert [row["grad_norm"] for row in steps] == [None, None, None]
 
 
-OFFLOADED = [("zero=stage2_offload",), ("zero=stage3_offload", *SHARD_ALL)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("optim", "others"),
-    [
-        ("muon", [at_stage(2), at_stage(3)]),
-        ("cpu_lion", [at_stage(0), *OFFLOADED]),
-        ("cpu_adagrad", [at_stage(0), *OFFLOADED]),
-    ],
-)
-def test_an_optimizer_is_the_same_at_every_stage(
-    runner: Runner, optim: str, others: list[tuple[str, ...]]
-) -> None:
-    same = (f"optim={optim}", "precision=fp32", "launch.num_processes=2")
-    first = runner(*same, *at_stage(1))
-    assert len(first.losses) == 3
-    for zero in others:
-        assert runner(*same, *zero).losses == pytest.approx(first.losses, abs=1e-6), zero
-
-
 def test_deepspeed_says_what_it_is_asked_to_say(runner: Runner) -> None:
     """Its logs, profile and monitors are where the settings say, and change no loss."""
-    same = ("precision=fp32", "zero=stage1", "launch.num_processes=2")
-    plain = runner(*same)
+    same = split("precision=fp32 launch.num_processes=2 train.gradient_checkpointing=true")
+    plain = runner(*same, *at_stage(3))
     more = (
-        "steps_per_print=2 wall_clock_breakdown=true memory_breakdown=true dump_state=true"
+        "activation_checkpointing.profile=true"
+        " activation_checkpointing.synchronize_checkpoint_boundary=true steps_per_print=2 wall_clock_breakdown=true memory_breakdown=true dump_state=true"
         " comms_logger.enabled=true comms_logger.verbose=true flops_profiler.enabled=true"
         " flops_profiler.profile_step=1 tensorboard.enabled=true tensorboard.job_name=theirs"
     )
     monitor = "+deepspeed.extra.csv_monitor={enabled: true, output_path: csv, job_name: deepspeed}"
-    done = runner(*same, *(f"deepspeed.{word}" for word in split(more)), monitor)
+    done = runner(*same, *at_stage(3), *(f"deepspeed.{word}" for word in split(more)), monitor)
     assert done.losses == plain.losses
     log = done.run_dir.rank_log(0).read_text()
     for text in (
@@ -235,21 +225,12 @@ def test_deepspeed_says_what_it_is_asked_to_say(runner: Runner) -> None:
     ):
         assert text in log, text
     assert "step=1, skipped=0, lr=[" not in log
+    recomputed = "[Rank 0] time (ms) | backward: "
+    assert log.count(recomputed) == 3 * 2  # steps, layers
+    assert recomputed not in plain.run_dir.rank_log(0).read_text()
     rates = (runner.folder / "csv/deepspeed/Train_Samples_lr.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in rates] == ["step", "4", "8", "12"]
     assert list(done.run_dir.tensorboard.glob("theirs/events.*"))
-
-
-def test_deepspeed_recomputes_activations(runner: Runner) -> None:
-    same = ("precision=fp32", *at_stage(3), "launch.num_processes=2")
-    plain = runner(*same, "train.gradient_checkpointing=true")
-    section = "deepspeed.activation_checkpointing"
-    more = (f"{section}.profile=true", f"{section}.synchronize_checkpoint_boundary=true")
-    done = runner(*same, "train.gradient_checkpointing=true", *more)
-    assert done.losses == plain.losses
-    times = "[Rank 0] time (ms) | backward: "
-    assert done.run_dir.rank_log(0).read_text().count(times) == 3 * 2  # steps, layers
-    assert times not in plain.run_dir.rank_log(0).read_text()
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_pretrain.config.model import Model
 from llama_pretrain.config.optim import Optim, OptimName
@@ -69,6 +70,14 @@ def plain_model(
         "bf16": {"enabled": True},
     }
     return build_model(CONFIG, seed=seed, weights=weights, ds_config=ds_config, digest=digest)
+
+
+def small_llama(seed: int, **changes: Any) -> Any:
+    """transformers' model, as it initializes it."""
+    torch.manual_seed(seed)
+    sizes: Any = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **changes))
 
 
 def compile_operator(name: str) -> None:

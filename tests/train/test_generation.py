@@ -6,13 +6,12 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_pretrain.process import StopRequest
 from llama_pretrain.train import loop
 from llama_pretrain.train.generation import Prompt, generate_with_engine
 from llama_pretrain.train.progress import Progress
-from tests.train.engines import RANK
+from tests.train.engines import RANK, small_llama
 
 EOS = 2
 IDS = [5, 6, 7]
@@ -29,20 +28,15 @@ class IdTokenizer:
 
 
 PROMPT = Prompt(
-    "5 6 7", IDS, num_tokens=12, max_length=64, eos_id=EOS, document_mask=False, gather_once=False,
-    tokenizer=IdTokenizer(),
+    text="5 6 7", ids=IDS, num_tokens=12, max_length=64, eos_id=EOS, document_mask=False,
+    gather_once=False, tokenizer=IdTokenizer(),
 )  # fmt: skip
 
 
 @pytest.fixture
 def model() -> Any:
-    torch.manual_seed(3)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    config = LlamaConfig(
-        **sizes, num_attention_heads=4, attention_dropout=0.5, initializer_range=0.5,
-        eos_token_id=EOS, pad_token_id=0,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).train()
+    ids = {"eos_token_id": EOS, "pad_token_id": 0}
+    return small_llama(3, attention_dropout=0.5, initializer_range=0.5, **ids).train()
 
 
 def generate_ids(model: Any, **changes: Any) -> list[int]:

@@ -35,9 +35,10 @@ def of_layers(kernel: LayerKernel) -> dict[str, Any]:
 
 
 SDPA, BLOCKED = AttentionKernel.sdpa, AttentionKernel.blocked
-PLAIN = Kernels(SDPA, Loss.plain, matmul=Matmul.plain, **of_layers(LayerKernel.plain))
-FAST = Kernels(BLOCKED, Loss.chunked, matmul=Matmul.plain, **of_layers(LayerKernel.fused))
-WIDE = replace(FAST, attention=SDPA, matmul=Matmul.fp32)
+BASE = Kernels(attention=SDPA, loss=Loss.plain, matmul=Matmul.plain)
+PLAIN = replace(BASE, **of_layers(LayerKernel.plain))
+WIDE = replace(BASE, loss=Loss.chunked, matmul=Matmul.fp32, **of_layers(LayerKernel.fused))
+FAST = replace(WIDE, attention=BLOCKED, matmul=Matmul.plain)
 
 
 def build(kernels: Kernels, dtype: torch.dtype, **changes: int | bool) -> Any:
