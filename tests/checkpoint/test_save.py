@@ -42,7 +42,7 @@ def build_saver(
 
 
 def save(saver: Saver, step: int) -> list[CheckpointRow]:
-    more = {"progress": {"step": step}, "files": {"metrics.jsonl": b"{}\n"}}
+    more: Any = {"progress": {"step": step}, "files": {"metrics.jsonl": b"{}\n"}}
     return saver.begin(step, consumed_samples=2 * step, sample_hash="", **more)
 
 

@@ -115,24 +115,6 @@ def test_another_corpus_is_named_on_resume(runner: Runner, tmp_path: Path, cache
     assert [row["step"] for row in done.rows("loss")] == [1, 2, 3, 4]
 
 
-def test_prepared_data_trains_without_its_text(runner: Runner, tmp_path: Path) -> None:
-    made = runner("task=prepare", "data.packing=best_fit")
-    folder = tmp_path / "tokens"
-    source = Path(made.output.split()[-1])
-    assert (source / "meta.json").is_file()
-    shutil.copytree(source, folder)
-    assert not made.run_dir.path.exists()
-    words = (
-        f"data=prepared data.paths=['{folder}'] data.cache_dir={tmp_path}/other"
-        " data.packing=best_fit data.heldout_fraction=0.02 launch.num_processes=1"
-    )
-    done = runner(*split(words))
-    assert len(done.losses) == 3
-    plan = load_plan(done.run_dir.plan)
-    assert plan.corpus is not None
-    assert plan.corpus.sources[0].tokens_dir == str(folder)
-
-
 def test_inspect_shows_sequences_and_writes_a_page(runner: Runner) -> None:
     done = runner("task=inspect", "data.document_mask=true", "data.sequence_length=128")
     page = done.run_dir.inspection
@@ -143,13 +125,17 @@ def test_inspect_shows_sequences_and_writes_a_page(runner: Runner) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["megatron", "tokens", "huggingface"])
+@pytest.mark.parametrize("kind", ["prepared", "megatron", "tokens", "huggingface"])
 def test_other_kinds_train(runner: Runner, tmp_path: Path, kind: str) -> None:
-    folder = Path(runner("task=prepare").output.split()[-1])
+    packing = "data.packing=best_fit" if kind == "prepared" else "data.packing=concatenate"
+    made = runner("task=prepare", packing)
+    assert not made.run_dir.path.exists()
+    folder = Path(made.output.split()[-1])
     file = f"data.paths=['{folder}/train-00000.bin']"
     tokenizer = f"tokenizer=pretrained tokenizer.path={folder}/tokenizer"
     heldout = f"data.heldout_paths=['{folder}/heldout-00000.bin'] data.heldout_fraction=0.02"
     words = {
+        "prepared": f"data.paths=['{folder}'] data.cache_dir={tmp_path}/other {packing}",
         "megatron": f"{file} {tokenizer}",
         "tokens": f"{file} {tokenizer} {heldout} data.dtype=uint16",
         "huggingface": f"data.paths=[] data.dataset={tmp_path}/disk",

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_pretrain.runs.layout import RunDir
 from tests.conftest import ROOT, Command, Runner
-from tests.e2e.test_parity import at_stage, train_shape
+from tests.e2e.test_parity import SHARDED, at_stage, train_shape
 from tests.rows import json_rows
 
 TRAINED = split(
@@ -150,27 +150,27 @@ def test_sources_of_a_mixture_are_evaluated_apart(runner: Runner) -> None:
     assert [row[key] for key in keys] == pytest.approx([before[key] for key in keys])
 
 
+TIED, FP32 = "model.tie_word_embeddings=true", "precision=fp32"
 EXPORTED = (
-    *((0, "fp32", ""), (1, "fp32", "model.tie_word_embeddings=true"), (2, "fp32", "")),
-    *((3, "fp32", ""), (3, "fp32", "zero=stage3"), (0, "bf16", ""), (3, "bf16", "")),
-    *((3, "fp32", "model.tie_word_embeddings=true"), (1, "bf16_autocast", "")),
-    (3, "fp32", "model.vocab_size=300 model.resize_embeddings=true"),
+    *(f"zero=stage0 {FP32}", f"zero=stage1 {FP32} {TIED}", f"zero=stage2 {FP32}"),
+    *(f"zero=stage3 {FP32}", f"{SHARDED} {FP32}", f"{SHARDED} {FP32} {TIED}"),
+    *("zero=stage0 precision=bf16", f"{SHARDED} precision=bf16"),
+    "zero=stage1 precision=bf16_autocast",
+    f"{SHARDED} {FP32} model.vocab_size=300 model.resize_embeddings=true",
 )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "precision", "more"), EXPORTED)
-def test_every_stage_exports_what_it_trained(
-    runner: Runner, stage: int, precision: str, more: str
-) -> None:
+@pytest.mark.parametrize("words", EXPORTED)
+def test_every_stage_exports_what_it_trained(runner: Runner, words: str) -> None:
     """At the end, and once more from the checkpoint in shards, to the same bytes."""
-    words = f"precision={precision} tokenizer.vocab_size=509 checkpoint.at_end=true {more}"
-    done = runner(*TRAINED, *at_stage(stage)[: 1 if "zero=" in more else None], *split(words))
+    more = ("tokenizer.vocab_size=509", "checkpoint.at_end=true")
+    done = runner(*TRAINED, *more, *split(words))
     proof = proof_of(done.run_dir.export)
     assert proof["checkpoint"] == "step-00000004"
-    assert proof["logit_difference"] <= (1e-5 if precision == "fp32" else 0.02)
+    assert proof["logit_difference"] <= (1e-5 if FP32 in words else 0.02)
     config = json.loads((done.run_dir.export / "config.json").read_text())
-    assert config["vocab_size"] == (509 if "resize" in more else 512)
+    assert config["vocab_size"] == (509 if "resize" in words else 512)
     shards = done.run_dir.path / "shards"
     where = (f"run={done.run_dir.path}", f"export.target={shards}")
     runner.bare("task=export", *where, "export.max_shard_size=50KiB")

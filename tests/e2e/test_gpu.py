@@ -9,7 +9,7 @@ import torch
 
 from llama_pretrain.plan.machine import detect_machine
 from tests.conftest import Command, Runner
-from tests.e2e.test_parity import LONG, at_stage, train_shape
+from tests.e2e.test_parity import LONG, SHARDED, at_stage, train_shape
 from tests.e2e.test_resume import forget_after, numbers
 
 pytestmark = [
@@ -94,7 +94,7 @@ def test_lamb_learns(runner: Runner) -> None:
     [
         *("zero=stage1 precision=bf16", "zero=stage1 precision=fp16"),
         *("zero=stage2_offload precision=bf16", "zero=stage0 precision=fp32 optim=torch_adamw"),
-        " ".join((*at_stage(3), "precision=bf16", "model.attention_dropout=0.1")),
+        f"{SHARDED} precision=bf16 model.attention_dropout=0.1",
     ],
 )
 def test_resume_equals_the_uninterrupted_run(runner: Runner, words: str) -> None:

@@ -30,6 +30,9 @@ def at_stage(stage: int) -> tuple[str, ...]:
     return (f"zero=stage{stage}", *(SHARD_ALL if stage == 3 else ()))
 
 
+SHARDED = " ".join(at_stage(3))
+
+
 def train_shape(runner: Runner, *words: str) -> Command:
     """A run without debug=smoke, which would set the model's shape."""
     folder = runner.folder / f"shape{len(list(runner.folder.iterdir()))}"

@@ -71,15 +71,11 @@ def test_another_seed_is_the_likeliest_cause(shared_runner: Runner, original: Co
     assert "Traceback" not in done.output
 
 
-def copy_of(original: Command, folder: Path) -> RunDir:
-    shutil.copytree(original.run_dir.path, folder)
-    return RunDir(folder)
-
-
 def test_a_package_that_has_changed_is_refused(
     runner: Runner, original: Command, tmp_path: Path
 ) -> None:
-    of = copy_of(original, tmp_path / "of")
+    shutil.copytree(original.run_dir.path, tmp_path / "of")
+    of = RunDir(tmp_path / "of")
     values = json.loads(of.provenance.read_text())
     values["packages"]["torch"] = "1.0.0"
     values["code"]["llama_pretrain/train/loop.py"] = "0" * 64
@@ -103,31 +99,12 @@ def test_a_byte_of_the_data_that_has_changed_is_named(runner: Runner, tmp_path: 
     content = bytearray(file.read_bytes())
     content[1000] ^= 1
     file.write_bytes(content)
-    refused = reproduce(runner, first.run_dir.path, expect=1)
-    assert f"data: {file}: " in refused.output
-    assert "data.hash: the data and its tokenizer are" in refused.output
+    refused = reproduce(runner, first.run_dir.path, expect=1).output
+    assert f"data: {file}: " in refused
+    assert "data.hash: the data and its tokenizer are" in refused
     done = reproduce(runner, first.run_dir.path, "data.hash=null", "drift=error", expect=1)
     assert status(done) == "diverged"
     assert f"the most likely cause (data): {file}: " in done.output
-
-
-@pytest.mark.slow
-def test_an_old_run_and_a_bare_snapshot(runner: Runner, original: Command, tmp_path: Path) -> None:
-    """One from before provenance had hashes; and a snapshot that came alone."""
-    of = copy_of(original, tmp_path / "of")
-    of.provenance.write_text('{"time": "x", "argv": [], "python": "3.11.0", "packages": {}}\n')
-    forget_after(Command(0, "", of), step=2)
-    done = reproduce(runner, of.path)
-    assert "versions: python: 3.11.0 -> 3." in done.output
-    assert "cannot be compared: code in provenance.json" in done.output
-    assert "in the 2 steps that both have (2 there, 4 here)" in done.output
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    shutil.copy(of.snapshot, bare)
-    done = reproduce(runner, bare, "train.max_steps=1")
-    assert "cannot be compared: provenance.json, plan.json" in done.output
-    assert f"nothing to compare with: {bare} has no readable steps" in done.output
-    assert status(done) == "completed"
 
 
 @pytest.mark.slow
@@ -146,20 +123,15 @@ def test_an_interrupted_reproduction_ends_with_its_verdict(
 
 @pytest.mark.slow
 def test_a_sweep_of_a_snapshot(runner: Runner, original: Command, tmp_path: Path) -> None:
-    """Its jobs in folders of their own; and --cfg job."""
+    """Its jobs in folders of their own."""
     sweep = tmp_path / "sweep"
     words = (f"reproduce={original.run_dir.path}", "-m", "seed=1,1234", f"hydra.sweep.dir={sweep}")
     done = runner.bare(*words)
     folders = sorted(path.parent for path in sweep.glob("*/snapshot.yaml"))
     assert [path.name[:-9] for path in folders] == ["00-seed=1", "01-seed=1234"]
-    states = [status(Command(0, "", RunDir(path))) for path in folders]
-    assert states == ["diverged", "reproduced"]
     assert "2 jobs: 1 diverged, 1 reproduced" in done.output
     logs = [(path / "console.log").read_text() for path in folders]
     assert ["most likely cause" in log for log in logs] == [True, False]
-    shown = runner.bare(f"reproduce={original.run_dir.path}", "--cfg", "job", "seed=9")
-    assert "\nseed: 9\n" in shown.output
-    assert "Traceback" not in shown.output
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llama_pretrain.data.dataset import create_pretrain_dataset
 from llama_pretrain.plan.plan import load_plan
 from tests.conftest import ROOT, Command, Runner
-from tests.e2e.test_parity import at_stage, train_shape
+from tests.e2e.test_parity import SHARDED, at_stage, train_shape
 from tests.machines import list_options
 
 
@@ -155,7 +155,6 @@ def losses_of(shared_runner: Runner) -> Callable[[str], list[float]]:
     return train
 
 
-SHARDED = " ".join(at_stage(3))
 ALIKE = {
     "optim=torch_adamw zero=stage1": (
         *("optim=cpu_adam zero=stage3", "optim=fused_adam zero=stage1"),
@@ -209,10 +208,11 @@ def test_deepspeed_says_what_it_is_asked_to_say(runner: Runner) -> None:
     same = split("precision=fp32 launch.num_processes=2 train.gradient_checkpointing=true")
     plain = runner(*same, *at_stage(3))
     more = (
-        "activation_checkpointing.profile=true"
-        " activation_checkpointing.synchronize_checkpoint_boundary=true steps_per_print=2 wall_clock_breakdown=true memory_breakdown=true dump_state=true"
+        "steps_per_print=2 wall_clock_breakdown=true memory_breakdown=true dump_state=true"
         " comms_logger.enabled=true comms_logger.verbose=true flops_profiler.enabled=true"
         " flops_profiler.profile_step=1 tensorboard.enabled=true tensorboard.job_name=theirs"
+        " activation_checkpointing.profile=true"
+        " activation_checkpointing.synchronize_checkpoint_boundary=true"
     )
     monitor = "+deepspeed.extra.csv_monitor={enabled: true, output_path: csv, job_name: deepspeed}"
     done = runner(*same, *at_stage(3), *(f"deepspeed.{word}" for word in split(more)), monitor)

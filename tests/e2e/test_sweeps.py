@@ -8,8 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from shlex import split
 from typing import Any
@@ -17,11 +15,11 @@ from typing import Any
 import pytest
 
 from llama_pretrain.__main__ import main
-from llama_pretrain.process import list_processes
 from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.sweep.directory import SweepDir
-from tests.conftest import OPERATORS, ROOT, SMALL, Runner
-from tests.rows import json_rows
+from tests.conftest import SMALL, Command, Runner
+from tests.e2e.processes import processes_in, start, wait_for
+from tests.e2e.test_resume import numbers
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="they are ended through /proc")
 
@@ -45,17 +43,7 @@ class Sweep:
         return self._runner.bare(*self.words(*words), expect=expect).output
 
     def start(self, *words: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "run.py"), *self.words(*words)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            cwd=self._runner.folder,
-            env=os.environ | {"COLUMNS": "200"} | OPERATORS,
-            start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+        return start(self._runner.folder, *self.words(*words))
 
     @property
     def folder(self) -> SweepDir:
@@ -74,40 +62,16 @@ def sweep(runner: Runner) -> Sweep:
     return Sweep(runner)
 
 
-def wait_for(ready: Callable[[], object], timeout_s: float = 120) -> None:
-    end = time.monotonic() + timeout_s
-    while not ready():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.05)
-
-
-def has_completed(folder: Path, count: int) -> bool:
-    """Whether so many points of the sweep below a folder have."""
+def count_completed(folder: Path) -> int:
+    """How many jobs of the sweep below a folder have."""
     files = folder.glob("outputs/sweeps/*/*/status.json")
-    return sum('"completed"' in file.read_text() for file in files) >= count
+    return sum('"completed"' in file.read_text() for file in files)
 
 
-def are_at_work(folder: Path, count: int) -> bool:
-    """Whether so many points have done some steps."""
+def count_at_work(folder: Path) -> int:
+    """How many jobs have done some steps."""
     files = folder.glob("outputs/sweeps/*/*/metrics.jsonl")
-    return sum(file.read_text().count('"grad_norm"') > 5 for file in files) >= count
-
-
-def ours(folder: Path) -> list[int]:
-    """Processes of commands that were started in a folder."""
-    found = []
-    for process in list_processes():
-        with contextlib.suppress(OSError):
-            where = Path(f"/proc/{process.pid}/cwd").readlink()
-            if where.is_relative_to(folder) and process.state != "Z":
-                found.append(process.pid)
-    return found
-
-
-def numbers(run_dir: RunDir) -> list[Any]:
-    keys = ("step", "loss", "grad_norm", "sample_hash", "eval_loss")
-    rows = [row for row in json_rows(run_dir.metrics) if "loss" in row or "eval_loss" in row]
-    return [{key: row[key] for key in keys if key in row} for row in rows if "finished" not in row]
+    return sum(file.read_text().count('"grad_norm"') > 5 for file in files)
 
 
 def test_a_sweep_plans_runs_and_tells(
@@ -162,10 +126,10 @@ def test_twelve_points_of_which_three_fail_killed_twice(
     )
     for finished in (2, 6):
         process = sweep.start(*words)
-        wait_for(partial(has_completed, tmp_path, finished))
+        wait_for(lambda count=finished: count_completed(tmp_path) >= count)  # type: ignore[misc]
         process.kill()
         process.communicate()
-        wait_for(lambda: not ours(tmp_path), 10)
+        wait_for(lambda: not processes_in(tmp_path), 10)
     output = sweep(*words, expect=1)
     assert "jobs have finished before" in output
     rows = sweep.rows()
@@ -178,7 +142,8 @@ def test_twelve_points_of_which_three_fail_killed_twice(
     # Right to the bit: as each point is where it is run alone, and nothing was cut.
     for row in (rows[0], rows[4], rows[8]):
         alone = runner(f"optim.learning_rate={row['settings']['optim.learning_rate']}", *words[1:])
-        assert numbers(RunDir(sweep.folder.path / row["run_dir"])) == numbers(alone.run_dir)
+        run_dir = RunDir(sweep.folder.path / row["run_dir"])
+        assert numbers(Command(0, "", run_dir)) == numbers(alone)
         assert row["eval_loss"] == alone.rows("eval_loss")[-1]["eval_loss"]
     assert [row["objective"] for row in rows[:9]] == [row["eval_loss"] for row in rows[:9]]
 
@@ -188,17 +153,17 @@ def test_twelve_points_of_which_three_fail_killed_twice(
 def test_one_signal_ends_the_sweep_and_the_command_goes_on(
     sweep: Sweep, tmp_path: Path, launcher: str
 ) -> None:
-    words = ["seed=1,2,3", "train.max_steps=300", "train.eval_every_steps=null", "monitor=none"]
+    words = ["seed=1,2,3", "train.max_steps=300", "train.eval_every_steps=null"]
     if launcher == "joblib":
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
         words += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "launch.num_processes=1"]
     process = sweep.start(*words)
-    wait_for(partial(are_at_work, tmp_path, 2 if launcher == "joblib" else 1))
+    wait_for(lambda: count_at_work(tmp_path) >= (2 if launcher == "joblib" else 1))
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
     assert "to continue, run it again: python run.py -m" in output
-    wait_for(lambda: not ours(tmp_path), 10)
+    wait_for(lambda: not processes_in(tmp_path), 10)
     rows = sweep.rows()
     states = [row["status"] for row in rows]
     # Of two jobs at a time, one may have completed before the other has begun its steps.
@@ -224,16 +189,13 @@ def test_two_points_at_a_time_do_not_share_cores(sweep: Sweep, tmp_path: Path) -
     seen: dict[int, set[int]] = {}
     while process.poll() is None:
         # The servers that ranks are forked from: each leads a session, and is no rank.
-        for found in list_processes():
+        for pid in processes_in(tmp_path):
             with contextlib.suppress(OSError):
-                folder = Path(f"/proc/{found.pid}")
-                if (
-                    found.session == found.pid
-                    and b"forkserver" in (folder / "cmdline").read_bytes()
-                    and b"RANK=" not in (folder / "environ").read_bytes()
-                    and (folder / "cwd").readlink().is_relative_to(tmp_path)
-                ):
-                    seen[found.pid] = os.sched_getaffinity(found.pid)
+                folder = Path(f"/proc/{pid}")
+                ranks = b"RANK=" in (folder / "environ").read_bytes()
+                server = b"forkserver" in (folder / "cmdline").read_bytes()
+                if server and not ranks and os.getsid(pid) == pid:
+                    seen[pid] = os.sched_getaffinity(pid)
         time.sleep(0.2)
     process.communicate()
     assert process.returncode == 0
