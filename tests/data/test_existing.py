@@ -11,7 +11,7 @@ from llama_pretrain.data.tokenizer import train_tokenizer
 from llama_pretrain.plan.plan import Corpus
 from tests.conftest import write_tokens
 from tests.data import corpora
-from tests.data.corpora import GOLDEN, folder_of, problems_of, tokens_of, write_texts
+from tests.data.corpora import GOLDEN, folder_of, problems_of, tokens_of
 
 EOS = 2
 
@@ -52,14 +52,6 @@ def test_our_writer_writes_the_same_bytes(tmp_path: Path, name: str) -> None:
     write_tokens(tmp_path / "x", read_golden(name), dtype="uint16")
     for suffix in ("bin", "idx"):
         assert (tmp_path / f"x.{suffix}").read_bytes() == (GOLDEN / f"{name}.{suffix}").read_bytes()
-
-
-def test_our_shards_are_megatron_files(tmp_path: Path) -> None:
-    write_texts(tmp_path, 20)
-    ours = corpora.prepare(tmp_path)
-    file, tokenizer = folder_of(ours) / "train-00000.bin", f"tokenizer.path={ours.tokenizer_dir}"
-    again = prepare(tmp_path, file, ["tokenizer=pretrained", tokenizer])
-    assert tokens_of(again) == tokens_of(ours, "train")
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32", "int32"])

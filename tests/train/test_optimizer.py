@@ -36,9 +36,9 @@ def is_plain(name: str) -> bool:
 
 
 def test_groups_depend_on_the_type_of_module_not_its_name() -> None:
-    model = plain_model()
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    decayed, plain = get_optimizer_grouped_parameters(model, 0.1)
+    whole = plain_model()
+    names = {parameter: name for name, parameter in whole.named_parameters()}
+    decayed, plain = get_optimizer_grouped_parameters(whole, 0.1)
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert {names[p] for p in plain["params"]} == {n for n in names.values() if is_plain(n)}
     assert len(decayed["params"]) + len(plain["params"]) == len(names)
@@ -46,9 +46,7 @@ def test_groups_depend_on_the_type_of_module_not_its_name() -> None:
     decayed, plain = get_optimizer_grouped_parameters(misnamed, 0.1)
     assert decayed["params"] == [misnamed["layernorm"].weight]
     assert plain["params"] == [misnamed["dense"].weight]
-
-
-def test_frozen_and_tied_parameters() -> None:
+    # Tied and frozen parameters.
     model = nn.ModuleDict({"embed": nn.Embedding(4, 2), "head": nn.Linear(2, 4, bias=False)})
     model["head"].weight = model["embed"].weight
     decayed, plain = get_optimizer_grouped_parameters(model, 0.1)
