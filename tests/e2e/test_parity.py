@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 from shlex import split
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +17,8 @@ from tests.conftest import SMALL, Command, Runner
 
 STEPS, GLOBAL_BATCH, LENGTH, SEED = 20, 4, 64, 1234
 SHARD_ALL = (
-    "zero.stage3_param_persistence_threshold=0",
-    "zero.stage3_max_live_parameters=0",
-    "zero.stage3_max_reuse_distance=0",
-    "zero.stage3_prefetch_bucket_size=0",
+    *("zero.stage3_param_persistence_threshold=0", "zero.stage3_max_live_parameters=0"),
+    *("zero.stage3_max_reuse_distance=0", "zero.stage3_prefetch_bucket_size=0"),
 )
 """A tiny model is below stage 3's thresholds: without these it would never be sharded."""
 LONG = (f"train.max_steps={STEPS}", "schedule.warmup_steps=5", "optim.learning_rate=3e-3")
@@ -42,13 +41,8 @@ def train_shape(runner: Runner, *words: str) -> Command:
 
 
 def train(runner: Runner, *, stage: int, ranks: int, micro: int, precision: str) -> Command:
-    return runner(
-        *LONG,
-        *at_stage(stage),
-        f"precision={precision}",
-        f"launch.num_processes={ranks}",
-        f"batch.micro_batch_size={micro}",
-    )
+    words = f"launch.num_processes={ranks} batch.micro_batch_size={micro} precision={precision}"
+    return runner(*LONG, *at_stage(stage), *split(words))
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +50,9 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaMA that transformers initialised, so that the start is none of our code."""
     folder = tmp_path_factory.mktemp("pretrained")
     torch.manual_seed(7)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        attention_bias=True,
-    )
+    sizes: Any = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**sizes, max_position_embeddings=128, attention_bias=True)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -142,12 +129,8 @@ def test_losses_depend_on_neither_stage_nor_ranks_nor_micro_batch(
     done = train(shared_runner, stage=stage, ranks=ranks, micro=micro, precision=precision)
     rows, expected = done.rows("loss"), baselines[precision].rows("loss")
     assert len(rows) == STEPS
-    np.testing.assert_allclose(
-        done.losses,
-        baselines[precision].losses,
-        atol=1e-6 if precision == "fp32" else 2e-3,
-        rtol=0,
-    )
+    tolerance = 1e-6 if precision == "fp32" else 2e-3
+    assert done.losses == pytest.approx(baselines[precision].losses, abs=tolerance)
     assert [row["sample_hash"] for row in rows] == [row["sample_hash"] for row in expected]
     if precision == "fp32":
         norms, others = ([row["grad_norm"] for row in some] for some in (rows, expected))

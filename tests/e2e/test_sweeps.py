@@ -75,10 +75,7 @@ def count_at_work(folder: Path) -> int:
 
 
 def test_a_sweep_plans_runs_and_tells(
-    sweep: Sweep,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     output = sweep("seed=1,2,-3", expect=1)
     assert "3 jobs, 2 to run" in output

@@ -24,14 +24,9 @@ from llama_pretrain.train.optimizer import build_optimizer, get_optimizer_groupe
 from tests.machines import resolve_for
 
 SHAPE = Model(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    attention_bias=True,
-    max_position_embeddings=128,
-)
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    attention_bias=True, max_position_embeddings=128,
+)  # fmt: skip
 CONFIG = build_llama_config(SHAPE, vocab_size=64, special_ids={})
 RANK = Rank(index=0, local_index=0, world_size=1, device=torch.device("cpu"))
 BATCH_SIZE = 2
@@ -109,13 +104,11 @@ def build_small_engine(
     model = build_model(CONFIG, seed=1, weights=None, ds_config=ds_config)
     optim = Optim(name=OptimName(name), learning_rate=learning_rate)
     optimizer = build_optimizer(model, get_optimizer_grouped_parameters(model, 0.1), optim)
+    schedule = LambdaLR(optimizer, lambda step: 1 / (step + 1))
     engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        lr_scheduler=LambdaLR(optimizer, lambda step: 1 / (step + 1)),
-        config=ds_config,
+        model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config,
         dist_init_required=False,
-    )
+    )  # fmt: skip
     if undo:
         undo_initial_step(engine)
     engine.train()

@@ -1,6 +1,7 @@
 """Text during training, compared with transformers' greedy search."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -19,17 +20,11 @@ IDS = [5, 6, 7]
 pytestmark = pytest.mark.usefixtures("process_group")
 
 
-class IdTokenizer:
-    """A tokenizer whose text is the ids themselves."""
-
-    def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
-        assert skip_special_tokens
-        return " ".join(str(number) for number in ids)
-
-
+ID_TOKENIZER = SimpleNamespace(decode=lambda ids, *, skip_special_tokens: " ".join(map(str, ids)))
+"""Its text is the ids themselves."""
 PROMPT = Prompt(
     text="5 6 7", ids=IDS, num_tokens=12, max_length=64, eos_id=EOS, document_mask=False,
-    gather_once=False, tokenizer=IdTokenizer(),
+    gather_once=False, tokenizer=ID_TOKENIZER,
 )  # fmt: skip
 
 

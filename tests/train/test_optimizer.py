@@ -124,11 +124,9 @@ def engine_losses(*overrides: str, stage: int = 1) -> list[float]:
     if run.train.gradient_checkpointing:
         enable_activation_checkpointing(model, ds_config)
     groups = get_optimizer_grouped_parameters(model, run.optim.weight_decay)
+    optimizer = build_optimizer(model, groups, run.optim)
     engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=build_optimizer(model, groups, run.optim),
-        config=ds_config,
-        dist_init_required=False,
+        model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
     )
     engine.train()
     losses = []
