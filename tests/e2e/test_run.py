@@ -11,8 +11,6 @@ from functools import cache
 from pathlib import Path
 from shlex import split
 
-import hydra
-import omegaconf
 import pytest
 import torch
 import yaml
@@ -241,17 +239,6 @@ def test_large_shapes_train_when_made_narrow(runner: Runner, model: str) -> None
     """The rest of a shape (rotary scaling, ties, biases) at debug=smoke's width."""
     done = runner(f"model={model}", "model.max_position_embeddings=1024")
     assert len(done.losses) == 3
-
-
-@pytest.mark.slow
-def test_docstrings_train(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On those of a few packages: all that are installed take minutes."""
-    packages = runner.folder / "packages"
-    for module in (hydra, omegaconf):
-        folder = Path(str(module.__file__)).parent
-        shutil.copytree(folder, packages / folder.name)
-    monkeypatch.setattr("llama_pretrain.data.builtin.sysconfig.get_path", lambda _: str(packages))
-    assert len(runner("data=docstrings", "data.paths=[]").losses) == 3
 
 
 def test_overfit_learns_one_batch_by_heart(runner: Runner) -> None:

@@ -88,7 +88,6 @@ def build_small_engine(
     *,
     bf16: bool | dict[str, Any] = False,
     name: str = "torch_adamw",
-    undo: bool = True,
     learning_rate: float = 0.01,
 ) -> Any:
     """A training engine of the small model, fully sharded."""
@@ -109,8 +108,7 @@ def build_small_engine(
         model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config,
         dist_init_required=False,
     )  # fmt: skip
-    if undo:
-        undo_initial_step(engine)
+    undo_initial_step(engine)
     engine.train()
     return engine
 

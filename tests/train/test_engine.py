@@ -60,14 +60,6 @@ def test_initialization_changes_no_weight_and_no_state(name: str, stage: int, bf
         assert torch.equal(found[name].reshape(value.shape), value), name
 
 
-def test_deepspeed_takes_a_step_at_stage_0() -> None:
-    """The reason for undo_initial_step: if this fails, DeepSpeed has fixed it."""
-    engine = build_small_engine(0, bf16=True, undo=False)
-    assert len(engine.optimizer.optimizer.state) > 0
-    master, half = engine.optimizer.fp32_groups[0][0], engine.optimizer.fp16_groups[0][0]
-    assert not torch.equal(master, half.float())
-
-
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize(("name", "stage"), ADAMW_AND_MUON)
 def test_a_skipped_step_changes_nothing(stage: int, bf16: bool, name: str) -> None:
