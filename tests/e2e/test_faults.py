@@ -123,7 +123,7 @@ def test_a_signal_while_data_is_prepared(runner: Runner, tmp_path: Path, process
     folder = tmp_path / "texts"
     folder.mkdir()
     text = (runner.corpus / "message.py").read_text() * 20
-    for number in range(40):
+    for number in range(16):
         (folder / f"{number}.txt").write_text(f"{number} {text}")
     words = [*SMALL, "task=prepare", f"data.paths=['{folder}/*.txt']"]
     words += [f"data.prepare_processes={processes}", f"data.cache_dir={tmp_path}/cache"]
