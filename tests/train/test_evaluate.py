@@ -63,7 +63,7 @@ def test_a_leak_between_documents_is_found(model: Any) -> None:
     engine: Any = MagicMock(side_effect=model, module=model)
     summary = verify_document_mask(engine, eos_id=EOS, rank=RANK)
     assert summary.startswith("document mask: logits change by 0, without it by 0.")
-    engine.side_effect = lambda position_ids, **inputs: model(**inputs)  # as with a cache
+    engine.side_effect = lambda position_ids=None, **inputs: model(**inputs)  # as with a cache
     with pytest.raises(RuntimeError, match="documents of a sequence attend to each other"):
         verify_document_mask(engine, eos_id=EOS, rank=RANK)
 
