@@ -10,12 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from llama_pretrain.checkpoint.engine_state import collect_tensors, collect_values, restore
+from llama_pretrain.checkpoint.manifest import STATE, rank_file
 from llama_pretrain.checkpoint.tensors import (
-    STATE,
     WEIGHT,
     StoredState,
     fragment_key,
-    rank_file,
     write_and_hash,
     write_tensors,
 )

@@ -42,13 +42,8 @@ def build_saver(
 
 
 def save(saver: Saver, step: int) -> list[CheckpointRow]:
-    return saver.begin(
-        step,
-        consumed_samples=2 * step,
-        sample_hash="",
-        progress={"step": step},
-        files={"metrics.jsonl": b"{}\n"},
-    )
+    more: Any = {"progress": {"step": step}, "files": {"metrics.jsonl": b"{}\n"}}
+    return saver.begin(step, consumed_samples=2 * step, sample_hash="", **more)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -100,10 +95,8 @@ def test_an_asynchronous_save_is_a_snapshot_of_its_step(tmp_path: Path, stage: i
         take_step(engine, batch)
     (row,) = saver.finish()
     assert (row.checkpoint_stall_seconds or 0) < (row.checkpoint_seconds or 0)
-    first, second = (
-        tmp_path / name / "step-00000003" / "rank00000.safetensors"
-        for name in ("synchronous", "asynchronous")
-    )
+    file = "step-00000003/rank00000.safetensors"
+    first, second = (tmp_path / name / file for name in ("synchronous", "asynchronous"))
     assert first.read_bytes() == second.read_bytes()
 
 

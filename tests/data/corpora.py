@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -27,17 +28,11 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def data_run(folder: Path, *overrides: str, files: str = "*.txt") -> ResolvedRun:
     """A run on files of a folder, with a cache of its own."""
-    words = [
-        "debug=smoke",
-        "data=text",
-        f"data.paths=['{folder}/{files}']",
-        f"data.cache_dir={folder}/cache",
-        "data.sequence_length=16",
-        "data.heldout_fraction=0.2",
-        "data.prepare_processes=1",
-        *overrides,
-    ]
-    return resolve(compose_run(words), LAPTOP)
+    words = shlex.split(
+        f"debug=smoke data=text data.paths=['{folder}/{files}'] data.cache_dir={folder}/cache"
+        " data.sequence_length=16 data.heldout_fraction=0.2 data.prepare_processes=1"
+    )
+    return resolve(compose_run([*words, *overrides]), LAPTOP)
 
 
 def prepare(folder: Path, *overrides: str, files: str = "*.txt") -> Corpus:

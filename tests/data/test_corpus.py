@@ -34,26 +34,21 @@ def test_a_corpus_shorter_than_a_sequence_or_a_batch(tmp_path: Path) -> None:
     words = ["batch.global_batch_size=500", "batch.micro_batch_size=null"]
     corpus = prepared(tmp_path, *words)
     sequences = corpus.train_sequences
-    assert plan_problems(data_run(tmp_path, *words, files=FILES), corpus) == [
-        (
-            f"data: has {sequences} sequences of 16 training tokens, fewer than one global batch"
-            " (got 500). Add more text, shorten data.sequence_length or lower"
-            " batch.global_batch_size;"
-            f" to train on them anyway, set data.limit_train_sequences={sequences}."
-        )
-    ]
+    (problem,) = plan_problems(data_run(tmp_path, *words, files=FILES), corpus)
+    text = f"data: has {sequences} sequences of 16 training tokens, fewer than one global batch"
+    assert problem.startswith(f"{text} (got 500). ")
+    assert problem.endswith(f"to train on them anyway, set data.limit_train_sequences={sequences}.")
 
 
 def test_data_other_than_the_snapshots_is_refused(tmp_path: Path) -> None:
     corpus, run = prepared(tmp_path), data_run(tmp_path, files=FILES)
     for expected in (None, corpus.content_hash):
         assert not plan_problems(replace(run, data=replace(run.data, hash=expected)), corpus)
-    assert plan_problems(replace(run, data=replace(run.data, hash="0" * 64)), corpus) == [
-        (
-            f"data.hash: the data and its tokenizer are now {corpus.content_hash[:16]}"
-            f" (got {'0' * 16}). To train on them anyway, set data.hash=null."
-        )
-    ]
+    (problem,) = plan_problems(replace(run, data=replace(run.data, hash="0" * 64)), corpus)
+    assert problem == (
+        f"data.hash: the data and its tokenizer are now {corpus.content_hash[:16]}"
+        f" (got {'0' * 16}). To train on them anyway, set data.hash=null."
+    )
 
 
 def test_prepared_data_is_read_elsewhere(tmp_path: Path) -> None:
@@ -76,13 +71,9 @@ def test_invalid_prepared_data(tmp_path: Path) -> None:
         (found,) = problems_of(tmp_path, *words, *overrides)
         return found
 
-    assert problem("data.packing=concatenate") == (
-        f"data.packing: must be best_fit, with which {name} was prepared (got concatenate). Set it"
-        " to best_fit."
-    )
-    assert problem("data.sequence_length=32") == (
-        f"data.sequence_length: must be 16, with which {name} was prepared (got 32). Set it to 16."
-    )
+    for key, value, own in (("packing", "concatenate", "best_fit"), ("sequence_length", 32, 16)):
+        text = f"data.{key}: must be {own}, with which {name} was prepared (got {value}). Set it"
+        assert problem(f"data.{key}={value}") == f"{text} to {own}."
     train_tokenizer(["another text"] * 5, vocab_size=300, target=tmp_path / "other")
     message = problem("tokenizer=pretrained", f"tokenizer.path={tmp_path}/other")
     assert f"must be {corpus.tokenizer_hash[:16]}, with which {name} was prepared" in message
@@ -92,10 +83,7 @@ def test_invalid_prepared_data(tmp_path: Path) -> None:
     (folder / "meta.json").write_text("{}")
     assert problem().startswith(f"data.paths: {name}/meta.json is not valid: ")
     (folder / "meta.json").unlink()
-    assert problem() == (
-        f"data.paths: {name} has no meta.json: it is not a complete directory of task=prepare."
-        " task=prepare prints the directory that it wrote."
-    )
+    assert problem().startswith(f"data.paths: {name} has no meta.json: it is not a complete")
 
 
 def mixture_run(folder: Path, *overrides: str) -> ResolvedRun:
@@ -116,9 +104,8 @@ def test_the_sources_of_a_mixture_are_prepared_separately(tmp_path: Path) -> Non
     assert plan.sampling.stages[0].quotas == [750, 250]
     samples = plan.steps.total * plan.batch.global_batch_size
     for source, share in zip(corpus.sources, (0.75, 0.25), strict=True):
-        assert plan.steps.epochs[source.name] == pytest.approx(
-            samples * share / source.train_sequences
-        )
+        epochs = samples * share / source.train_sequences
+        assert plan.steps.epochs[source.name] == pytest.approx(epochs)
     assert plan.steps.eval_sequences_by_source == [2, 2]
     report = Quiet()
     again = prepare_corpus(mixture_run(tmp_path, "data.sources.a.weight=1"), report=report)
@@ -133,9 +120,6 @@ def test_max_epochs(tmp_path: Path) -> None:
     run = mixture_run(tmp_path, "data.sources.b.max_epochs=2", "train.max_steps=2000")
     corpus = prepare_corpus(run, report=Quiet())
     epochs = build_training_plan(run, corpus).steps.epochs["b"]
-    assert plan_problems(run, corpus) == [
-        (
-            f"data.sources.b.max_epochs: the run would read b {epochs:.2f} times (got 2). Lower its"
-            " weight, or shorten the run."
-        )
-    ]
+    (problem,) = plan_problems(run, corpus)
+    text = f"data.sources.b.max_epochs: the run would read b {epochs:.2f} times (got 2). Lower its"
+    assert problem.startswith(text)

@@ -11,7 +11,7 @@ from llama_pretrain.data.tokenizer import train_tokenizer
 from llama_pretrain.plan.plan import Corpus
 from tests.conftest import write_tokens
 from tests.data import corpora
-from tests.data.corpora import GOLDEN, folder_of, problems_of, tokens_of, write_texts
+from tests.data.corpora import GOLDEN, folder_of, problems_of, tokens_of
 
 EOS = 2
 
@@ -54,14 +54,6 @@ def test_our_writer_writes_the_same_bytes(tmp_path: Path, name: str) -> None:
         assert (tmp_path / f"x.{suffix}").read_bytes() == (GOLDEN / f"{name}.{suffix}").read_bytes()
 
 
-def test_our_shards_are_megatron_files(tmp_path: Path) -> None:
-    write_texts(tmp_path, 20)
-    ours = corpora.prepare(tmp_path)
-    file, tokenizer = folder_of(ours) / "train-00000.bin", f"tokenizer.path={ours.tokenizer_dir}"
-    again = prepare(tmp_path, file, ["tokenizer=pretrained", tokenizer])
-    assert tokens_of(again) == tokens_of(ours, "train")
-
-
 @pytest.mark.parametrize("dtype", ["uint16", "uint32", "int32"])
 def test_headerless_files(tmp_path: Path, tokenizer: list[str], dtype: str) -> None:
     tokens = np.concatenate([np.array(ids) for ids in read_golden("megatron_core")])
@@ -76,21 +68,12 @@ def test_headerless_files(tmp_path: Path, tokenizer: list[str], dtype: str) -> N
 def test_invalid_headerless_files(tmp_path: Path, tokenizer: list[str]) -> None:
     file = tmp_path / "x.bin"
     words = ["data=tokens", f"data.paths=['{file}']", "data.dtype=uint16", *tokenizer]
-    file.write_bytes(b"12345")
-    assert problems_of(tmp_path, *words) == [
-        (
-            "data.paths: x.bin must have a multiple of 2 bytes for uint16 (got 5). The file may be"
-            " truncated or have a header."
-        )
-    ]
-    np.array([5, 6, 300], dtype=np.uint16).tofile(file)
-    assert problems_of(tmp_path, *words) == [
-        (
-            "data.paths: x.bin: token 2 must be below the tokenizer's size 275 (got 300). Use the"
-            " tokenizer and the dtype that the file was written with."
-        )
-    ]
     for content, message in (
+        (b"12345", "x.bin must have a multiple of 2 bytes for uint16 (got 5). The file may be"),
+        (
+            np.array([5, 6, 300], dtype=np.uint16).tobytes(),
+            "x.bin: token 2 must be below the tokenizer's size 275 (got 300). Use the tokenizer",
+        ),
         (b"\x93NUMPY" + bytes(6), "x.bin is a .npy array with a header"),
         (np.array([20240520, 1], dtype=np.int32).tobytes(), "x.bin begins with llm.c's header"),
     ):
@@ -103,27 +86,23 @@ def test_invalid_megatron_files(tmp_path: Path, tokenizer: list[str]) -> None:
     file, index = tmp_path / "x.bin", tmp_path / "x.idx"
 
     def problem() -> str:
-        words = ["data=megatron", f"data.paths=['{file}']", *tokenizer]
-        (found,) = problems_of(tmp_path, *words)
+        (found,) = problems_of(tmp_path, "data=megatron", f"data.paths=['{file}']", *tokenizer)
         return found
 
     write_tokens(tmp_path / "x", read_golden("megatron_core"), dtype="uint16")
     size = file.stat().st_size
     file.write_bytes(file.read_bytes()[:-2])
-    assert problem() == (
-        f"data.paths: x.bin must have {size:,} bytes according to its index (got {size - 2:,})."
-        " The file may be truncated."
-    )
+    text = f"x.bin must have {size:,} bytes according to its index (got {size - 2:,}). The file"
+    assert text in problem()
     write_tokens(tmp_path / "x", [[5, 6], [7, EOS]], dtype="uint16")
-    assert problem() == (
-        "data.paths: x.bin: documents must end with the tokenizer's end-of-text token 2 (got 6 in"
-        " 1 of the first 2). Use the tokenizer that made the tokens, and write them with"
-        " --append-eod."
-    )
-    index.write_bytes(index.read_bytes()[:40])
-    assert problem() == "data.paths: x.idx is truncated"
-    index.write_bytes(b"something else")
-    assert "x.idx is not a Megatron index" in problem()
+    text = "documents must end with the tokenizer's end-of-text token 2 (got 6 in 1 of the first 2)"
+    assert f"data.paths: x.bin: {text}. Use the tokenizer that made the tokens" in problem()
+    for content, text in (
+        (index.read_bytes()[:40], "x.idx is truncated"),
+        (b"something else", "x.idx is not a Megatron index"),
+    ):
+        index.write_bytes(content)
+        assert text in problem()
     index.unlink()
     assert "x.bin requires x.idx beside it" in problem()
 
@@ -139,9 +118,6 @@ def test_a_vocabulary_above_the_dtype(tmp_path: Path) -> None:
     np.arange(100, dtype=np.uint16).tofile(tmp_path / "x.bin")
     words = ["data=tokens", f"data.paths=['{tmp_path}/x.bin']", "data.dtype=uint16"]
     words += ["tokenizer=pretrained", f"tokenizer.path={tmp_path}/t"]
-    assert problems_of(tmp_path, *words, "model.resize_embeddings=true") == [
-        (
-            "data.dtype: uint16 holds ids up to 65,535, but the tokenizer has 70,002 tokens: larger"
-            " ids wrapped around when the file was written. Write the tokens as uint32."
-        )
-    ]
+    (problem,) = problems_of(tmp_path, *words, "model.resize_embeddings=true")
+    text = "data.dtype: uint16 holds ids up to 65,535, but the tokenizer has 70,002 tokens: larger"
+    assert problem.startswith(text)

@@ -16,40 +16,26 @@ from tests.browser import DESK, PHONE, OpenPageFunction
 from tests.machines import plan_for_cluster
 
 META = TokensMeta(
-    format=3,
-    data_hash="a",
-    tokenizer_hash="b",
-    vocab_size=9,
-    eos_id=0,
-    dtype="uint16",
+    format=3, data_hash="a", tokenizer_hash="b", vocab_size=9, eos_id=0, dtype="uint16", files=[],
     sequence_tokens=None,
     splits={
         TRAIN: Split(extents=[], tokens=1000, documents=10, bytes=4000),
         HELDOUT: Split(extents=[], tokens=100, documents=None, bytes=None),
     },
-    files=[],
     notes={"blank_documents": 2, "cut_documents": 0},
-)
+)  # fmt: skip
 NAME = "<b>web</b>"
 TOKENS = [
     Token(text="<script>alert(1)</script>", ends_document=False, has_target=True),
     Token(text="</s>\n", ends_document=True, has_target=False),
     Token(text="x" * 300, ends_document=False, has_target=True),
 ]
-INSPECTION = Inspection(
-    sequences=[ShownSequence(source=NAME, number=7, documents=2, targets=2, tokens=TOKENS)],
-    sources=[
-        SourceFacts(
-            name=NAME,
-            meta=META,
-            share=0.25,
-            lengths=[(2**exponent, exponent) for exponent in range(12)],
-            documents_per_sequence=1.5,
-            targets=0.5,
-        )
-    ],
-    tokenizer="c" * 64,
-)
+FACTS = SourceFacts(
+    name=NAME, meta=META, share=0.25, documents_per_sequence=1.5, targets=0.5,
+    lengths=[(2**exponent, exponent) for exponent in range(12)],
+)  # fmt: skip
+SHOWN = ShownSequence(source=NAME, number=7, documents=2, targets=2, tokens=TOKENS)
+INSPECTION = Inspection(sequences=[SHOWN], sources=[FACTS], tokenizer="c" * 64)
 
 
 @pytest.mark.parametrize("width", [PHONE, DESK])

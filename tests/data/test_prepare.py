@@ -18,15 +18,13 @@ from llama_pretrain.data import encode, gather
 from llama_pretrain.data.corpus import prepare_corpus
 from llama_pretrain.data.meta import META, read_meta
 from tests.conftest import ROOT, Quiet
-from tests.data.corpora import (
-    data_run,
-    documents_of,
-    folder_of,
-    hash_folder,
-    prepare,
-    write_lines,
-    write_texts,
-)
+from tests.data import corpora
+from tests.data.corpora import data_run, documents_of, folder_of, hash_folder, prepare, write_texts
+
+
+def write_lines(folder: Path) -> None:
+    """a.jsonl, of 3 MB: several tasks."""
+    corpora.write_lines(folder / "a.jsonl", 2500)
 
 
 def test_every_document_once_and_shuffled(tmp_path: Path) -> None:
@@ -69,7 +67,7 @@ def test_parts_and_shards_do_not_change_the_order(
 
 
 def test_bytes_do_not_depend_on_processes(tmp_path: Path) -> None:
-    write_lines(tmp_path / "a.jsonl", 2500)  # 3 MB: several tasks
+    write_lines(tmp_path)
     hashes = []
     for processes in (1, 3):
         words = [f"data.prepare_processes={processes}", f"data.cache_dir={tmp_path}/{processes}"]
@@ -95,17 +93,16 @@ def test_heldout_documents_remain_when_the_corpus_grows(tmp_path: Path) -> None:
     for count in (30, 60):
         write_texts(tmp_path, count)
         heldout.append(set(documents_of(prepare(tmp_path), "heldout")))
-    assert heldout[0]
-    assert heldout[0] <= heldout[1]
+    assert set() < heldout[0] <= heldout[1]
 
 
 def test_heldout_files(tmp_path: Path) -> None:
-    texts = write_texts(tmp_path, 10)
+    texts, heldout = write_texts(tmp_path, 10), "what is held out, and nothing else " * 9
     (tmp_path / "val").mkdir()
-    (tmp_path / "val" / "v.txt").write_text("what is held out, and nothing else " * 9)
+    (tmp_path / "val" / "v.txt").write_text(heldout)
     corpus = prepare(tmp_path, f"data.heldout_paths=['{tmp_path}/val/*.txt']")
     assert sorted(documents_of(corpus, "train")) == sorted(texts)
-    assert documents_of(corpus, "heldout") == ["what is held out, and nothing else " * 9]
+    assert documents_of(corpus, "heldout") == [heldout]
 
 
 def test_a_single_book_is_split_near_its_end(tmp_path: Path) -> None:
@@ -129,15 +126,11 @@ if __name__ == "__main__":
 
 
 def start_prepare(tmp_path: Path, *words: str, code: str = PREPARE) -> "subprocess.Popen[str]":
-    script = tmp_path / "script.py"
+    script, pipe = tmp_path / "script.py", subprocess.PIPE
     script.write_text(code)
-    return subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path), *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    command = [sys.executable, str(script), str(tmp_path), *words]
+    values = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=values)
 
 
 def finish(process: "subprocess.Popen[str]") -> str:
@@ -153,7 +146,7 @@ def finish(process: "subprocess.Popen[str]") -> str:
 )
 def test_kills_at_random_moments(tmp_path: Path, moments: int, processes: int) -> None:
     """Whatever is interrupted, a cache that is complete is correct."""
-    write_lines(tmp_path / "a.jsonl", 2500)
+    write_lines(tmp_path)
     options = [f"data.prepare_processes={processes}", "tokenizer.vocab_size=300"]
     started = time.monotonic()
     reference = finish(start_prepare(tmp_path, *options, f"data.cache_dir={tmp_path}/reference"))
@@ -180,7 +173,7 @@ def fail(*_: Any, **__: Any) -> None:
 def test_completed_tasks_and_parts_are_not_encoded_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_lines(tmp_path / "a.jsonl", 2500)
+    write_lines(tmp_path)
     reference = prepare(tmp_path, f"data.cache_dir={tmp_path}/reference", files="a.jsonl")
     monkeypatch.setattr(encode, "PART_BYTES", 300_000)
     encode_part = encode._encode_part
@@ -210,7 +203,7 @@ def test_completed_tasks_and_parts_are_not_encoded_again(
 
 
 def test_two_processes_do_not_prepare_the_same_data(tmp_path: Path) -> None:
-    write_lines(tmp_path / "a.jsonl", 2500)
+    write_lines(tmp_path)
     (folder,) = {finish(process) for process in [start_prepare(tmp_path) for _ in range(2)]}
     assert Path(folder, META).is_file()
     assert len(list((tmp_path / "cache" / "tokens").glob("[!.]*"))) == 1
@@ -272,6 +265,4 @@ def test_memory_is_bounded(tmp_path: Path, documents: int) -> None:
             file.write(json.dumps({"text": f"{number} {text}"}) + "\n")
     assert (tmp_path / "a.jsonl").stat().st_size > 100_000_000
     options = ["tokenizer.vocab_size=400", "tokenizer.sample_bytes=1_000_000"]
-    growth = int(finish(start_prepare(tmp_path, *options, code=MEASURE)))
-    print(f"{documents} documents: {growth / 2**20:.0f} MiB above the start")
-    assert growth < 1 << 30
+    assert int(finish(start_prepare(tmp_path, *options, code=MEASURE))) < 1 << 30

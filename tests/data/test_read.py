@@ -23,49 +23,22 @@ GOOD = json.dumps({"text": "a text that is long enough for some rows " * 20}) + 
 LINES = "a.jsonl"
 
 
-@pytest.mark.parametrize(
-    ("line", "problem"),
-    [
-        pytest.param(
-            b'{"body": "x", "id": 7}\n',
-            "data.text_field: a.jsonl, line 3: has no field 'text' (got body, id)",
-            id="missing field",
-        ),
-        pytest.param(
-            b'{"text": 5}\n',
-            "data.text_field: a.jsonl, line 3: field 'text' must be text (got int)",
-            id="wrong type",
-        ),
-        pytest.param(
-            b'["text"]\n',
-            "data.paths: a.jsonl, line 3: must be an object (got list)",
-            id="no object",
-        ),
-        pytest.param(
-            b'{"text": "x\n',
-            "data.paths: a.jsonl, line 3: Invalid control character at: line 1 column 12 (char 11)",
-            id="broken line",
-        ),
-        pytest.param(
-            b'{"text": "cut',
-            "data.paths: a.jsonl, line 3: the last line is truncated: Unterminated string"
-            " starting at: line 1 column 10 (char 9)",
-            id="truncated last line",
-        ),
-        pytest.param(
-            b'{"text": "caf\xe9"}\n',
-            f"data.paths: a.jsonl is not UTF-8 at byte {2 * len(GOOD) + 13}: invalid continuation"
-            " byte. Convert it, e.g. with iconv -t UTF-8.",
-            id="invalid utf-8",
-        ),
-        pytest.param(
-            b'{"text": "x\\ud800"}\n',
-            "data.paths: a.jsonl, line 3: lone surrogate at character 1",
-            id="lone surrogate",
-        ),
-    ],
-)
+UNREADABLE = {
+    b'{"body": "x", "id": 7}\n': "text_field: LINE has no field 'text' (got body, id)",
+    b'{"text": 5}\n': "text_field: LINE field 'text' must be text (got int)",
+    b'["text"]\n': "paths: LINE must be an object (got list)",
+    b'{"text": "x\n': "paths: LINE Invalid control character at: line 1 column 12 (char 11)",
+    b'{"text": "cut': "paths: LINE the last line is truncated: Unterminated string starting at:"
+    " line 1 column 10 (char 9)",
+    b'{"text": "caf\xe9"}\n': f"paths: a.jsonl is not UTF-8 at byte {2 * len(GOOD) + 13}: invalid"
+    " continuation byte. Convert it, e.g. with iconv -t UTF-8.",
+    b'{"text": "x\\ud800"}\n': "paths: LINE lone surrogate at character 1",
+}
+
+
+@pytest.mark.parametrize(("line", "problem"), UNREADABLE.items(), ids=str)
 def test_unreadable_lines_stop_or_are_skipped(tmp_path: Path, line: bytes, problem: str) -> None:
+    problem = "data." + problem.replace("LINE", "a.jsonl, line 3:")
     content = GOOD.encode() * 2 + line + (GOOD.encode() * 3 if line.endswith(b"\n") else b"")
     (tmp_path / LINES).write_bytes(content)
     assert problems_of(tmp_path, files=LINES) == [problem]
@@ -81,10 +54,12 @@ def test_unreadable_lines_stop_or_are_skipped(tmp_path: Path, line: bytes, probl
     assert sum(counts) == content.count(b"long enough") // 20
 
 
-def test_line_numbers_in_the_middle_of_a_file(tmp_path: Path) -> None:
-    long = json.dumps({"text": "word " * 60_000}) + "\n"  # several spans
+@pytest.mark.parametrize("processes", [1, 2])
+def test_line_numbers_in_the_middle_of_a_file(tmp_path: Path, processes: int) -> None:
+    """In several spans, and in another process."""
+    long = json.dumps({"text": "word " * 60_000}) + "\n"
     (tmp_path / LINES).write_text(long * 9 + '{"other": 1}\n' + long)
-    assert problems_of(tmp_path, files=LINES) == [
+    assert problems_of(tmp_path, f"data.prepare_processes={processes}", files=LINES) == [
         "data.text_field: a.jsonl, line 10: has no field 'text' (got other)"
     ]
 
@@ -93,9 +68,7 @@ def test_too_many_unreadable_documents(tmp_path: Path) -> None:
     (tmp_path / LINES).write_text(GOOD * 30 + '{"other": 1}\n' * 10)
     skip = "data.on_error=skip"
     first, *listed = problems_of(tmp_path, skip, "data.max_error_fraction=0.2", files=LINES)
-    assert first == (
-        "data.max_error_fraction: 25.00% of documents are unreadable, 10 of 40 (got 0.2)"
-    )
+    assert first.endswith("25.00% of documents are unreadable, 10 of 40 (got 0.2)")
     assert len(listed) == 10
     assert listed[0] == "data: a.jsonl, line 31: has no field 'text' (got other)"
     prepare(tmp_path, skip, "data.max_error_fraction=0.25", files=LINES)
@@ -109,13 +82,6 @@ def test_blank_documents_are_counted(tmp_path: Path) -> None:
     assert line in report.lines
     (tmp_path / LINES).write_text('{"text": ""}\n')
     assert problems_of(tmp_path, files=LINES) == ["data: the corpus has no text (read a.jsonl)"]
-
-
-def test_an_error_in_another_process(tmp_path: Path) -> None:
-    (tmp_path / LINES).write_text(GOOD * 3000 + '{"other": 1}\n')
-    assert problems_of(tmp_path, "data.prepare_processes=2", files=LINES) == [
-        "data.text_field: a.jsonl, line 3001: has no field 'text' (got other)"
-    ]
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])

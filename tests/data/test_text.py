@@ -56,13 +56,8 @@ def test_datasets(tmp_path: Path, streamed: bool) -> None:
         dataset.select(range(120, 200)).to_parquet(str(tmp_path / "data" / "train-1.parquet"))
     else:
         datasets.DatasetDict({"train": dataset}).save_to_disk(str(tmp_path / "data"))
-    corpus = prepare(
-        tmp_path,
-        "data=huggingface",
-        "data.paths=[]",
-        f"data.dataset={tmp_path}/data",
-        "data.text_field=body",
-    )
+    words = ["data=huggingface", "data.paths=[]", "data.text_field=body"]
+    corpus = prepare(tmp_path, *words, f"data.dataset={tmp_path}/data")
     assert sorted(documents_of(corpus)) == sorted(texts)
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from shlex import split
 
 import pytest
 
@@ -10,47 +11,34 @@ from llama_pretrain.config.snapshot import render_snapshot
 from tests.conftest import Runner
 from tests.machines import resolve_for
 
-CASES = [
-    pytest.param(
-        ["optim.learning_rte=1", "train.max_steps=x", "zero=stage9"],
+CASES = {
+    "words": (
+        "optim.learning_rte=1 train.max_steps=x zero=stage9",
         ["3 problems", "Did you mean optim.learning_rate", "Did you mean zero=stage3"],
-        id="words",
     ),
-    pytest.param(["zero=stage1,stage2"], ["zero: has several values", "--multirun"], id="list"),
-    pytest.param(["model=pretrained"], ["model.path: "], id="missing-value"),
-    pytest.param(["zero=zeropp", "precision=fp16"], ["ZeRO++", "precision: "], id="rules"),
-    pytest.param(
-        ["batch.global_batch_size=10", "batch.micro_batch_size=4", "launch.num_processes=2"],
-        ["8 = 4 x 1 x 2, 16 = 4 x 2 x 2, 10 = 1 x 5 x 2"],
-        id="batch",
-    ),
-    pytest.param(
-        ["+deepspeed.extra.gradient_cliping=1"],
-        ["deepspeed.extra.gradient_cliping: ", "train.gradient_clipping"],
-        id="deepspeed-key",
-    ),
-    pytest.param(
-        ["-m", "seed=1,2", "hydra/launcher=ray"],
+    "list": ("zero=stage1,stage2", ["zero: has several values", "--multirun"]),
+    "launcher": (
+        "-m seed=1,2 hydra/launcher=ray",
         ["hydra/launcher has no option 'ray'. Options: basic"],
-        id="launcher",
     ),
-    pytest.param(["data.cache_dir=/proc/none"], ["data", "/proc/none"], id="cache"),
-    pytest.param(["data.paths=[/none/*.txt]"], ["data.paths: ", "/none/*.txt"], id="no-data"),
-    pytest.param(["tokenizer.vocab_size=600"], ["tokenizer.vocab_size: "], id="tokenizer"),
-]
+    "cache": ("data.cache_dir=/proc/none", ["data", "/proc/none"]),
+    "no-data": ("data.paths=[/none/*.txt]", ["data.paths: ", "/none/*.txt"]),
+    "tokenizer": ("tokenizer.vocab_size=600", ["tokenizer.vocab_size: "]),
+}
 """Words that are refused, by the step that refuses them, and parts of what is printed."""
 
 
-@pytest.mark.parametrize(("overrides", "texts"), CASES)
-def test_refused_before_launch(runner: Runner, overrides: list[str], texts: list[str]) -> None:
-    done = runner(*overrides, expect=1)
+@pytest.mark.parametrize(("words", "texts"), CASES.values(), ids=CASES)
+def test_refused_before_launch(runner: Runner, words: str, texts: list[str]) -> None:
+    done = runner(*split(words), expect=1)
     assert [text for text in texts if text not in done.output] == []
     assert "Traceback" not in done.output
     assert not done.run_dir.status.exists()
 
 
-def test_cpu_adam_without_a_compiler(runner: Runner) -> None:
-    done = runner("optim=cpu_adam", variables={"CXX": "no-such-compiler"}, expect=1)
+def test_cpu_adam_without_a_compiler(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    done = runner("optim=cpu_adam", expect=1)
     assert "cpu_adam is compiled at its first use, but there is no C++" in done.output
     assert "add optim=torch_adamw" in done.output
 
@@ -69,13 +57,6 @@ def test_used_run_directory_is_refused(runner: Runner, tmp_path: Path) -> None:
     (tmp_path / "snapshot.yaml").write_text("x")
     done = runner(f"hydra.run.dir={tmp_path}", expect=1)
     assert f"hydra.run.dir: {tmp_path} " in done.output
-
-
-def test_a_hostile_snapshot_runs_nothing(runner: Runner, tmp_path: Path) -> None:
-    text = "defaults: [run_schema, _self_]\nhydra: {callbacks: {x: {_target_: os.system}}}\n"
-    (tmp_path / "snapshot.yaml").write_text(text)
-    done = runner.bare(f"resume={tmp_path}", expect=1)
-    assert "names hydra settings, interpolations or _target_" in done.output
 
 
 def test_a_schema_beside_a_snapshot_is_not_read(runner: Runner, tmp_path: Path) -> None:
@@ -103,8 +84,7 @@ def test_a_failing_rank_ends_the_run_with_its_error(runner: Runner) -> None:
     (folder / "tensorboard").write_text("in the way")
     done = runner("monitor=tensorboard", f"hydra.run.dir={folder}", expect=1)
     status = json.loads(done.run_dir.status.read_text())
-    assert status["status"] == "failed"
-    assert status["rank"] == 0
+    assert (status["status"], status["rank"]) == ("failed", 0)
     assert "FileExistsError" in status["error"] or "NotADirectoryError" in status["error"]
     assert Path(status["log"]).is_file()
     assert "rank 0 failed" in done.output

@@ -12,60 +12,38 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import split
 
 import pytest
 
-from benchmarks.faults import listening_sockets, numbers, pieces, processes_of, sockets_of
+from benchmarks.faults import numbers, pieces
 from llama_pretrain.checkpoint.manifest import checkpoint_name
-from llama_pretrain.process import Beat, list_processes, read_beats
+from llama_pretrain.process import list_processes
 from llama_pretrain.runs.layout import RunDir
 from tests.conftest import OPERATORS, ROOT, SMALL, Runner
+from tests.e2e.processes import processes_in, start, wait_for
 from tests.rows import json_rows
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="they are ended through /proc")
 
 STEPS = 240
-LONG = (
-    f"train.max_steps={STEPS}",
-    "train.eval_every_steps=null",
-    "launch.num_processes=2",
-    "checkpoint.every_steps=40",
-    "checkpoint.at_end=true",
+LONG = split(
+    f"train.max_steps={STEPS} train.eval_every_steps=null launch.num_processes=2"
+    " checkpoint.every_steps=40 checkpoint.at_end=true"
 )
 """A run of some five seconds of training."""
-
-
-def heed_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Started:
     """A running `python run.py`."""
 
     def __init__(self, runner: Runner, *words: str, run_dir: RunDir | None = None):
-        self.run_dir = run_dir or RunDir(runner.folder / "run")
+        self.folder, self.run_dir = runner.folder, run_dir or RunDir(runner.folder / "run")
         if run_dir is None:
             place = f"hydra.run.dir={self.run_dir.path}"
             paths = f"data.paths=['{runner.corpus}/*.py']"
             words = (*SMALL, paths, f"data.cache_dir={runner.cache_dir}", *words, place)
-        self.run_dir.heartbeats.unlink(missing_ok=True)
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "run.py"), *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            cwd=runner.folder,
-            env=os.environ | {"COLUMNS": "200"} | OPERATORS,
-            # Where pytest runs in the background, SIGINT is ignored by all below.
-            preexec_fn=heed_interrupts,
-        )
-        self._family: set[int] = set()
-        self._sockets: set[str] = set()
-
-    @property
-    def beats(self) -> list[Beat]:
-        return read_beats(self.run_dir.heartbeats, world_size=2)
+        self.process = start(self.folder, *words)
 
     @property
     def steps(self) -> int:
@@ -73,41 +51,16 @@ class Started:
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         """Poll until it holds, while the run lives."""
-        end = time.monotonic() + 90
-        while not condition():
-            assert self.process.poll() is None, self.process.communicate()[0]
-            assert time.monotonic() < end, "the condition never held"
-            time.sleep(0.02)
-        self.note_family()
-
-    def note_family(self) -> None:
-        """Record the processes and ports of the run: they must be gone in the end."""
-        parents = {process.pid: process.parent for process in list_processes()}
-        mine = {self.process.pid, *processes_of(self.run_dir.path)}
-        while more := {pid for pid, parent in parents.items() if parent in mine} - mine:
-            mine |= more
-        self._family |= mine
-        self._sockets |= set[str]().union(*(sockets_of(pid) for pid in mine))
+        wait_for(lambda: condition() or self.process.poll() is not None)
+        assert self.process.poll() is None, self.process.communicate()[0]
 
     def end(self, *, limit_s: float = 60) -> str:
-        """Wait for its end, after which no process or port of it is left. Returns its output."""
+        """Wait for its end, after which no process of it is left. Returns its output."""
         output = self.process.communicate(timeout=limit_s)[0]
-        end = time.monotonic() + 5
-        while left := self._left():
-            assert time.monotonic() < end, f"left: {left}\n{output}"
-            time.sleep(0.05)
+        wait_for(lambda: not processes_in(self.folder), 5)
         assert "Traceback" not in output
         assert "torch/distributed" not in output
         return output
-
-    def _left(self) -> set[object]:
-        alive = {each.pid for each in list_processes() if each.state not in "ZX"}
-        named = set(processes_of(self.run_dir.path))
-        return named | (alive & self._family) | (self._sockets & listening_sockets())
-
-    @property
-    def status(self) -> dict[str, object]:
-        return dict(json.loads(self.run_dir.status.read_text()))
 
 
 @contextmanager
@@ -116,31 +69,15 @@ def started(runner: Runner, *words: str, run_dir: RunDir | None = None) -> Itera
     try:
         yield run
     finally:
-        run.note_family()
         run.process.kill()
         run.process.wait()
-        for pid in processes_of(run.run_dir.path):  # only where a test fails
+        for pid in processes_in(run.folder):  # only where a test fails
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
 
-@pytest.fixture(scope="module")
-def whole(shared_runner: Runner) -> RunDir:
-    """The uninterrupted run."""
-    return shared_runner(*LONG).run_dir
-
-
-def check_same(run_dir: RunDir, whole: RunDir) -> None:
-    """Every step once, with the same losses, and the same final weights, to the bit."""
-    assert numbers(run_dir) == numbers(whole)
-    name = checkpoint_name(STEPS)
-    assert pieces(run_dir.checkpoints / name) == pieces(whole.checkpoints / name)
-
-
-def test_a_run_that_signals_have_interrupted_equals_the_uninterrupted_one(
-    runner: Runner, whole: RunDir
-) -> None:
-    words: tuple[str, ...] = LONG
+def test_a_run_that_signals_have_interrupted_equals_the_uninterrupted_one(runner: Runner) -> None:
+    words = LONG
     run_dir: RunDir | None = None
     for number, from_step in ((signal.SIGTERM, 20), (signal.SIGINT, 90), (signal.SIGUSR1, 150)):
         with started(runner, *words, run_dir=run_dir) as run:
@@ -158,13 +95,16 @@ def test_a_run_that_signals_have_interrupted_equals_the_uninterrupted_one(
             f"preempted by {number.name}; all processes have ended",
             f"to resume from {checkpoint_name(last['step'])}: {resume}",
         ]
-        assert run.status["status"] == "preempted"
+        assert json.loads(run.run_dir.status.read_text())["status"] == "preempted"
         run_dir = run.run_dir
-        words = (f"resume={run_dir.path}",)
+        words = [f"resume={run_dir.path}"]
     assert run_dir is not None
     done = runner.bare(*words, run_dir=run_dir)
     assert json.loads(done.run_dir.status.read_text())["status"] == "completed"
-    check_same(run_dir, whole)
+    whole = runner(*LONG).run_dir
+    assert numbers(run_dir) == numbers(whole)
+    name = checkpoint_name(STEPS)
+    assert pieces(run_dir.checkpoints / name) == pieces(whole.checkpoints / name)
 
 
 def test_a_run_directory_has_one_command_and_no_process_survives_it(runner: Runner) -> None:
@@ -172,7 +112,6 @@ def test_a_run_directory_has_one_command_and_no_process_survives_it(runner: Runn
         run.wait_for(lambda: run.steps >= 3)
         refused = runner.bare(f"resume={run.run_dir.path}", expect=1)
         assert f"another process is training in {run.run_dir.path}" in refused.output
-        run.note_family()
         run.process.kill()
         run.end()
 
@@ -184,15 +123,14 @@ def test_a_signal_while_data_is_prepared(runner: Runner, tmp_path: Path, process
     folder = tmp_path / "texts"
     folder.mkdir()
     text = (runner.corpus / "message.py").read_text() * 20
-    for number in range(40):
+    for number in range(16):
         (folder / f"{number}.txt").write_text(f"{number} {text}")
-    words = [*SMALL, f"data.paths=['{folder}/*.txt']", f"data.prepare_processes={processes}"]
-    words += ["task=prepare", f"data.cache_dir={tmp_path}/cache"]
+    words = [*SMALL, "task=prepare", f"data.paths=['{folder}/*.txt']"]
+    words += [f"data.prepare_processes={processes}", f"data.cache_dir={tmp_path}/cache"]
     run_dir = RunDir(tmp_path / "prepare")
     with started(runner, *words, run_dir=run_dir) as run:
         run.wait_for(lambda: any((tmp_path / "cache").rglob("*partial*")))
         time.sleep(0.5)
-        run.note_family()
         run.process.send_signal(signal.SIGUSR1)
         output = run.end(limit_s=10)
     assert run.process.returncode == 75, output
@@ -207,7 +145,7 @@ def catches(pid: int, number: signal.Signals) -> bool:
     return bool(int(caught, 16) >> (number - 1) & 1)
 
 
-@pytest.mark.parametrize("delay_s", [0.01, 0.2, 0.35])
+@pytest.mark.parametrize("delay_s", [0.01, 0.3])
 def test_a_signal_while_the_command_starts(runner: Runner, delay_s: float) -> None:
     """The server that imports for ranks runs by then, and ends with the command."""
     with started(runner, f"data.cache_dir={runner.folder}/cache") as run:
@@ -240,23 +178,18 @@ def compiles(pid: int) -> bool:
     parents = {process.pid: process.parent for process in list_processes()}
     for child in parents:
         with contextlib.suppress(OSError):
-            if Path(f"/proc/{child}/comm").read_text().strip() == "cc1plus":
-                above = child
-                while above in parents and above != pid:
-                    above = parents[above]
-                if above == pid:
-                    return True
+            above = child if Path(f"/proc/{child}/comm").read_text() == "cc1plus\n" else 0
+            while above in parents and above != pid:
+                above = parents[above]
+            if above == pid:
+                return True
     return False
 
 
 @pytest.mark.slow
 def test_a_few_kills_of_the_benchmark() -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "faults.py"), "--kills", "4"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        timeout=400,
-    )
+    command = [sys.executable, str(ROOT / "benchmarks" / "faults.py"), "--kills", "4"]
+    values = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=values, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "with the weights of the uninterrupted run, to the bit" in done.stdout

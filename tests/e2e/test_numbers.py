@@ -1,29 +1,23 @@
 """Numbers that go wrong: steps that are skipped, spikes, and where a run gives up."""
 
 import math
+from shlex import split
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llama_pretrain.checkpoint.manifest import read_manifest
-from llama_pretrain.data.order import SampleOrder
+from llama_pretrain.data.order import SampleOrder, hash_samples
 from llama_pretrain.plan.plan import load_plan
 from tests.conftest import Command, Runner
 from tests.e2e.test_parity import at_stage
 
 WINDOW, LIMIT, RATE = 8, 1.2, 1e-5
-SPIKY = (
-    "train.max_steps=30",
-    "train.eval_every_steps=null",
-    "schedule=constant",
-    "schedule.warmup_steps=20",
-    f"train.spike_window={WINDOW}",
-    f"train.spike_z={LIMIT}",
-    "batch.global_batch_size=2",
-    f"optim.learning_rate={RATE}",
-    "precision=fp32",
-    "checkpoint.every_steps=5",
-    "zero=stage2",
+SPIKY = split(
+    "train.max_steps=30 train.eval_every_steps=null schedule=constant schedule.warmup_steps=20"
+    f" train.spike_window={WINDOW} train.spike_z={LIMIT} batch.global_batch_size=2 zero=stage2"
+    f" optim.learning_rate={RATE} precision=fp32 checkpoint.every_steps=5"
 )
 """So low a limit that ordinary batches spike."""
 
@@ -70,8 +64,6 @@ def test_spikes_are_skipped(calm: Command, skipping: Command) -> None:
 
 
 def test_skips_are_seen(skipping: Command) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     events = EventAccumulator(str(skipping.run_dir.tensorboard))
     events.Reload()
     drawn = [event.step for event in events.Scalars("by_step/spike_z")]
@@ -96,13 +88,8 @@ def test_a_rollback_leaves_out_the_batches_of_the_spike(
         assert len(act["skipped_batches"]) <= 2
     plan = load_plan(done.run_dir.plan)
     assert plan.corpus is not None
-    order = SampleOrder(
-        plan.sampling,
-        num_sequences=[source.train_sequences for source in plan.corpus.sources],
-        seed=1234,
-    )
-    from llama_pretrain.data.order import hash_samples
-
+    num_sequences = [source.train_sequences for source in plan.corpus.sources]
+    order = SampleOrder(plan.sampling, num_sequences=num_sequences, seed=1234)
     taken = [batch for batch in range(60) if batch not in left_out][:30]
     hashes = [f"{hash_samples(order.ids(2 * batch, 2).astype('int64')):016x}" for batch in taken]
     assert [row["sample_hash"] for row in rows] == hashes
@@ -116,20 +103,12 @@ def test_a_rollback_leaves_out_the_batches_of_the_spike(
 )
 def test_a_run_without_numbers_ends_by_name(runner: Runner, stage: int) -> None:
     """A first update of 1e30: no gradient is a number after it, and no weight is touched again."""
-    done = runner(
-        *at_stage(stage),
-        "precision=fp32",
-        "train.max_steps=9",
-        "train.max_nonfinite_steps=3",
-        "train.eval_every_steps=null",
-        "optim.learning_rate=1e30",
-        "schedule=constant",
-        "schedule.warmup_steps=0",
-        "checkpoint.every_steps=1",
-        "checkpoint.keep_last=9",
-        "launch.max_restarts=2",
-        expect=1,
+    words = (
+        "precision=fp32 train.max_steps=9 train.max_nonfinite_steps=3 train.eval_every_steps=null"
+        " optim.learning_rate=1e30 schedule=constant schedule.warmup_steps=0 launch.max_restarts=2"
+        " checkpoint.every_steps=1 checkpoint.keep_last=9"
     )
+    done = runner(*at_stage(stage), *split(words), expect=1)
     text = "the gradient of step 4 is not finite (got 3 consecutive steps). No weight was changed."
     assert f"{text} Its batch: samples 12 to 15: text sequence " in done.output
     assert "restart 1 of 2" not in done.output  # it would end the same way

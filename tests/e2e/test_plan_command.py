@@ -36,10 +36,7 @@ def test_what_does_not_fit_is_planned_and_not_started(runner: Runner) -> None:
 def test_what_fits(runner: Runner) -> None:
     done = runner("task=plan", "plan.fit=2GiB", "model=60m", "batch.global_batch_size=64")
     table = done.output[done.output.index("what fits in 2GiB") :]
-    first = table.splitlines()[2]
-    assert "batch.micro_batch_size=32" in first
-    wrong = runner("task=plan", "plan.fit=2", expect=1)
-    assert "plan.fit: must be a size with its unit (got 2). Write it as 80GiB" in wrong.output
+    assert "batch.micro_batch_size=32" in table.splitlines()[2]
 
 
 def test_a_large_machine_on_paper(runner: Runner) -> None:
@@ -71,12 +68,15 @@ def test_plan_json_says_where_each_value_is_from(runner: Runner) -> None:
     plan = json.loads(done.run_dir.plan.read_text())
     config = json.loads(done.run_dir.ds_config.read_text())
     sources = plan["deepspeed_sources"]
-    assert sources["zero_optimization.stage"] == "zero/stage2.yaml"
-    assert sources["zero_optimization.allgather_bucket_size"] == "command line"
-    assert sources["train_micro_batch_size_per_gpu"] == "command line"
-    assert sources["gradient_accumulation_steps"].startswith("derived: ")
-    assert sources["zero_optimization.reduce_bucket_size"].startswith("derived: hidden_size^2")
-    assert sources["wall_clock_breakdown"] == "default"
+    for key, source in (
+        ("zero_optimization.stage", "zero/stage2.yaml"),
+        ("zero_optimization.allgather_bucket_size", "command line"),
+        ("train_micro_batch_size_per_gpu", "command line"),
+        ("gradient_accumulation_steps", "derived: "),
+        ("zero_optimization.reduce_bucket_size", "derived: hidden_size^2"),
+        ("wall_clock_breakdown", "default"),
+    ):
+        assert sources[key].startswith(source), key
     leaves = {f"zero_optimization.{key}" for key in config["zero_optimization"]}
     assert leaves <= sources.keys()
     again = runner.bare(f"reproduce={done.run_dir.path}", "task=plan", run_dir=done.run_dir)

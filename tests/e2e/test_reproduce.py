@@ -6,8 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
+from shlex import split
 from typing import Any
 
 import pytest
@@ -17,18 +17,12 @@ from llama_pretrain.runs.layout import RunDir
 from tests.conftest import OPERATORS, ROOT, SMALL, Command, Runner
 from tests.e2e.test_parity import at_stage
 from tests.e2e.test_resume import forget_after, numbers
-from tests.rows import json_rows
 
-SHORT = (
-    *("train.max_steps=4", "train.eval_every_steps=2", "train.eval_sequences=4"),
-    *(
-        "train.sample_tokens=8",
-        "checkpoint.export=false",
-        "checkpoint.at_end=false",
-        "batch.global_batch_size=4",
-    ),
+SHORT = split(
+    "train.max_steps=4 train.eval_every_steps=2 train.eval_sequences=4 train.sample_tokens=8"
+    " checkpoint.export=false checkpoint.at_end=false batch.global_batch_size=4"
 )
-"""The default run, but for its length, its samples' and the rows of a step."""
+"""The default run, but for its length, its samples' and the sequences of a step."""
 SECRET = "opaque-v4lue-of-a-token"
 
 
@@ -62,32 +56,26 @@ def test_the_same_run_again(shared_runner: Runner, original: Command) -> None:
     provenance = json.loads(again.run_dir.provenance.read_text())
     assert provenance["initial_weights"] == again.rows("initial_weights")[0]["initial_weights"]
     assert provenance["seeds"]["seed"] == 1234
-    assert (
-        provenance["threads"]["ranks"] == load_snapshot(again.run_dir.snapshot).launch.num_processes
-    )
-    assert provenance["data"]["hash"] == load_snapshot(again.run_dir.snapshot).data.hash
+    snapshot = load_snapshot(again.run_dir.snapshot)
+    assert provenance["threads"]["ranks"] == snapshot.launch.num_processes
+    assert provenance["data"]["hash"] == snapshot.data.hash
     assert "bitwise equal" in again.run_dir.report.read_text()
 
 
 def test_another_seed_is_the_likeliest_cause(shared_runner: Runner, original: Command) -> None:
     done = reproduce(shared_runner, original.run_dir.path, "seed=5", "drift=error", expect=1)
     assert status(done) == "diverged"
-    assert "diverged from" in done.output
     assert "at step 1: sample ids" in done.output
     cause = "the most likely cause (config): seed: 1234 -> 5 (asked for on the command line)"
     assert cause in done.output
     assert "Traceback" not in done.output
 
 
-def copy_of(original: Command, folder: Path) -> RunDir:
-    shutil.copytree(original.run_dir.path, folder)
-    return RunDir(folder)
-
-
 def test_a_package_that_has_changed_is_refused(
     runner: Runner, original: Command, tmp_path: Path
 ) -> None:
-    of = copy_of(original, tmp_path / "of")
+    shutil.copytree(original.run_dir.path, tmp_path / "of")
+    of = RunDir(tmp_path / "of")
     values = json.loads(of.provenance.read_text())
     values["packages"]["torch"] = "1.0.0"
     values["code"]["llama_pretrain/train/loop.py"] = "0" * 64
@@ -111,31 +99,12 @@ def test_a_byte_of_the_data_that_has_changed_is_named(runner: Runner, tmp_path: 
     content = bytearray(file.read_bytes())
     content[1000] ^= 1
     file.write_bytes(content)
-    refused = reproduce(runner, first.run_dir.path, expect=1)
-    assert f"data: {file}: " in refused.output
-    assert "data.hash: the data and its tokenizer are" in refused.output
+    refused = reproduce(runner, first.run_dir.path, expect=1).output
+    assert f"data: {file}: " in refused
+    assert "data.hash: the data and its tokenizer are" in refused
     done = reproduce(runner, first.run_dir.path, "data.hash=null", "drift=error", expect=1)
     assert status(done) == "diverged"
     assert f"the most likely cause (data): {file}: " in done.output
-
-
-@pytest.mark.slow
-def test_an_old_run_and_a_bare_snapshot(runner: Runner, original: Command, tmp_path: Path) -> None:
-    """One from before provenance had hashes; and a snapshot that came alone."""
-    of = copy_of(original, tmp_path / "of")
-    of.provenance.write_text('{"time": "x", "argv": [], "python": "3.11.0", "packages": {}}\n')
-    forget_after(Command(0, "", of), step=2)
-    done = reproduce(runner, of.path)
-    assert "versions: python: 3.11.0 -> 3." in done.output
-    assert "cannot be compared: code in provenance.json" in done.output
-    assert "in the 2 steps that both have (2 there, 4 here)" in done.output
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    shutil.copy(of.snapshot, bare)
-    done = reproduce(runner, bare, "train.max_steps=1")
-    assert "cannot be compared: provenance.json, plan.json" in done.output
-    assert f"nothing to compare with: {bare} has no readable steps" in done.output
-    assert status(done) == "completed"
 
 
 @pytest.mark.slow
@@ -154,145 +123,80 @@ def test_an_interrupted_reproduction_ends_with_its_verdict(
 
 @pytest.mark.slow
 def test_a_sweep_of_a_snapshot(runner: Runner, original: Command, tmp_path: Path) -> None:
-    """The flag in the middle, its points in folders of their own; and --cfg job."""
+    """Its jobs in folders of their own."""
     sweep = tmp_path / "sweep"
-    words = (f"reproduce={original.run_dir.path}", "-m", "seed=1,1234", "train.max_steps=4")
-    done = runner.bare(*words, f"hydra.sweep.dir={sweep}")
+    words = (f"reproduce={original.run_dir.path}", "-m", "seed=1,1234", f"hydra.sweep.dir={sweep}")
+    done = runner.bare(*words)
     folders = sorted(path.parent for path in sweep.glob("*/snapshot.yaml"))
     assert [path.name[:-9] for path in folders] == ["00-seed=1", "01-seed=1234"]
-    states = [status(Command(0, "", RunDir(path))) for path in folders]
-    assert states == ["diverged", "reproduced"]
     assert "2 jobs: 1 diverged, 1 reproduced" in done.output
     logs = [(path / "console.log").read_text() for path in folders]
     assert ["most likely cause" in log for log in logs] == [True, False]
-    shown = runner.bare(f"reproduce={original.run_dir.path}", "--cfg", "job", "seed=9")
-    assert "\nseed: 9\n" in shown.output
-    assert "Traceback" not in shown.output
 
 
-# To the bit, whatever has become of conf/
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "ranks"), [(s, n) for n in (1, 2) for s in range(4)])
+def test_the_default_run_is_reproduced_to_the_bit(
+    runner: Runner, cache_dir: Path, stage: int, ranks: int
+) -> None:
+    words = (*SHORT, *at_stage(stage), f"launch.num_processes={ranks}")
+    run_dir = RunDir(runner.folder / "first")
+    place = (f"data.cache_dir={cache_dir}", f"hydra.run.dir={run_dir.path}")
+    first = runner.bare(*words, *place, run_dir=run_dir)
+    again = reproduce(runner, run_dir.path, "drift=error")
+    assert f"reproduced: bitwise equal to {run_dir.path} in all 4 steps" in again.output
+    assert len(numbers(first)) == 4
+    for rows in (numbers, lambda done: done.rows("eval_loss")):
+        assert rows(again) == rows(first)
+    assert again.run_dir.snapshot.read_text() == run_dir.snapshot.read_text()
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project, whose conf/ may be edited."""
-    folder = tmp_path_factory.mktemp("project")
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of the project without git, whose files may be edited."""
+    folder = tmp_path / "project"
     for name in ("llama_pretrain", "conf", "sweeps"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "run.py", folder)
     return folder
 
 
-@pytest.fixture(scope="module")
-def edited(project: Path) -> Callable[[], Iterator[None]]:
-    """Edits conf/ for as long as it lasts: other values, a missing group, files in the way."""
-
-    def edit() -> Iterator[None]:
-        kept = project / "kept"
-        shutil.copytree(project / "conf", kept)
-        conf = project / "conf"
-        text = (conf / "config.yaml").read_text()
-        (conf / "config.yaml").write_text(text.replace("learning_rate: 1.0e-3", "learning_rate: 9"))
-        (conf / "model" / "tiny.yaml").write_text("name: other\nhidden_size: 64\n")
-        shutil.rmtree(conf / "schedule")
-        for name in ("snapshot", "run_schema"):
-            (conf / f"{name}.yaml").write_text("seed: 666\nhydra: {run: {dir: elsewhere}}\n")
-        yield
-        shutil.rmtree(conf)
-        kept.rename(conf)
-
-    return edit
-
-
-def call(project: Path, cwd: Path, *words: str, code: int = 0) -> str:
-    """`python run.py` of a copy of the project."""
-    done = subprocess.run(
-        [sys.executable, str(project / "run.py"), *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        cwd=cwd,
-        env=os.environ | {"COLUMNS": "200"} | OPERATORS,
-    )
-    assert done.returncode == code, done.stdout
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def weights() -> set[str]:
-    """Hashes of the initial weights of all points."""
-    return set()
-
-
-POINTS = [(1, 2), (0, 2), (2, 2), (3, 2), (0, 1), (1, 1), (2, 1), (3, 1)]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "ranks"), POINTS)
-def test_the_default_run_is_reproduced_to_the_bit(
-    project: Path,
-    edited: Callable[[], Iterator[None]],
-    cache_dir: Path,
-    tmp_path: Path,
-    stage: int,
-    ranks: int,
-    weights: set[str],
-) -> None:
-    """At each stage and number of ranks, from its snapshot, after conf/ was edited underneath."""
-    first, again = RunDir(tmp_path / "first"), RunDir(tmp_path / "again")
-    call(
-        project,
-        tmp_path,
-        *SHORT,
-        *at_stage(stage),
-        f"launch.num_processes={ranks}",
-        f"data.cache_dir={cache_dir}",
-        f"hydra.run.dir={first.path}",
-    )
-    for _ in edited():
-        output = call(
-            project,
-            tmp_path,
-            f"reproduce={first.path}",
-            f"hydra.run.dir={again.path}",
-            "drift=error",
-        )
-    assert f"reproduced: bitwise equal to {first.path} in all 4 steps" in output
-    found = [numbers(Command(0, "", side)) for side in (first, again)]
-    assert len(found[0]) == 4
-    assert found[0] == found[1]
-    assert first.snapshot.read_text() == again.snapshot.read_text()
-    losses = [
-        [row for row in json_rows(side.metrics) if "eval_loss" in row] for side in (first, again)
-    ]
-    assert losses[0] == losses[1]
-    weights.add(json_rows(first.metrics)[0]["initial_weights"])
-    assert len(weights) == 1  # and at every point the run begins with the same weights
-
-
-@pytest.mark.slow
-def test_a_changed_line_of_code_is_named(
+def test_an_edited_project_reads_the_snapshot_and_names_the_changed_code(
     project: Path, cache_dir: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    """In a copy without git: by the hash of its file."""
-    words = (*SMALL, f"data.paths=['{corpus}/*.py']", f"data.cache_dir={cache_dir}")
-    first = tmp_path / "first"
-    call(project, tmp_path, *words, f"hydra.run.dir={first}")
+    """conf/ has other values, lacks a group, and has files in the way of the snapshot's."""
+
+    def call(*words: str) -> str:
+        command = [sys.executable, str(project / "run.py"), *words]
+        environment = os.environ | {"COLUMNS": "200", "PYTHONPATH": str(project)} | OPERATORS
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    paths = (f"data.paths=['{corpus}/*.py']", f"data.cache_dir={cache_dir}")
+    first = RunDir(tmp_path / "first")
+    call(*SMALL, *paths, f"hydra.run.dir={first.path}")
+    conf = project / "conf"
+    text = (conf / "config.yaml").read_text()
+    (conf / "config.yaml").write_text(text.replace("learning_rate: 1.0e-3", "learning_rate: 9"))
+    (conf / "model" / "tiny.yaml").write_text("name: other\nhidden_size: 64\n")
+    shutil.rmtree(conf / "schedule")
+    for name in ("snapshot", "run_schema"):
+        (conf / f"{name}.yaml").write_text("seed: 666\nhydra: {run: {dir: elsewhere}}\n")
+    again = RunDir(tmp_path / "again")
+    output = call(f"reproduce={first.path}", f"hydra.run.dir={again.path}", "drift=error")
+    assert f"reproduced: bitwise equal to {first.path} in all 3 steps" in output
+    assert first.snapshot.read_text() == again.snapshot.read_text()
     file = project / "llama_pretrain" / "train" / "loss.py"
     text = file.read_text()
-    changed = text.replace("return losses[0] if", "return losses[0] * 1.001 if")
-    assert changed != text
-    file.write_text(changed)
-    try:
-        output = call(project, tmp_path, f"reproduce={first}", f"hydra.run.dir={tmp_path}/again")
-    finally:
-        file.write_text(text)
+    file.write_text(text.replace("return losses[0] if", "return losses[0] * 1.001 if"))
+    assert file.read_text() != text
+    output = call(f"reproduce={first.path}", f"hydra.run.dir={tmp_path}/changed")
     assert re.search(r"code: llama_pretrain/train/loss\.py: \w{12} -> \w{12}\n", output)
     assert "the most likely cause (code): llama_pretrain/train/loss.py: " in output
-
-
-# Secrets
 
 
 def files_with(folder: Path, secret: str) -> list[str]:
@@ -314,13 +218,8 @@ SECRETS = {
 
 def test_a_run_in_an_environment_of_secrets_writes_none(runner: Runner, tmp_path: Path) -> None:
     """Its logs, events, report, card and all the rest: every file of the run directory."""
-    done = runner(
-        "monitor=tensorboard",
-        "checkpoint.at_end=true",
-        "checkpoint.export=true",
-        f"hydra.run.dir={tmp_path}/run",
-        variables=SECRETS,
-    )
+    words = split("monitor=tensorboard checkpoint.at_end=true checkpoint.export=true")
+    done = runner(*words, f"hydra.run.dir={tmp_path}/run", variables=SECRETS)
     assert done.run_dir.report.is_file()
     assert len(list(done.run_dir.path.rglob("*"))) > 20
     assert files_with(tmp_path, SECRET) == []
@@ -331,32 +230,28 @@ def test_a_run_in_an_environment_of_secrets_writes_none(runner: Runner, tmp_path
 @pytest.mark.parametrize(
     "words",
     [
-        ["monitor.wandb_project=${oc.env:HF_TOKEN}"],
-        ["-m", "seed=1,2", "monitor.wandb_project=${oc.env:HF_TOKEN}"],
-        ["-m", "seed=1,2", f"monitor.wandb_project={SECRET}"],
-        ["-m", f"train.sample_prompt=a,{SECRET}"],
-        [f"monitor.wandb_project={SECRET}", "hydra.output_subdir=.hydra"],
-        ["hydra.run.dir=out/${oc.env:HF_TOKEN}"],
-        ["-m", "seed=1,2", "hydra.sweep.dir=out/${oc.env:HF_TOKEN}"],
-        ["--config-dir", "mine", "monitor=mine", "-m", "seed=1,2"],
-        ["--config-dir", "mine", "monitor=mine", "hydra.output_subdir=.hydra"],
-        ["--config-dir", "mine", "monitor=mine"],
-        ["--config-dir", "mine", "monitor=interpolated", "-m", "seed=1,2"],
+        *("monitor.wandb_project=${oc.env:HF_TOKEN}", "hydra.run.dir=out/${oc.env:HF_TOKEN}"),
+        "-m seed=1,2 monitor.wandb_project=${oc.env:HF_TOKEN}",
+        f"-m train.sample_prompt=a,{SECRET}",
+        f"monitor.wandb_project={SECRET} hydra.output_subdir=.hydra",
+        "-m seed=1,2 hydra.sweep.dir=out/${oc.env:HF_TOKEN}",
+        "--config-dir mine monitor=mine -m seed=1,2",
+        "--config-dir mine monitor=mine hydra.output_subdir=.hydra",
+        "--config-dir mine monitor=interpolated -m seed=1,2",
     ],
-    ids=" ".join,
 )
 def test_a_secret_in_a_config_reaches_no_file(
-    runner: Runner, tmp_path: Path, words: list[str]
+    runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
 ) -> None:
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
     mine = tmp_path / "mine" / "monitor"
     mine.mkdir(parents=True)
     if "monitor=mine" in words:
         (mine / "mine.yaml").write_text(f"wandb_project: {SECRET}\n")
     (mine / "interpolated.yaml").write_text("wandb_project: ${oc.env:HF_TOKEN}\n")
-    flags = [word for word in words if word.startswith("-") or word == "mine"]
-    others = [word for word in words if word not in flags]
-    done = runner.bare(*flags, "debug=smoke", *others, variables=SECRETS, expect=1)
-    assert "secret" in done.output
-    assert SECRET not in done.output
-    assert "Traceback" not in done.output
+    output = runner.bare(*split(words), "debug=smoke", expect=1).output
+    assert "secret" in output
+    assert SECRET not in output
+    assert "Traceback" not in output
     assert [path for path in files_with(tmp_path, SECRET) if "/mine.yaml" not in path] == []

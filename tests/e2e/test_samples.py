@@ -1,32 +1,24 @@
 """Samples while training: they are there, and nothing else knows of them."""
 
+from shlex import split
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.browser import PHONE, OpenPageFunction
 from tests.conftest import Command, Runner
 from tests.e2e.test_parity import at_stage
 from tests.rows import json_rows
 
-SAMPLED = (
-    "launch.num_processes=2",
-    "batch.micro_batch_size=1",
-    "model.attention_dropout=0.2",
-    "optim.learning_rate=3e-2",
-    "train.max_steps=4",
-    "train.eval_every_steps=2",
-    "train.sample_prompt=import",
-    "train.sample_tokens=6",
-    "checkpoint.every_steps=2",
+SAMPLED = split(
+    "launch.num_processes=2 batch.micro_batch_size=1 model.attention_dropout=0.2 precision=fp32"
+    " optim.learning_rate=3e-2 train.max_steps=4 train.eval_every_steps=2"
+    " train.sample_prompt=import train.sample_tokens=6 checkpoint.every_steps=2"
 )
 TIMES = {
-    "start_seconds",
-    "tokens_per_s",
-    "mfu",
-    "memory_bytes",
-    "checkpoint_seconds",
-    "checkpoint_stall_seconds",
+    *("start_seconds", "tokens_per_s", "mfu", "memory_bytes"),
+    *("checkpoint_seconds", "checkpoint_stall_seconds"),
 }
 
 
@@ -47,9 +39,9 @@ def numbers(done: Command) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("stage", [1, 3])
 def test_samples_change_no_number(runner: Runner, open_page: OpenPageFunction, stage: int) -> None:
     """With dropout, which a generator that was touched would change."""
-    words = (*SAMPLED, *at_stage(stage))
-    sampled = runner(*words, "checkpoint.export=true", "checkpoint.at_end=true", "precision=fp32")
-    plain = runner(*words, "checkpoint.at_end=true", "precision=fp32", "train.sample_prompt=''")
+    words = (*SAMPLED, *at_stage(stage), "checkpoint.at_end=true")
+    sampled = runner(*words, "checkpoint.export=true")
+    plain = runner(*words, "train.sample_prompt=''")
     assert len(sampled.losses) == 4
     assert numbers(sampled) == numbers(plain)
     assert not plain.run_dir.samples.exists()
@@ -70,7 +62,7 @@ def test_samples_change_no_number(runner: Runner, open_page: OpenPageFunction, s
 @pytest.mark.slow
 def test_a_resumed_run_writes_each_sample_once(runner: Runner) -> None:
     """Its last step is done again; and TensorBoard has the texts."""
-    done = runner(*SAMPLED, "monitor=tensorboard", "precision=fp32")
+    done = runner(*SAMPLED, "monitor=tensorboard")
     before = json_rows(done.run_dir.samples)
     assert [row["step"] for row in before] == [0, 2, 4]
     words = (f"resume={done.run_dir.path}", "train.max_steps=6")
@@ -81,8 +73,6 @@ def test_a_resumed_run_writes_each_sample_once(runner: Runner) -> None:
     (resumed,) = done.rows("resumed")
     assert resumed["step"] == 2  # the last checkpoint
     assert f"step 2: resumed from here at {resumed['resumed']}" in done.run_dir.report.read_text()
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     events = EventAccumulator(str(done.run_dir.tensorboard))
     events.Reload()
     texts = events.Tensors("sample/text_summary")

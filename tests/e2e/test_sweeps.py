@@ -1,6 +1,6 @@
 """Sweeps as a user calls them: failing points, kills, Ctrl-C, going on, several at once, Optuna."""
 
-import csv
+import contextlib
 import json
 import os
 import re
@@ -8,18 +8,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from shlex import split
 from typing import Any
 
 import pytest
 
-from llama_pretrain.process import list_processes
+from llama_pretrain.__main__ import main
 from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.sweep.directory import SweepDir
-from tests.conftest import OPERATORS, ROOT, SMALL, Runner
-from tests.rows import json_rows
+from tests.conftest import SMALL, Command, Runner
+from tests.e2e.processes import processes_in, start, wait_for
+from tests.e2e.test_resume import numbers
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="they are ended through /proc")
 
@@ -34,9 +34,8 @@ class Sweep:
         self._runner = runner
 
     def words(self, *words: str) -> list[str]:
-        small = [
-            word for word in SMALL if word.partition("=")[0] not in {w.split("=")[0] for w in words}
-        ]
+        given = {word.split("=")[0] for word in words}
+        small = [word for word in SMALL if word.split("=")[0] not in given]
         paths = f"data.paths=['{self._runner.corpus}/*.py']"
         return ["-m", *small, paths, f"data.cache_dir={self._runner.cache_dir}", *words]
 
@@ -44,17 +43,7 @@ class Sweep:
         return self._runner.bare(*self.words(*words), expect=expect).output
 
     def start(self, *words: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "run.py"), *self.words(*words)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            cwd=self._runner.folder,
-            env=os.environ | {"COLUMNS": "200"} | OPERATORS,
-            start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+        return start(self._runner.folder, *self.words(*words))
 
     @property
     def folder(self) -> SweepDir:
@@ -73,56 +62,25 @@ def sweep(runner: Runner) -> Sweep:
     return Sweep(runner)
 
 
-def wait_for(ready: Callable[[], object], timeout_s: float = 120) -> None:
-    end = time.monotonic() + timeout_s
-    while not ready():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.05)
-
-
-def has_completed(folder: Path, count: int) -> bool:
-    """Whether so many points of the sweep below a folder have."""
+def count_completed(folder: Path) -> int:
+    """How many jobs of the sweep below a folder have."""
     files = folder.glob("outputs/sweeps/*/*/status.json")
-    return sum('"completed"' in file.read_text() for file in files) >= count
+    return sum('"completed"' in file.read_text() for file in files)
 
 
-def are_at_work(folder: Path, count: int) -> bool:
-    """Whether so many points have done some steps."""
+def count_at_work(folder: Path) -> int:
+    """How many jobs have done some steps."""
     files = folder.glob("outputs/sweeps/*/*/metrics.jsonl")
-    return sum(file.read_text().count('"grad_norm"') > 5 for file in files) >= count
+    return sum(file.read_text().count('"grad_norm"') > 5 for file in files)
 
 
-def ours(folder: Path) -> list[int]:
-    """Processes of commands that were started in a folder."""
-    found = []
-    for process in list_processes():
-        try:
-            where = os.readlink(f"/proc/{process.pid}/cwd")
-        except OSError:
-            continue
-        if Path(where).is_relative_to(folder) and process.state != "Z":
-            found.append(process.pid)
-    return found
-
-
-def numbers(run_dir: RunDir) -> list[Any]:
-    keys = ("step", "loss", "grad_norm", "sample_hash", "eval_loss")
-    rows = [row for row in json_rows(run_dir.metrics) if "finished" not in row]
-    return [
-        {key: row[key] for key in keys if key in row}
-        for row in rows
-        if keys[1] in row or keys[4] in row
-    ]
-
-
-FROM_HERE = os.environ | {"PYTHONPATH": str(ROOT)}
-
-
-def test_a_sweep_plans_runs_and_tells(sweep: Sweep, tmp_path: Path) -> None:
+def test_a_sweep_plans_runs_and_tells(
+    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     output = sweep("seed=1,2,-3", expect=1)
     assert "3 jobs, 2 to run" in output
     assert re.search(r"seed=-3 +refused +seed: must be greater than or equal to 0", output)
-    assert re.search(r"1/3 seed=1: running\n", output)
+    assert "1/3 seed=1: running\n" in output
     assert re.search(r"2/3 seed=2: completed \(step 3, loss 6\.\d+, eval loss 6\.\d+", output)
     assert re.search(r"leaderboard.*\n# +seed +eval loss .*\n1 +[12] +6\.", output)
     assert "3 jobs: 2 completed, 1 refused" in output
@@ -136,10 +94,9 @@ def test_a_sweep_plans_runs_and_tells(sweep: Sweep, tmp_path: Path) -> None:
     assert len(list(sweep.folder.hparams.glob("*/events.*"))) == 2
     for file in (sweep.folder.results, sweep.folder.report):
         file.unlink()
-    words = [sys.executable, "-m", "llama_pretrain", "leaderboard"]
-    shown = subprocess.run(words, cwd=tmp_path, env=FROM_HERE, capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr
-    assert "3 jobs: 2 completed, 1 refused" in shown.stdout
+    monkeypatch.chdir(tmp_path)
+    assert main(["leaderboard"]) == 0
+    assert "3 jobs: 2 completed, 1 refused" in capsys.readouterr().out
     assert sweep.rows() == rows
     assert sweep.folder.report.is_file()
     again = sweep("seed=1,2,-3", expect=1)
@@ -160,14 +117,16 @@ def test_what_is_wrong_with_every_point_starts_nothing(sweep: Sweep, tmp_path: P
 def test_twelve_points_of_which_three_fail_killed_twice(
     sweep: Sweep, runner: Runner, tmp_path: Path
 ) -> None:
-    words = [f"optim.learning_rate={RATES}", "train.max_steps=12", "train.eval_every_steps=6"]
-    words += ["checkpoint.every_steps=4", "precision=fp32"]
+    words = split(
+        f"optim.learning_rate={RATES} train.max_steps=12 train.eval_every_steps=6"
+        " checkpoint.every_steps=4 precision=fp32"
+    )
     for finished in (2, 6):
         process = sweep.start(*words)
-        wait_for(partial(has_completed, tmp_path, finished))
+        wait_for(lambda count=finished: count_completed(tmp_path) >= count)  # type: ignore[misc]
         process.kill()
         process.communicate()
-        wait_for(lambda: not ours(tmp_path), 10)
+        wait_for(lambda: not processes_in(tmp_path), 10)
     output = sweep(*words, expect=1)
     assert "jobs have finished before" in output
     rows = sweep.rows()
@@ -177,12 +136,11 @@ def test_twelve_points_of_which_three_fail_killed_twice(
     assert "NonFiniteError" in rows[9]["reason"]
     assert "must be greater than 0 (got -1" in rows[10]["reason"]
     assert "overflow" in rows[11]["reason"] or "NonFinite" in rows[11]["reason"]
-    with sweep.folder.table.open() as file:
-        assert [row["status"] for row in csv.DictReader(file)] == states
     # Right to the bit: as each point is where it is run alone, and nothing was cut.
     for row in (rows[0], rows[4], rows[8]):
         alone = runner(f"optim.learning_rate={row['settings']['optim.learning_rate']}", *words[1:])
-        assert numbers(RunDir(sweep.folder.path / row["run_dir"])) == numbers(alone.run_dir)
+        run_dir = RunDir(sweep.folder.path / row["run_dir"])
+        assert numbers(Command(0, "", run_dir)) == numbers(alone)
         assert row["eval_loss"] == alone.rows("eval_loss")[-1]["eval_loss"]
     assert [row["objective"] for row in rows[:9]] == [row["eval_loss"] for row in rows[:9]]
 
@@ -192,17 +150,17 @@ def test_twelve_points_of_which_three_fail_killed_twice(
 def test_one_signal_ends_the_sweep_and_the_command_goes_on(
     sweep: Sweep, tmp_path: Path, launcher: str
 ) -> None:
-    words = ["seed=1,2,3", "train.max_steps=300", "train.eval_every_steps=null", "monitor=none"]
+    words = ["seed=1,2,3", "train.max_steps=300", "train.eval_every_steps=null"]
     if launcher == "joblib":
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
         words += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "launch.num_processes=1"]
     process = sweep.start(*words)
-    wait_for(partial(are_at_work, tmp_path, 2 if launcher == "joblib" else 1))
+    wait_for(lambda: count_at_work(tmp_path) >= (2 if launcher == "joblib" else 1))
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
     assert "to continue, run it again: python run.py -m" in output
-    wait_for(lambda: not ours(tmp_path), 10)
+    wait_for(lambda: not processes_in(tmp_path), 10)
     rows = sweep.rows()
     states = [row["status"] for row in rows]
     # Of two jobs at a time, one may have completed before the other has begun its steps.
@@ -219,26 +177,22 @@ def test_one_signal_ends_the_sweep_and_the_command_goes_on(
 
 
 @pytest.mark.slow
-def test_two_points_at_a_time_do_not_share_cores(sweep: Sweep) -> None:
+def test_two_points_at_a_time_do_not_share_cores(sweep: Sweep, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("there is one core")
-    process = sweep.start(
-        "seed=1,2", "train.max_steps=200", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"
-    )
+    words = "seed=1,2 train.max_steps=200 hydra/launcher=joblib hydra.launcher.n_jobs=2"
+    process = sweep.start(*split(words))
     seen: dict[int, set[int]] = {}
     while process.poll() is None:
-        for candidate in list_processes():
-            try:
-                words = Path(f"/proc/{candidate.pid}/environ").read_bytes()
-                session = candidate.session == candidate.pid
-                command = Path(f"/proc/{candidate.pid}/cmdline").read_bytes()
-                if session and b"forkserver" in command and b"RANK=" not in words:
-                    where = os.readlink(f"/proc/{candidate.pid}/cwd")
-                    if Path(where).is_relative_to(sweep._runner.folder):
-                        seen[candidate.pid] = os.sched_getaffinity(candidate.pid)
-            except OSError:
-                continue
+        # The servers that ranks are forked from: each leads a session, and is no rank.
+        for pid in processes_in(tmp_path):
+            with contextlib.suppress(OSError):
+                folder = Path(f"/proc/{pid}")
+                ranks = b"RANK=" in (folder / "environ").read_bytes()
+                server = b"forkserver" in (folder / "cmdline").read_bytes()
+                if server and not ranks and os.getsid(pid) == pid:
+                    seen[pid] = os.sched_getaffinity(pid)
         time.sleep(0.2)
     process.communicate()
     assert process.returncode == 0
@@ -259,8 +213,10 @@ def test_slurms_launcher_runs_points_in_processes_of_its_own(sweep: Sweep) -> No
 @pytest.mark.slow
 def test_optuna_looks_prunes_and_goes_on(sweep: Sweep) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    words = ["sweep=optuna_lr", "train.max_tokens=null", "train.max_steps=20"]
-    words += ["train.eval_every_steps=5", "sweep.prune_after=3", "precision=fp32"]
+    words = split(
+        "sweep=optuna_lr train.max_tokens=null train.max_steps=20 train.eval_every_steps=5"
+        " sweep.prune_after=3 precision=fp32"
+    )
     output = sweep(*words, "hydra.sweeper.n_trials=4")
     assert "4 jobs: " in output
     first = sweep.rows()
@@ -276,13 +232,3 @@ def test_optuna_looks_prunes_and_goes_on(sweep: Sweep) -> None:
     assert pruned, [(row["label"], row["eval_loss"]) for row in rows]
     assert all(row["steps"] < 20 for row in pruned)
     assert "the others' median is" in pruned[0]["reason"]
-
-
-@pytest.mark.slow
-def test_a_snapshot_can_be_swept(sweep: Sweep, runner: Runner) -> None:
-    origin = runner("optim.learning_rate=7e-4")
-    done = runner.bare("-m", f"reproduce={origin.run_dir.path}", "seed=1,2")
-    assert "2 jobs: 2 completed" in done.output or "2 jobs: 2 diverged" in done.output
-    snapshots = [run_dir.snapshot.read_text() for run_dir in sweep.points()]
-    assert len(snapshots) == 2
-    assert all("learning_rate: 0.0007" in text for text in snapshots)

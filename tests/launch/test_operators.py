@@ -51,10 +51,7 @@ def test_it_reports_that_it_waits_for_another_build(folder: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("printed", "shown"),
     [
-        (
-            "[1/2] c++\nadam.cu(7): error: no CUDA\nRuntimeError: Error building it\n",
-            "adam.cu(7): ",
-        ),
+        ("c++\nadam.cu(7): error: no CUDA\nRuntimeError: Error building it\n", "adam.cu(7): "),
         ("Traceback:\n  a line\nImportError: undefined symbol\n\n", "ImportError: undefined"),
         ("", "no output"),
     ],
@@ -63,11 +60,10 @@ def test_it_reports_that_it_waits_for_another_build(folder: Path, tmp_path: Path
 def test_a_failed_build_reports_the_compilers_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: str, shown: str
 ) -> None:
-    monkeypatch.setattr(
-        operators, "BUILD", f"import sys; sys.exit(print({printed!r}, end='') or 1)"
-    )
+    code = f"import sys; sys.exit(print({printed!r}, end='') or 1)"
+    monkeypatch.setattr(operators, "BUILD", code)
     run, log = resolve_for("optim=cpu_adam"), tmp_path / "build.log"
-    with pytest.raises(UserError, match="did not compile") as failed:
+    with pytest.raises(UserError) as failed:
         build_operators(run, log=log, taking_time=console.taking_time)
     assert f"did not compile: {shown}" in str(failed.value)
     assert str(log) in str(failed.value)

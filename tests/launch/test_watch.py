@@ -5,8 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,14 +12,9 @@ from typing import Any
 import pytest
 
 from llama_pretrain.launch.failures import Failure, find_first
-from llama_pretrain.launch.signals import Preempted, Requests, Stopped, describe_resume
+from llama_pretrain.launch.signals import Requests, Stopped, describe_resume
 from llama_pretrain.launch.spec import LaunchSpec
-from llama_pretrain.launch.stacks import (
-    Frame,
-    describe_stack,
-    find_hanging,
-    read_stacks,
-)
+from llama_pretrain.launch.stacks import Frame, describe_stack, find_hanging, read_stacks
 from llama_pretrain.launch.watch import RankError, Watch
 from llama_pretrain.plan.machine import detect_machine
 from llama_pretrain.process import (
@@ -78,9 +71,7 @@ READ = Frame("/x/numpy/core.py", 3, "read")
         pytest.param({1: [[REDUCE]]}, [8, 9], 1, id="the-other-is-done"),
     ],
 )
-def test_the_rank_that_hangs_is_found(
-    stacks: dict[int, list[list[Frame]]], counts: list[int], rank: int
-) -> None:
+def test_the_rank_that_hangs_is_found(stacks: Any, counts: list[int], rank: int) -> None:
     assert find_hanging(stacks, counts) == rank
 
 
@@ -117,140 +108,86 @@ def test_the_failure_that_caused_the_others(
     assert find_first(failures, killed=killed) == rank
 
 
-@pytest.mark.parametrize(
-    ("written", "text"),
-    [
-        ('{"message": {"message": "E: x", "extraInfo": {"timestamp": "7"}}}', "E: x"),
-        ('{"message": {"mess', ""),
-        ('{"message": "<NONE>"}', ""),
-        (None, ""),
-    ],
-)
-def test_the_error_that_a_rank_wrote(tmp_path: Path, written: str | None, text: str) -> None:
+def test_the_error_that_a_rank_wrote(tmp_path: Path) -> None:
     """As torch's `record` writes it; or cut, or not at all: then its time is now."""
     file = tmp_path / "error.json"
-    if written is not None:
+    failures = [Failure.of(1, file)]
+    for written in (
+        '{"message": {"mess',
+        '{"message": "<NONE>"}',
+        '{"message": {"message": "E: x", "extraInfo": {"timestamp": "7"}}}',
+    ):
         file.write_text(written)
-    failure = Failure.of(1, file)
-    assert (failure.exitcode, failure.text) == (1, text)
-    assert failure.timestamp == (7 if text else pytest.approx(time.time(), abs=5))
+        failures.append(Failure.of(1, file))
+    assert [(each.exitcode, each.text) for each in failures] == [(1, "")] * 3 + [(1, "E: x")]
+    times = [each.timestamp for each in failures]
+    assert times == [pytest.approx(time.time(), abs=5)] * 3 + [7]
 
 
-class Watched:
-    """A watch over ranks that the test plays, with what it prints."""
+def build_watch(folder: Path) -> tuple[Watch, Requests, list[str]]:
+    """A watch over a rank that the test plays, the signals it reads and the lines it prints."""
+    words = ["debug=smoke", "launch.num_processes=1", "launch.timeout_s=10"]
+    run = resolve_valid(compose_run(words), detect_machine())
+    plan: Any = SimpleNamespace(world_size=1)
+    requests, lines = Requests(), list[str]()
+    spec = LaunchSpec(run, plan, RunDir(folder))
+    return Watch(spec, requests=requests, report=lines.append), requests, lines
 
-    def __init__(self, folder: Path, *, world_size: int = 1):
-        words = ["debug=smoke", f"launch.num_processes={world_size}", "launch.timeout_s=10"]
-        run = resolve_valid(compose_run(words), detect_machine())
-        plan: Any = SimpleNamespace(world_size=world_size)
-        self.run_dir, self.requests, self.lines = RunDir(folder), Requests(), list[str]()
-        self.watch = Watch(
-            LaunchSpec(run, plan, self.run_dir), requests=self.requests, report=self.lines.append
-        )
 
-    @contextmanager
-    def rank(
-        self, number: int, *, beats: int, sleeps: bool = True
-    ) -> Iterator["subprocess.Popen[bytes]"]:
-        """A process with so many heartbeats, which then sleeps or exits."""
-        code = (
-            "import sys, time\nfrom pathlib import Path\n"
-            "from llama_pretrain.process import Heartbeat\n"
-            f"heartbeat = Heartbeat(Path(sys.argv[1]), {number})\n"
-            f"for _ in range({beats - 1}): heartbeat.beat()\n"
-            f"time.sleep({60 if sleeps else 0})"
-        )
-        words = [sys.executable, "-c", code, str(self.run_dir.heartbeats)]
-        with subprocess.Popen(words, start_new_session=True) as process:
-            deadline = time.monotonic() + 20
-            while self.count(number) < beats:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-            try:
-                yield process
-            finally:
-                process.kill()
-
-    def count(self, number: int) -> int:
-        return read_beats(self.run_dir.heartbeats, world_size=2)[number].count
-
-    def let_pass(self, seconds: float) -> None:
-        self.watch._began -= seconds
+BEAT = """
+import sys, time
+from pathlib import Path
+from llama_pretrain.process import STARTED, Heartbeat
+heartbeat = Heartbeat(Path(sys.argv[1]), 0)
+for _ in range(STARTED): heartbeat.beat()
+time.sleep(60)
+"""
 
 
 def test_the_first_signal_is_forwarded_once_and_the_second_ends_the_run(tmp_path: Path) -> None:
-    watched = Watched(tmp_path)
-    with watched.rank(0, beats=STARTED + 1) as process:
-        watched.watch.check()
-        assert watched.lines == []
-        watched.requests.add(signal.SIGTERM)
-        watched.watch.check()
+    watch, requests, lines = build_watch(tmp_path)
+    heartbeats = RunDir(tmp_path).heartbeats
+    command = [sys.executable, "-c", BEAT, str(heartbeats)]
+    with subprocess.Popen(command, start_new_session=True) as process:
+        deadline = time.monotonic() + 20
+        while read_beats(heartbeats, world_size=1)[0].count <= STARTED:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        watch.check()
+        assert lines == []
+        requests.add(signal.SIGTERM)
+        watch.check()
         assert process.wait(10) == -signal.SIGTERM
-    watched.watch.check()
-    (line,) = watched.lines
-    assert line == (
-        "SIGTERM: finishing the step and writing a checkpoint; repeat it to exit at once"
-    )
-    watched.requests._last = time.monotonic()
-    watched.requests.add(signal.SIGINT)  # `timeout` sends its signal twice
-    watched.watch.check()
-    watched.requests._last -= 2
-    watched.requests.add(signal.SIGINT)
+    watch.check()
+    text = "SIGTERM: finishing the step and writing a checkpoint; repeat it to exit at once"
+    assert lines == [text]
+    requests._last = time.monotonic()
+    requests.add(signal.SIGINT)  # `timeout` sends its signal twice
+    watch.check()
+    requests._last -= 2
+    requests.add(signal.SIGINT)
     with pytest.raises(Stopped, match="stopped at once by SIGINT"):
-        watched.watch.check()
+        watch.check()
 
 
-def test_a_signal_before_the_first_step_waits_for_nothing(tmp_path: Path) -> None:
-    watched = Watched(tmp_path)
-    with watched.rank(0, beats=STARTED) as process:
-        watched.requests.add(signal.SIGHUP)
-        with pytest.raises(Preempted, match="preempted by SIGHUP"):
-            watched.watch.check()
-        watched.watch.kill()
-        assert process.wait(10) == -signal.SIGKILL
-
-
-def test_the_others_are_killed_soon_after_a_rank_has_died(tmp_path: Path) -> None:
-    watched = Watched(tmp_path, world_size=2)
-    with watched.rank(0, beats=9) as process:
-        with watched.rank(1, beats=1, sleeps=False) as dead:
-            dead.wait(10)
-        watched.watch.check()
-        assert process.poll() is None  # it may still write its error down
-        time.sleep(1.1)
-        watched.watch.check()
-        assert process.wait(10) == -signal.SIGKILL
-    assert watched.watch.killed == {0}
-
-
-def test_a_rank_that_has_done_its_work_is_not_hanging(tmp_path: Path) -> None:
-    watched = Watched(tmp_path)
-    Heartbeat(watched.run_dir.heartbeats, 0).finish()
-    watched.let_pass(100)
-    watched.watch.check()
-
-
-def test_a_rank_that_never_starts_is_reported(tmp_path: Path) -> None:
-    watched = Watched(tmp_path)
-    watched.watch.check()
-    watched.let_pass(11)
+def test_a_rank_that_does_not_start_is_reported_unless_it_is_done(tmp_path: Path) -> None:
+    watch, _, _ = build_watch(tmp_path)
+    watch.check()
+    watch._began -= 11
     with pytest.raises(RankError, match=r"rank 0 failed: it did not start within 10 s"):
-        watched.watch.check()
+        watch.check()
+    Heartbeat(RunDir(tmp_path).heartbeats, 0).finish()
+    watch.check()
 
 
-@pytest.mark.parametrize(
-    ("error", "stopping", "may_pass"),
-    [
+def test_a_restart_is_tried_only_where_it_may_help() -> None:
+    for error, stopping, may_pass in (
         ("killed by SIGKILL", False, True),
         ("NonFiniteError: the loss", False, False),
         ("killed by SIGKILL", True, False),
-    ],
-)
-def test_a_restart_is_tried_only_where_it_may_help(
-    error: str, stopping: bool, may_pass: bool
-) -> None:
-    failed = RankError(rank=0, error=error, log=Path(), stopping=stopping)
-    assert failed.may_pass is may_pass
+    ):
+        failed = RankError(rank=0, error=error, log=Path(), stopping=stopping)
+        assert failed.may_pass is may_pass
 
 
 def test_a_killed_session_includes_every_process_group() -> None:
@@ -270,13 +207,9 @@ def test_a_killed_session_includes_every_process_group() -> None:
     assert is_alive(os.getpid())
 
 
-@pytest.mark.parametrize(
-    ("checkpoint", "text"),
-    [
-        ("step-00000012", "to resume from step-00000012: python run.py resume='/runs/a run'"),
+def test_the_command_that_continues_a_run_can_be_copied() -> None:
+    for checkpoint, text in (
+        (Path("step-12"), "to resume from step-12: python run.py resume='/runs/a run'"),
         (None, "no checkpoint yet; to start again: python run.py reproduce='/runs/a run'"),
-    ],
-)
-def test_the_command_that_continues_a_run_can_be_copied(checkpoint: str | None, text: str) -> None:
-    folder = None if checkpoint is None else Path(checkpoint)
-    assert describe_resume(Path("/runs/a run"), checkpoint=folder).endswith(text)
+    ):
+        assert describe_resume(Path("/runs/a run"), checkpoint=checkpoint).endswith(text)

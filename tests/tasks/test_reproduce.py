@@ -11,7 +11,7 @@ import pytest
 
 from llama_pretrain.config.problems import UserError
 from llama_pretrain.config.snapshot import render_snapshot
-from llama_pretrain.config.tasks import DriftPolicy
+from llama_pretrain.config.tasks import DriftPolicy, Resume
 from llama_pretrain.plan.resolve import resolve
 from llama_pretrain.runs.drift import Drift, Made, list_unknown
 from llama_pretrain.runs.layout import RunDir
@@ -38,19 +38,17 @@ from tests.runs.test_drift import CORPUS, MADE, SOURCE
 def write_run(folder: Path, rows: list[Row], *words: str) -> RunDir:
     folder.mkdir()
     run_dir = RunDir(folder)
-    run_dir.snapshot.write_text(
-        render_snapshot(resolve(compose_run(["debug=smoke", *words]), LAPTOP))
-    )
+    run = resolve(compose_run(["debug=smoke", *words]), LAPTOP)
+    run_dir.snapshot.write_text(render_snapshot(run))
     write_rows(run_dir.metrics, rows)
     run_dir.provenance.write_text(json.dumps(dict(MADE.provenance)))
     run_dir.plan.write_text(json.dumps({"corpus": CORPUS}))
     return run_dir
 
 
-def reproduction_of(
-    of: RunDir, *drifts: Drift, policy: DriftPolicy = DriftPolicy.warn
-) -> Reproduction:
-    return Reproduction(of=of, policy=policy, drifts=drifts, unknown=list_unknown(read_made(of)))
+def reproduction_of(of: RunDir, *drifts: Drift) -> Reproduction:
+    unknown = list_unknown(read_made(of))
+    return Reproduction(of=of, policy=DriftPolicy.warn, drifts=drifts, unknown=unknown)
 
 
 def test_what_a_run_was_made_with_is_read(tmp_path: Path) -> None:
@@ -124,51 +122,36 @@ def test_a_run_whose_files_are_lost_compares_with_nothing(tmp_path: Path) -> Non
 
 def test_drift_is_shown_in_three_groups(tmp_path: Path) -> None:
     lines: list[str] = []
-    of = RunDir(tmp_path)
     many = [drift("host", f"h{number}") for number in range(17)]
-    shown = Reproduction(
-        of=of,
-        policy=DriftPolicy.warn,
-        drifts=[drift("config", "seed", asked=True), *many],
-        unknown=["plan.json"],
-    )
-    show_drift(shown, say=lines.append)
+    shown = reproduction_of(RunDir(tmp_path), drift("config", "seed", asked=True), *many)
+    show_drift(replace(shown, unknown=["plan.json"]), say=lines.append)
     assert lines == [
-        f"drift since {tmp_path}",
-        "  can change results:",
+        *(f"drift since {tmp_path}", "  can change results:"),
         "    config: seed: 1 -> 2 (asked for on the command line)",
-        "  can change bits: none",
-        "  harmless:",
+        *("  can change bits: none", "  harmless:"),
         *(f"    host: h{number}: 1 -> 2" for number in range(15)),
-        "    and 2 more, in reproduction.json",
-        "  cannot be compared: plan.json",
+        *("    and 2 more, in reproduction.json", "  cannot be compared: plan.json"),
     ]
 
 
-@pytest.fixture
-def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Reproduction | None]:
-    """Compares a run of seed 7 at another seed, on another processor."""
+Compare = Callable[..., Reproduction | None]
 
-    def find(
-        policy: str, origins: dict[str, str], *, reproduces: bool = True, resumes: bool = False
-    ) -> Reproduction | None:
-        of = RunDir(tmp_path / "of")
-        if not of.path.exists():
-            write_run(of.path, steps(1.0), "seed=7")
-        run = compose_run(["debug=smoke", "seed=8"])
-        run = replace(run, drift=DriftPolicy(policy))
-        if reproduces:
-            run = replace(run, reproduce_of=str(of.path))
-        if resumes:
-            run = replace(run, resume=replace(run.resume, run_dir="auto"))
+
+@pytest.fixture
+def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compare:
+    """Compares a run of seed 7 at another seed, on another processor."""
+    of = write_run(tmp_path / "of", steps(1.0), "seed=7")
+    provenance = dict(MADE.provenance) | {"cpu": "B"}
+    monkeypatch.setattr(reproduce, "describe_launch", lambda *_: provenance)
+    monkeypatch.setattr(reproduce, "hash_data_files", lambda plan: {})
+    monkeypatch.setattr(reproduce, "asdict", lambda corpus: CORPUS)
+
+    def find(policy: str, origins: dict[str, str], **changes: Any) -> Reproduction | None:
+        changes = {"reproduce_of": str(of.path), "drift": DriftPolicy(policy)} | changes
+        run = replace(compose_run(["debug=smoke", "seed=8"]), **changes)
         plan: Any = SimpleNamespace(corpus=None)
-        provenance = dict(MADE.provenance) | {"cpu": "B"}
-        monkeypatch.setattr(reproduce, "describe_launch", lambda *_: provenance)
-        monkeypatch.setattr(reproduce, "hash_data_files", lambda plan: {})
-        monkeypatch.setattr(reproduce, "asdict", lambda corpus: CORPUS)
-        context = TaskContext(
-            run_dir=RunDir(tmp_path / "now"), argv=[], origins=origins, machine=LAPTOP
-        )
+        now = RunDir(tmp_path / "now")
+        context = TaskContext(run_dir=now, argv=[], origins=origins, machine=LAPTOP)
         return find_reproduction(resolve(run, LAPTOP), plan, context)
 
     return find
@@ -188,19 +171,17 @@ def test_drift_that_was_not_asked_for_is_refused(compare: Callable[..., Reproduc
     assert compare("off", FROM_SNAPSHOT).drifts == []
 
 
-def test_an_interrupted_reproduction_stays_one(
-    compare: Callable[..., Reproduction | None], tmp_path: Path
-) -> None:
-    assert compare("warn", {}, reproduces=False) is None
-    assert compare("warn", {}, reproduces=False, resumes=True) is None
+def test_an_interrupted_reproduction_stays_one(compare: Compare, tmp_path: Path) -> None:
+    resumed: dict[str, Any] = {"reproduce_of": None, "resume": Resume(run_dir="auto")}
+    assert compare("warn", {}, reproduce_of=None) is None
+    assert compare("warn", {}, **resumed) is None
     begun = compare("warn", FROM_SNAPSHOT)
     assert begun is not None
-    (tmp_path / "now").mkdir()
-    begin(
-        replace(begun, policy=DriftPolicy.error, drifts=begun.drifts[:1]), RunDir(tmp_path / "now")
-    )
+    now = RunDir(tmp_path / "now")
+    now.path.mkdir()
+    begin(replace(begun, policy=DriftPolicy.error, drifts=begun.drifts[:1]), now)
     with pytest.raises(UserError, match=r"^cpu: was A"):  # its policy is the one it began with
-        compare("warn", {"seed": "snapshot.yaml"}, reproduces=False, resumes=True)
+        compare("warn", {"seed": "snapshot.yaml"}, **resumed)
 
 
 def test_secrets_of_an_old_run_are_not_copied(

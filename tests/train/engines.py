@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_pretrain.config.model import Model
 from llama_pretrain.config.optim import Optim, OptimName
@@ -23,26 +24,19 @@ from llama_pretrain.train.optimizer import build_optimizer, get_optimizer_groupe
 from tests.machines import resolve_for
 
 SHAPE = Model(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    attention_bias=True,
-    max_position_embeddings=128,
-)
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    attention_bias=True, max_position_embeddings=128,
+)  # fmt: skip
 CONFIG = build_llama_config(SHAPE, vocab_size=64, special_ids={})
 RANK = Rank(index=0, local_index=0, world_size=1, device=torch.device("cpu"))
 BATCH_SIZE = 2
-SHARD_ALL = dict.fromkeys(
-    (
-        "stage3_param_persistence_threshold",
-        "stage3_max_live_parameters",
-        "stage3_max_reuse_distance",
-        "stage3_prefetch_bucket_size",
-    ),
-    0,
-)
+SHARD_ALL = {
+    f"stage3_{name}": 0
+    for name in (
+        *("param_persistence_threshold", "max_live_parameters"),
+        *("max_reuse_distance", "prefetch_bucket_size"),
+    )
+}
 """Without these, stage 3 would keep so small a model whole on each rank."""
 
 
@@ -73,6 +67,14 @@ def plain_model(
     return build_model(CONFIG, seed=seed, weights=weights, ds_config=ds_config, digest=digest)
 
 
+def small_llama(seed: int, **changes: Any) -> Any:
+    """transformers' model, as it initializes it."""
+    torch.manual_seed(seed)
+    sizes: Any = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **changes))
+
+
 def compile_operator(name: str) -> None:
     """Compile an optimizer as a run does, under the lock that other tests' runs take too."""
     run = resolve_for(f"optim={name}")
@@ -86,7 +88,6 @@ def build_small_engine(
     *,
     bf16: bool | dict[str, Any] = False,
     name: str = "torch_adamw",
-    undo: bool = True,
     learning_rate: float = 0.01,
 ) -> Any:
     """A training engine of the small model, fully sharded."""
@@ -102,15 +103,12 @@ def build_small_engine(
     model = build_model(CONFIG, seed=1, weights=None, ds_config=ds_config)
     optim = Optim(name=OptimName(name), learning_rate=learning_rate)
     optimizer = build_optimizer(model, get_optimizer_grouped_parameters(model, 0.1), optim)
+    schedule = LambdaLR(optimizer, lambda step: 1 / (step + 1))
     engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        lr_scheduler=LambdaLR(optimizer, lambda step: 1 / (step + 1)),
-        config=ds_config,
+        model=model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config,
         dist_init_required=False,
-    )
-    if undo:
-        undo_initial_step(engine)
+    )  # fmt: skip
+    undo_initial_step(engine)
     engine.train()
     return engine
 

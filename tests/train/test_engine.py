@@ -15,6 +15,10 @@ from llama_pretrain.train.loss import token_losses
 from tests.train.engines import RANK, build_small_engine, plain_model, random_batches, take_step
 
 pytestmark = pytest.mark.usefixtures("process_group")
+ADAMW_AND_MUON = [
+    *(("torch_adamw", stage) for stage in range(4)),
+    *(("muon", stage) for stage in (1, 2, 3)),
+]
 COMPILED = ("cpu_adam", "fused_adam", "cpu_lion", "cpu_adagrad")
 
 
@@ -25,13 +29,8 @@ def copy_tensors(engine: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("name", "stage"),
     [
-        *(("torch_adamw", stage) for stage in (0, 1, 2, 3)),
-        *(("muon", stage) for stage in (1, 2, 3)),
-        *(
-            pytest.param(name, stage, marks=pytest.mark.slow)
-            for name in COMPILED
-            for stage in (0, 1, 2, 3)
-        ),
+        *ADAMW_AND_MUON,
+        *(pytest.param(n, s, marks=pytest.mark.slow) for n in COMPILED for s in range(4)),
     ],
 )
 @pytest.mark.parametrize("bf16", [False, True])
@@ -43,13 +42,8 @@ def test_initialization_changes_no_weight_and_no_state(name: str, stage: int, bf
     engine = build_small_engine(stage, bf16=bf16, name=name, learning_rate=0.1)
     wrapper = engine.optimizer
     state = getattr(wrapper, "optimizer", wrapper).state
-    moments = [
-        value
-        for values in state.values()
-        for value in values.values()
-        if torch.is_tensor(value) and value.numel() > 1
-    ]
-    assert all(not moment.any() for moment in moments)
+    values = [value for each in state.values() for value in each.values()]
+    assert not any(value.any() for value in values if torch.is_tensor(value) and value.numel() > 1)
     named = dict(engine.module.named_parameters())
     if stage > 0:
         found = {name: safe_get_full_fp32_param(p) for name, p in named.items()}
@@ -66,19 +60,8 @@ def test_initialization_changes_no_weight_and_no_state(name: str, stage: int, bf
         assert torch.equal(found[name].reshape(value.shape), value), name
 
 
-def test_deepspeed_takes_a_step_at_stage_0() -> None:
-    """The reason for undo_initial_step: if this fails, DeepSpeed has fixed it."""
-    engine = build_small_engine(0, bf16=True, undo=False)
-    assert len(engine.optimizer.optimizer.state) > 0
-    master, half = engine.optimizer.fp32_groups[0][0], engine.optimizer.fp16_groups[0][0]
-    assert not torch.equal(master, half.float())
-
-
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize(
-    ("name", "stage"),
-    [*(("torch_adamw", stage) for stage in range(4)), *(("muon", stage) for stage in (1, 2, 3))],
-)
+@pytest.mark.parametrize(("name", "stage"), ADAMW_AND_MUON)
 def test_a_skipped_step_changes_nothing(stage: int, bf16: bool, name: str) -> None:
     """Skipped for a NaN loss, for a finite loss with a NaN gradient, and on request."""
     engine, batches = build_small_engine(stage, bf16=bf16, name=name), random_batches(3)

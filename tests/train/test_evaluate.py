@@ -1,19 +1,19 @@
 """Losses of masked documents and of split sequences, compared with transformers on each part."""
 
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_pretrain.data.dataset import IGNORED, document_positions
 from llama_pretrain.train.evaluate import verify_document_mask
 from llama_pretrain.train.loss import token_losses
 from llama_pretrain.train.step import split_sequences
-from tests.train.engines import RANK
+from tests.train.engines import RANK, small_llama
 
 EOS = 2
 DOCUMENTS = ([5, 6, 7, 8, EOS], [9, EOS], [11, 12, 13, 14, 15, 16, EOS], [21, 22, 23])
@@ -21,17 +21,8 @@ ORDERS = ((0, 1, 2, 3), (2, 0, 1, 3))
 
 
 @pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return LlamaForCausalLM(config)
+def model() -> Any:
+    return small_llama(0, num_key_value_heads=2)
 
 
 def reference_losses(model: Any, ids: Tensor) -> Tensor:
@@ -55,7 +46,7 @@ def packed() -> dict[str, Tensor]:
     }
 
 
-def test_masked_losses_equal_those_of_separate_documents(model: LlamaForCausalLM) -> None:
+def test_masked_losses_equal_those_of_separate_documents(model: Any) -> None:
     batch = packed()
     losses = token_losses(model, batch).view(2, -1)
     for row, order in enumerate(ORDERS):
@@ -68,40 +59,21 @@ def test_masked_losses_equal_those_of_separate_documents(model: LlamaForCausalLM
     assert (token_losses(model, batch).view(2, -1) - losses).abs().max() > 1e-3
 
 
-class Engine:
-    """A model with the attributes of DeepSpeed's engine that the check uses."""
-
-    def __init__(self, model: LlamaForCausalLM, *, leaks: bool):
-        self.module, self._leaks = model, leaks
-
-    def eval(self) -> None:
-        self.module.train(False)
-
-    def train(self) -> None:
-        self.module.train()
-
-    def __call__(self, **inputs: Any) -> Any:
-        if self._leaks:  # like transformers with a cache
-            inputs.pop("position_ids", None)
-        return self.module(**inputs)
-
-
-def test_a_leak_between_documents_is_found(model: LlamaForCausalLM) -> None:
-    summary = verify_document_mask(Engine(model, leaks=False), eos_id=EOS, rank=RANK)
+def test_a_leak_between_documents_is_found(model: Any) -> None:
+    engine: Any = MagicMock(side_effect=model, module=model)
+    summary = verify_document_mask(engine, eos_id=EOS, rank=RANK)
     assert summary.startswith("document mask: logits change by 0, without it by 0.")
+    engine.side_effect = lambda position_ids=None, **inputs: model(**inputs)  # as with a cache
     with pytest.raises(RuntimeError, match="documents of a sequence attend to each other"):
-        verify_document_mask(Engine(model, leaks=True), eos_id=EOS, rank=RANK)
+        verify_document_mask(engine, eos_id=EOS, rank=RANK)
 
 
-def test_split_sequences_are_independent(model: LlamaForCausalLM) -> None:
+def test_split_sequences_are_independent(model: Any) -> None:
     """A sequence of 12 split into 4s has the same targets and sees only its own part."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 64, (2, 13), generator=generator)
-    batch = {
-        "input_ids": ids[:, :-1],
-        "shift_labels": ids[:, 1:],
-        "sample_id": torch.tensor([7, 9]),
-    }
+    batch = {"input_ids": ids[:, :-1], "shift_labels": ids[:, 1:]}
+    batch["sample_id"] = torch.tensor([7, 9])
     split = split_sequences(batch, 4)
     assert split["input_ids"].shape == (6, 4)
     assert split["sample_id"].tolist() == [7, 9]

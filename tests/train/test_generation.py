@@ -1,19 +1,18 @@
 """Text during training, compared with transformers' greedy search."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama_pretrain.distributed import Rank
 from llama_pretrain.process import StopRequest
 from llama_pretrain.train import loop
 from llama_pretrain.train.generation import Prompt, generate_with_engine
 from llama_pretrain.train.progress import Progress
-from tests.train.engines import RANK
+from tests.train.engines import RANK, small_llama
 
 EOS = 2
 IDS = [5, 6, 7]
@@ -21,51 +20,23 @@ IDS = [5, 6, 7]
 pytestmark = pytest.mark.usefixtures("process_group")
 
 
-class IdTokenizer:
-    """A tokenizer whose text is the ids themselves."""
-
-    def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
-        assert skip_special_tokens
-        return " ".join(str(number) for number in ids)
-
-
+ID_TOKENIZER = SimpleNamespace(decode=lambda ids, *, skip_special_tokens: " ".join(map(str, ids)))
+"""Its text is the ids themselves."""
 PROMPT = Prompt(
-    text="5 6 7",
-    ids=IDS,
-    num_tokens=12,
-    max_length=64,
-    eos_id=EOS,
-    document_mask=False,
-    gather_once=False,
-    tokenizer=IdTokenizer(),
-)
+    text="5 6 7", ids=IDS, num_tokens=12, max_length=64, eos_id=EOS, document_mask=False,
+    gather_once=False, tokenizer=ID_TOKENIZER,
+)  # fmt: skip
 
 
 @pytest.fixture
 def model() -> Any:
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        attention_dropout=0.5,
-        initializer_range=0.5,
-        eos_token_id=EOS,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).train()
+    ids = {"eos_token_id": EOS, "pad_token_id": 0}
+    return small_llama(3, attention_dropout=0.5, initializer_range=0.5, **ids).train()
 
 
-@pytest.fixture
-def rank() -> Rank:
-    return replace(RANK, stop=StopRequest())
-
-
-def generate_ids(model: Any, prompt: Prompt, rank: Rank) -> list[int]:
+def generate_ids(model: Any, **changes: Any) -> list[int]:
     """The ids after the prompt's."""
-    text = generate_with_engine(model, prompt, rank)
+    text = generate_with_engine(model, replace(PROMPT, **changes), RANK)
     assert text is not None
     ids = [int(word) for word in text.split()]
     assert ids[: len(IDS)] == IDS
@@ -75,41 +46,39 @@ def generate_ids(model: Any, prompt: Prompt, rank: Rank) -> list[int]:
 def greedy(model: Any, ids: list[int], num_tokens: int) -> list[int]:
     """What transformers adds, with its cache."""
     inputs = torch.tensor([ids])
-    mask = torch.ones_like(inputs)
-    found = model.eval().generate(
-        inputs, attention_mask=mask, max_new_tokens=num_tokens, do_sample=False
-    )
+    options = {"attention_mask": torch.ones_like(inputs), "do_sample": False}
+    found = model.eval().generate(inputs, max_new_tokens=num_tokens, **options)
     model.train()
     added: list[int] = found[0, len(ids) :].tolist()
     return added
 
 
 @pytest.mark.parametrize("document_mask", [False, True])
-def test_generation_equals_transformers(model: Any, rank: Rank, document_mask: bool) -> None:
+def test_generation_equals_transformers(model: Any, document_mask: bool) -> None:
     """And it changes neither random generators, nor modes, nor gradients."""
     expected = greedy(model, IDS, 12)
     assert len(set(expected)) > 3
     before = torch.get_rng_state()
-    assert generate_ids(model, replace(PROMPT, document_mask=document_mask), rank) == expected
+    assert generate_ids(model, document_mask=document_mask) == expected
     assert torch.equal(torch.get_rng_state(), before)
     assert all(module.training for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_it_ends_with_the_document(model: Any, rank: Rank) -> None:
+def test_it_ends_with_the_document(model: Any) -> None:
     first, second, third, *_ = greedy(model, IDS, 12)
     assert third not in (first, second)
-    assert generate_ids(model, replace(PROMPT, eos_id=third), rank) == [first, second, third]
+    assert generate_ids(model, eos_id=third) == [first, second, third]
 
 
-def test_no_input_is_longer_than_in_training(model: Any, rank: Rank) -> None:
+def test_no_input_is_longer_than_in_training(model: Any) -> None:
     """With sequences of 4 tokens, each token depends only on the 4 before it."""
     lengths: list[int] = []
     model.register_forward_pre_hook(
         lambda _module, _args, inputs: lengths.append(inputs["input_ids"].shape[1]),
         with_kwargs=True,
     )
-    found = generate_ids(model, replace(PROMPT, max_length=4, num_tokens=4), rank)
+    found = generate_ids(model, max_length=4, num_tokens=4)
     assert lengths == [4, 4, 4, 4]
     ids = list(IDS)
     for _ in range(4):
@@ -117,8 +86,8 @@ def test_no_input_is_longer_than_in_training(model: Any, rank: Rank) -> None:
     assert found == ids[len(IDS) :]
 
 
-def test_a_signal_interrupts_it(model: Any, rank: Rank) -> None:
-    passes: list[int] = []
+def test_a_signal_interrupts_it(model: Any) -> None:
+    rank, passes = replace(RANK, stop=StopRequest()), []
 
     def stop(*_: Any) -> None:
         passes.append(1)
@@ -134,16 +103,11 @@ def test_a_signal_interrupts_it(model: Any, rank: Rank) -> None:
 def test_untrained_weights_generate_few_tokens(
     num_tokens: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    requested: list[int] = []
-
-    def generate(engine: Any, prompt: Prompt, rank: Rank) -> str:
-        requested.append(prompt.num_tokens)
-        return ""
-
+    generate = MagicMock(return_value="")
     monkeypatch.setattr(loop, "generate_with_engine", generate)
     monkeypatch.setattr(loop, "sum_losses", MagicMock())
     training: Any = MagicMock(rank=RANK, prompt=replace(PROMPT, num_tokens=num_tokens))
     training.position.return_value = {"step": 0, "tokens": 0}
     for step in (0, 1, 2):
         assert loop._evaluate(training, MagicMock(), Progress(step=step))
-    assert requested == expected
+    assert [call.args[1].num_tokens for call in generate.call_args_list] == expected

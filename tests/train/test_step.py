@@ -48,10 +48,9 @@ def test_a_step_waits_once_for_the_device(
     engine = build_small_engine(1, bf16=True)
     stage = SimpleNamespace(sequence_length=random_batches(1)[0]["input_ids"].shape[1])
     batch_plan = BatchPlan(
-        global_batch_size=BATCH_SIZE * accumulation,
-        micro_batch_size=BATCH_SIZE,
+        global_batch_size=BATCH_SIZE * accumulation, micro_batch_size=BATCH_SIZE,
         gradient_accumulation_steps=accumulation,
-    )
+    )  # fmt: skip
     sampling = SimpleNamespace(stage_at=lambda sample: stage)
     training: Any = SimpleNamespace(
         run=plan_for_cluster(f"train.spike={spike}"),

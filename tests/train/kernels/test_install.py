@@ -4,6 +4,7 @@ import sys
 import types
 from dataclasses import replace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -28,27 +29,16 @@ from tests.train.kernels.test_functions import error, fused_norm, seeded, wide_l
 
 __all__ = ["seeded"]  # a fixture
 
-PLAIN = Kernels(
-    attention=AttentionKernel.sdpa,
-    loss=Loss.plain,
-    rms_norm=LayerKernel.plain,
-    rotary=LayerKernel.plain,
-    swiglu=LayerKernel.plain,
-    matmul=Matmul.plain,
-)
-FAST = Kernels(
-    attention=AttentionKernel.blocked,
-    loss=Loss.chunked,
-    rms_norm=LayerKernel.fused,
-    rotary=LayerKernel.fused,
-    swiglu=LayerKernel.fused,
-    matmul=Matmul.plain,
-)
-WIDE = replace(FAST, attention=AttentionKernel.sdpa, matmul=Matmul.fp32)
-
 
 def of_layers(kernel: LayerKernel) -> dict[str, Any]:
     return dict.fromkeys(("rms_norm", "rotary", "swiglu"), kernel)
+
+
+SDPA, BLOCKED = AttentionKernel.sdpa, AttentionKernel.blocked
+BASE = Kernels(attention=SDPA, loss=Loss.plain, matmul=Matmul.plain)
+PLAIN = replace(BASE, **of_layers(LayerKernel.plain))
+WIDE = replace(BASE, loss=Loss.chunked, matmul=Matmul.fp32, **of_layers(LayerKernel.fused))
+FAST = replace(WIDE, attention=BLOCKED, matmul=Matmul.plain)
 
 
 def build(kernels: Kernels, dtype: torch.dtype, **changes: int | bool) -> Any:
@@ -115,14 +105,6 @@ KERNELS = {
 """A function that each kernel calls."""
 
 
-def recording(function: Any, used: set[str], name: str) -> Any:
-    def recorded(*args: Any, **more: Any) -> Any:
-        used.add(name)
-        return function(*args, **more)
-
-    return recorded
-
-
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_model_with_one_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernel requires another, and the chosen one runs."""
@@ -130,34 +112,31 @@ def test_a_model_with_one_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     kernels = replace(PLAIN, **{name: getattr(FAST, name)})
     plain, fast = (build(chosen, torch.float32) for chosen in (PLAIN, kernels))
     exact = gradients(plain, batch)
-    used: set[str] = set()
+    used = {other: MagicMock(side_effect=getattr(*place)) for other, place in KERNELS.items()}
     for other, (place, function) in KERNELS.items():
-        monkeypatch.setattr(place, function, recording(getattr(place, function), used, other))
+        monkeypatch.setattr(place, function, used[other])
     assert error(gradients(fast, batch), exact) < 1e-5
-    assert used == {name}
+    assert {other for other, called in used.items() if called.called} == {name}
 
 
-@pytest.mark.parametrize("attention", [AttentionKernel.sdpa, AttentionKernel.blocked])
+@pytest.mark.parametrize("attention", [SDPA, BLOCKED])
 def test_wide_products(attention: AttentionKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Closer to fp32 than the same kernels without, and used for every product."""
     batch = random_batch()
-    kernels = replace(PLAIN, attention=attention)
-    plain, wide = (
-        build(chosen, torch.bfloat16, attention_bias=True)
-        for chosen in (kernels, replace(kernels, matmul=Matmul.fp32))
+    plain, wide, exact = (
+        build(replace(PLAIN, **changes), torch.bfloat16, attention_bias=True)
+        for changes in (
+            {"attention": attention},
+            {"attention": attention, "matmul": Matmul.fp32},
+            {},
+        )
     )
-    products = []
-
-    def recorded(*inputs: Tensor) -> Any:
-        products.append(inputs[1].shape)
-        return wide_linear(*inputs)
-
-    monkeypatch.setattr(WideLinear, "apply", recorded)
+    apply = MagicMock(side_effect=wide_linear)
+    monkeypatch.setattr(WideLinear, "apply", apply)
     found = gradients(wide, batch)
-    assert len(products) == 2 * 7 + 1
-    halves = gradients(plain, batch)
-    exact = gradients(build(PLAIN, torch.bfloat16, attention_bias=True).float(), batch)
-    assert error(found, exact) < error(halves, exact) < 0.05
+    assert apply.call_count == 2 * 7 + 1
+    halves, wanted = gradients(plain, batch), gradients(exact.float(), batch)
+    assert error(found, wanted) < error(halves, wanted) < 0.05
 
 
 @pytest.mark.slow
@@ -179,39 +158,26 @@ def test_a_compiled_model(kernels: Kernels, part: CompiledPart) -> None:
 
 def test_liger_kernels_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
     """They need a GPU: here functions with the same signatures and results replace them."""
-    called = []
-
-    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Any:
-        called.append("rms_norm")
-        return fused_norm(x, weight, eps)
-
-    def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-        called.append("swiglu")
-        return functional.silu(gate) * up
-
-    def rope(*inputs: Tensor) -> Any:
-        called.append("rope")
-        return apply_rotary_pos_emb(*inputs)
 
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor, *, reduction: str) -> Tensor:
-        called.append("loss")
         return functional.cross_entropy(hidden @ weight.t(), targets, reduction=reduction)
 
+    called = {
+        "liger_rms_norm": MagicMock(side_effect=lambda x, weight, eps: fused_norm(x, weight, eps)),
+        "liger_swiglu": MagicMock(side_effect=lambda gate, up: functional.silu(gate) * up),
+        "liger_rope": MagicMock(side_effect=apply_rotary_pos_emb),
+        "liger_fused_linear_cross_entropy": MagicMock(side_effect=loss),
+    }
     module = types.ModuleType("functional")
-    module.__dict__.update(
-        liger_rms_norm=rms_norm,
-        liger_swiglu=swiglu,
-        liger_rope=rope,
-        liger_fused_linear_cross_entropy=loss,
-    )
-    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
-    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", types.ModuleType("transformers"))
+    module.__dict__.update(called)
+    for name in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, install.LIGER, module)
     kernels = replace(PLAIN, loss=Loss.liger, **of_layers(LayerKernel.liger))
     batch = random_batch()
     plain, liger = (build(chosen, torch.float32) for chosen in (PLAIN, kernels))
     assert error(gradients(liger, batch), gradients(plain, batch)) < 1e-5
-    assert sorted(called) == ["loss"] + ["rms_norm"] * 5 + ["rope"] * 2 + ["swiglu"] * 2
+    assert [each.call_count for each in called.values()] == [5, 2, 2, 1]
     with torch.no_grad():
         assert torch.allclose(token_losses(liger, batch), token_losses(plain, batch), atol=1e-5)
 
