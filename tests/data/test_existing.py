@@ -119,5 +119,5 @@ def test_a_vocabulary_above_the_dtype(tmp_path: Path) -> None:
     words = ["data=tokens", f"data.paths=['{tmp_path}/x.bin']", "data.dtype=uint16"]
     words += ["tokenizer=pretrained", f"tokenizer.path={tmp_path}/t"]
     (problem,) = problems_of(tmp_path, *words, "model.resize_embeddings=true")
-    text = "data.dtype: uint16 holds ids up to 65,535, but the tokenizer has 70,002 tokens: larger"
+    text = "data.dtype: uint16 holds ids up to 65,535, but the tokenizer has 70,001 tokens: larger"
     assert problem.startswith(text)
