@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
+from transformers import GenerationConfig, LlamaConfig
 from transformers.utils import logging
 
+from llama_pretrain.checkpoint.huggingface import load_model, load_tokenizer
 from llama_pretrain.checkpoint.manifest import read_manifest
 from llama_pretrain.checkpoint.model_card import describe_precision, render_card
 from llama_pretrain.checkpoint.tensors import LOGITS, TRAINED_DTYPES, StoredState
@@ -154,7 +155,7 @@ def _replace(folder: Path, target: Path) -> None:
 
 def _write_model(checkpoint: Path, target: Path, *, run: ResolvedRun, tokenizer_dir: Path) -> None:
     """Write everything that transformers reads."""
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
+    tokenizer = load_tokenizer(tokenizer_dir)
     ids = set(tokenizer.get_vocab().values())
     dtype = TRAINED_DTYPES[run.precision.name.value]
     with StoredState(checkpoint) as stored:
@@ -216,9 +217,7 @@ def compare_logits(folder: Path, checkpoint: Path, *, precision: Precision) -> f
     `input_ids` (1, T), `logits` (1, T, V). An export with a smaller vocabulary has the first ones.
     """
     stored = load_file(checkpoint / LOGITS)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", attn_implementation="sdpa", local_files_only=True
-    )
+    model = load_model(folder, dtype="auto", attn_implementation="sdpa")
     autocast = precision.torch_autocast
     dtype = getattr(torch, autocast.dtype.value)
     with torch.autocast("cpu", dtype=dtype) if autocast.enabled else nullcontext():

@@ -12,9 +12,11 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from llama_pretrain.config.problems import Problem, refuse
 from llama_pretrain.config.tokenizer import Tokenizer as TokenizerConfig
 from llama_pretrain.data.cache import Cache, data_error
 from llama_pretrain.files import hash_bytes, hash_text
+from llama_pretrain.plan.pretrained import NO_CODE, find_code
 
 PAD, BOS, EOS = "[PAD]", "<s>", "</s>"
 FORMAT = 2
@@ -86,6 +88,7 @@ def import_tokenizer(config: TokenizerConfig, cache: Cache) -> Path:
     if not file.is_file():
         hint = "Use a directory that save_pretrained of a fast tokenizer wrote"
         raise data_error(option, f"must have a tokenizer.json (got {folder})", hint)
+    refuse(Problem(path=option, message=text, hint=NO_CODE) for text in find_code(folder))
     try:
         backend = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_pretrain.checkpoint.export import quiet_transformers
+from llama_pretrain.checkpoint.huggingface import load_model, load_tokenizer
 from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.config.tasks import Generate
 
@@ -21,10 +21,8 @@ def continue_prompt(export: Path, settings: Generate, *, seed: int, device: str 
         UserError: if it would be longer than the model is made for.
     """
     quiet_transformers()
-    tokenizer = AutoTokenizer.from_pretrained(export, local_files_only=True)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        export, dtype=torch.float32 if device == "cpu" else "auto", local_files_only=True
-    )
+    tokenizer = load_tokenizer(export)
+    model = load_model(export, dtype=torch.float32 if device == "cpu" else "auto")
     model.to(device)
     ids = tokenizer(settings.prompt, return_token_type_ids=False).input_ids
     ids = ids or [tokenizer.eos_token_id]

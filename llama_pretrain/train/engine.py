@@ -8,9 +8,10 @@ import deepspeed
 import torch
 from deepspeed.utils.logging import set_log_level_from_string
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from llama_pretrain.checkpoint.engine_state import replicated_weights
+from llama_pretrain.checkpoint.huggingface import load_tokenizer
 from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.distributed import Rank, print_rank_0
 from llama_pretrain.plan.plan import TrainingPlan
@@ -41,7 +42,7 @@ def build_engine(
     if "log_level" not in ds_config:
         # DeepSpeed prints steps_per_print, dump_state and comms_logger at this level only.
         set_log_level_from_string("info")
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
     config = build_llama_config(
         run.model,
         vocab_size=plan.vocab_size,

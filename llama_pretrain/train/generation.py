@@ -10,9 +10,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.func import functional_call
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.initialization import no_init_weights
 
+from llama_pretrain.checkpoint.huggingface import load_tokenizer
 from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.zero import OffloadDevice
 from llama_pretrain.data.dataset import document_positions
@@ -52,7 +53,7 @@ def open_prompt(run: ResolvedRun, plan: TrainingPlan, run_dir: RunDir) -> Prompt
     if not text:
         return None
     eos_id = plan.corpus.eos_id
-    tokenizer = AutoTokenizer.from_pretrained(run_dir.tokenizer, local_files_only=True)
+    tokenizer = load_tokenizer(run_dir.tokenizer)
     return Prompt(
         text=text,
         ids=tokenizer(text, return_token_type_ids=False).input_ids or [eos_id],
