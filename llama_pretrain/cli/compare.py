@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llama_pretrain.cli.plot import plot
-from llama_pretrain.cli.terminal import printable, say, say_problems, table_lines, terminal_width
+from llama_pretrain.cli.terminal import say, say_problems, table_lines, terminal_width
 from llama_pretrain.config.problems import UserError
 from llama_pretrain.files import write_text
 from llama_pretrain.runs.comparison import Comparison, group, load_runs
 from llama_pretrain.runs.metrics import curve
+from llama_pretrain.runs.units import printable
 
 PLOT_WIDTH, PLOT_HEIGHT = 72, 14
 MAX_LENGTH = 160

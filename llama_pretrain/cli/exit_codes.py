@@ -1,5 +1,7 @@
 """How a command ends: expected errors as lines, signals as exit codes, bugs as tracebacks."""
 
+import errno
+
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -11,6 +13,7 @@ from llama_pretrain.launch.watch import RankError
 from llama_pretrain.runs.agreement import DivergedError
 from llama_pretrain.tasks.pretrain import UnsavedError
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES)
 EXPECTED = (UserError, RankError, DivergedError, UnsavedError)
 
 
@@ -39,6 +42,9 @@ def finish(error: BaseException, *, requests: Requests, swept: int) -> int:
         return PREEMPTED_CODE if isinstance(error, Preempted) else 128 + error.number
     if isinstance(error, EXPECTED):
         print_error(error)
+        return 1
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        console.show_failure(f"{error.strerror}: {error.filename or 'a file of the run'}")
         return 1
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         message = describe_compose_error(error)

@@ -10,8 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from llama_pretrain.cli.listing import Listed, list_runs
-from llama_pretrain.cli.terminal import printable, say, table_lines, terminal_width
+from llama_pretrain.cli.terminal import say, table_lines, terminal_width
 from llama_pretrain.runs.status import CRASHED
+from llama_pretrain.runs.units import printable
 
 DEFAULT = "outputs"
 OPTIONAL = ("tokens/s", "model", "loss", "started (UTC)", "eval loss", "steps")

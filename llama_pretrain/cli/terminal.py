@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llama_pretrain.config.problems import UserError
+from llama_pretrain.runs.units import printable
 
 PIPE_WIDTH = 10_000
 """Columns where output is no terminal: no row is folded, so that it can be searched."""
@@ -27,17 +28,12 @@ def say(text: str, *, error: bool = False) -> None:
 def say_problems(error: UserError) -> None:
     """A user's mistakes, one per line."""
     for problem in error.problems:
-        say(f"error: {problem}", error=True)
+        say(printable(f"error: {problem}"), error=True)
 
 
 def terminal_width() -> int | None:
     """Columns of the terminal; `None` in a pipe."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-
-
-def printable(text: str) -> str:
-    """Text without line breaks and control characters."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def table_lines(

@@ -4,12 +4,14 @@ from llama_pretrain.console.config import show_config, show_warnings
 from llama_pretrain.console.data import DataReport, show_corpus, show_inspection
 from llama_pretrain.console.output import (
     PIPE_WIDTH,
+    PlainConsole,
     errors,
     note,
     out,
     say,
     show_failure,
     show_problems,
+    styled,
     taking_time,
 )
 from llama_pretrain.console.plan import (
@@ -25,6 +27,7 @@ from llama_pretrain.console.result import show_evaluation, show_result, show_ver
 __all__ = [
     "PIPE_WIDTH",
     "DataReport",
+    "PlainConsole",
     "errors",
     "follow_metrics",
     "note",
@@ -44,5 +47,6 @@ __all__ = [
     "show_sources",
     "show_verification",
     "show_warnings",
+    "styled",
     "taking_time",
 ]

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 
-from rich.markup import escape
 from rich.table import Table
 
 from llama_pretrain.config.fields import yaml_text
@@ -11,7 +10,7 @@ from llama_pretrain.config.problems import Problem
 from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.snapshot import SNAPSHOT_NAME, to_plain
 from llama_pretrain.config.validate import flatten
-from llama_pretrain.console.output import out
+from llama_pretrain.console.output import out, styled
 
 
 def show_config(run: ResolvedRun, origins: Mapping[str, str]) -> None:
@@ -26,17 +25,17 @@ def show_config(run: ResolvedRun, origins: Mapping[str, str]) -> None:
         and not origin.startswith(("chosen:", "derived:"))
     ]
     if not rows:
-        out.print("[bold]config[/]: all settings are the defaults")
+        out.print("config: all settings are the defaults")
         return
     table = Table(title="config", title_justify="left", box=None, pad_edge=False, show_header=False)
     for style in ("cyan", "green", "dim"):
         table.add_column(style=style, overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*row)
     out.print(table)
 
 
 def show_warnings(problems: Iterable[Problem]) -> None:
     """Settings that have no effect in this run, one a line."""
     for problem in problems:
-        out.print(f"[yellow]warning[/] {escape(str(problem))}", soft_wrap=True)
+        out.print(styled("warning", "yellow"), str(problem), soft_wrap=True)

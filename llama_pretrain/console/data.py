@@ -7,7 +7,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -52,7 +51,7 @@ def show_inspection(
     for number, name in enumerate(sources[0]):
         table.add_column(name, justify="right" if number else "left", overflow="fold")
     for line in sources[1:]:
-        table.add_row(*(escape(cell) for cell in line))
+        table.add_row(*line)
     out.print(table)
     for source in inspection.sources:
         out.print(_length_bars(source))
@@ -97,7 +96,7 @@ class DataReport:
         started = time.monotonic()
         if out.is_terminal:
             columns = (
-                TextColumn("[bold]{task.description}"),
+                TextColumn("{task.description}", style="bold", markup=False),
                 BarColumn(bar_width=None),
                 TextColumn("{task.percentage:>3.0f}%" if total else ""),
                 TextColumn("{task.fields[text]}"),

@@ -5,12 +5,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.validate import flatten
-from llama_pretrain.console.output import out, two_columns
+from llama_pretrain.console.output import out, styled, two_columns
 from llama_pretrain.plan.cost import CostPlan
 from llama_pretrain.plan.fit import Fit
 from llama_pretrain.plan.plan import Plan, Steps, TrainingPlan
@@ -48,11 +48,14 @@ def show_plan(run: ResolvedRun, plan: Plan, run_dir: RunDir | None) -> None:
     parts = ", ".join(
         f"{name} {format_size(value)}" for name, value in memory.parts.items() if value
     )
-    verdict = "fits" if plan.fits else "[bold red]does not fit[/]"
+    verdict = styled("fits", "") if plan.fits else styled("does not fit", "bold red")
     table.add_row(
         "memory a rank",
-        f"{format_size(memory.total)} peak ({memory.phase}), {verdict} in"
-        f" {format_size(plan.device_memory)}: {parts}",
+        Text.assemble(
+            f"{format_size(memory.total)} peak ({memory.phase}), ",
+            verdict,
+            f" in {format_size(plan.device_memory)}: {parts}",
+        ),
     )
     for name, size_beside in (("host", memory.host), ("disk", memory.disk)):
         if size_beside:
@@ -178,9 +181,9 @@ def show_jobs(jobs: Sequence[PlannedJob]) -> int:
     for name in ("activations", "rest", "a rank", "sends a step", "fits"):
         table.add_column(name, justify="right")
     for job in jobs:
-        label = escape(job.label.replace(",", " "))
+        label = job.label.replace(",", " ")
         if job.plan is None:
-            table.add_row(label, f"[red]{escape(job.problem)}[/]")
+            table.add_row(label, styled(job.problem, "red"))
             continue
         plan, memory = job.plan, job.plan.memory
         batch = plan.batch
@@ -195,7 +198,7 @@ def show_jobs(jobs: Sequence[PlannedJob]) -> int:
             f"{batch.micro_batch_size} x {batch.gradient_accumulation_steps} x {plan.world_size}",
             *(format_size(size) for size in (*shown, memory.total - sum(shown), memory.total)),
             format_size(plan.traffic.total),
-            "yes" if plan.fits else "[bold red]no[/]",
+            styled("yes", "") if plan.fits else styled("no", "bold red"),
         )
     out.print(table)
     return 1 if any(job.plan is None for job in jobs) else 0
@@ -208,5 +211,5 @@ def show_sources(config: Mapping[str, Any], sources: Mapping[str, str]) -> None:
         table.add_column(name, overflow="fold")
     for path, value in flatten(config):
         if sources[path] != "default":
-            table.add_row(path, escape(json.dumps(value)), escape(sources[path]))
+            table.add_row(path, json.dumps(value), sources[path])
     out.print(table)

@@ -85,10 +85,10 @@ def _follow_with_bar(
     timings: bool,
 ) -> None:
     columns = (
-        TextColumn("[bold]{task.description}"),
+        TextColumn("{task.description}", style="bold", markup=False),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}"),
+        TextColumn("{task.fields[text]}", markup=False),
         TimeRemainingColumn(compact=True),
     )
     with Progress(*columns, console=out, expand=True) as progress:

@@ -3,10 +3,9 @@
 import shlex
 from collections.abc import Sequence
 
-from rich.markup import escape
 from rich.table import Table
 
-from llama_pretrain.console.output import out, percent_text, rate_text, two_columns
+from llama_pretrain.console.output import out, percent_text, rate_text, styled, two_columns
 from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.runs.metrics import (
     EvaluationRow,
@@ -39,7 +38,7 @@ def show_result(rows: Sequence[Row], run_dir: RunDir) -> None:
     sample = run_dir.path / "sample.txt"
     if sample.is_file():
         text = " ".join(sample.read_text(encoding="utf-8").split())
-        table.add_row("sample", escape(text if len(text) < 300 else text[:297] + "..."))
+        table.add_row("sample", text if len(text) < 300 else text[:297] + "...")
     for name, path in (
         ("run directory", run_dir.path),
         ("checkpoints", run_dir.checkpoints),
@@ -82,7 +81,9 @@ def show_verification(whole: Sequence[Row], cut: Sequence[Row], *, cut_at: int) 
         names = ("loss", "grad_norm", "learning_rate", "sample_hash")
         equal = all(getattr(row, name) == getattr(other, name, None) for name in names)
         mark = " (cut here)" if row.step == cut_at else ""
-        table.add_row(f"{row.step}{mark}", *cells, "yes" if equal else "[bold red]no[/]")
+        table.add_row(
+            f"{row.step}{mark}", *cells, styled("yes", "") if equal else styled("no", "bold red")
+        )
     out.print(table)
 
 

@@ -20,6 +20,15 @@ def format_number(value: Any, form: str, *, absent: str = "") -> str:
     return format(value, form) if is_number(value) else absent
 
 
+def printable(text: str, *, keep: str = "") -> str:
+    """Text of a file or a user on a terminal: `?` in place of escapes and control characters.
+
+    Args:
+        keep: characters that stay, such as line breaks.
+    """
+    return "".join(each if each.isprintable() or each in keep else "?" for each in text)
+
+
 def format_value(value: Any, *, max_length: int | None = None) -> str:
     """A value of a file on one printable line; a hash by its first 12 digits."""
     if value is None or isinstance(value, bool):
@@ -33,7 +42,7 @@ def format_value(value: Any, *, max_length: int | None = None) -> str:
     elif re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", str(value)):
         text = str(value)[:12]
     else:
-        text = "".join(letter if letter.isprintable() else "?" for letter in str(value))
+        text = printable(str(value))
     cut = max_length is not None and len(text) > max_length
     return f"{text[:max_length]}..." if cut else text
 

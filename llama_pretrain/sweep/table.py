@@ -5,9 +5,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -58,7 +57,7 @@ class View:
     def __init__(self, folder: SweepDir):
         self._folder = folder
         # A separate console: what jobs print is redirected while they run.
-        self._console = Console(
+        self._console = console.PlainConsole(
             highlight=False,
             file=sys.stdout,
             width=None if sys.stdout.isatty() else console.PIPE_WIDTH,
@@ -103,7 +102,7 @@ class View:
                     line = f"{job.index + 1}/{len(record.jobs)} {job.label}: {status}"
                     if status != "running":
                         line += _ending(cells)
-                    self._console.print(escape(line), soft_wrap=True)
+                    self._console.print(line, soft_wrap=True)
             if last:
                 return
             self._done.wait(REFRESH_S)
@@ -157,7 +156,7 @@ class View:
         for job, row in list(zip(jobs, cells, strict=True))[first : first + room]:
             style = STYLES.get(row[1], "dim")
             label = job.label if wide else _short_label(job)
-            table.add_row(*(Text([label, *row[1:]][number], style=style) for number in shown))
+            table.add_row(*(console.styled([label, *row[1:]][number], style) for number in shown))
         return Group(Text(f"{len(jobs)} jobs: {summary}", style="bold"), table)
 
 
@@ -205,7 +204,7 @@ def show_planned_jobs(jobs: Sequence[SweepJob], *, slots: int) -> None:
         if job.verdict is not Verdict.runs:
             style = STYLES[job.verdict.value]
             cells = (job.label, job.verdict.value, job.problem)
-            table.add_row(*(Text(cell, style=style) for cell in cells))
+            table.add_row(*(console.styled(cell, style) for cell in cells))
     if table.row_count:
         console.out.print(table)
     plans = [p.plan for p in jobs if p.verdict is Verdict.runs and p.plan is not None]
@@ -243,7 +242,7 @@ def show_leaderboard(record: SweepRecord, rows: Sequence[Row], folder: SweepDir)
             table.add_column(name, justify="right" if right else "left", overflow="fold")
         for place, row in enumerate(ranked, start=1):
             style = "bold green" if place == 1 else None
-            settings = [escape(shorten(row["settings"].get(key, ""))) for key in record.swept]
+            settings = [shorten(row["settings"].get(key, "")) for key in record.swept]
             cells = [str(place), *settings, measure(row, objective)]
             if wide:
                 cells += [measure(row, key) for key in extra]
@@ -252,10 +251,10 @@ def show_leaderboard(record: SweepRecord, rows: Sequence[Row], folder: SweepDir)
         out.print(table)
     left = [row for row in rows if row["objective"] is None]
     if left:
-        out.print("[bold]without a result[/]")
+        out.print(console.styled("without a result", "bold"))
         for row in left:
             reason = f": {' '.join(row['reason'].split())}" if row["reason"] else ""
-            out.print(f"  {escape(row['label'])}: [red]{row['status']}[/]{escape(reason)}")
+            out.print(f"  {row['label']}:", console.styled(f"{row['status']}{reason}", "red"))
     console.say(f"{summary(rows)}; details in {folder.path}")
 
 

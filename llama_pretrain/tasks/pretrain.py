@@ -192,8 +192,8 @@ def _record_failure(run_dir: RunDir, error: BaseException, *, restarts: int) -> 
         status, outcome = Status.stopped, replace(outcome, error=str(error) or "stopped")
     else:
         outcome = replace(outcome, error=f"{type(error).__name__}: {error}")
-    write_status(run_dir, status, outcome)
     with contextlib.suppress(OSError, ValueError):  # the disk may be what failed
+        write_status(run_dir, status, outcome)
         _add_initial_weights(run_dir)
         write_text(run_dir.report, render_report(run_dir))
 

@@ -1,7 +1,6 @@
 """Write what workers read to the run directory, and where the run comes from."""
 
 import os
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.snapshot import render_snapshot, without_command
 from llama_pretrain.data.meta import META
-from llama_pretrain.files import write_json, write_text
+from llama_pretrain.files import write_bytes, write_json, write_text
 from llama_pretrain.plan.ds_config import get_train_ds_config
 from llama_pretrain.plan.plan import Corpus, TrainingPlan, render_plan
 from llama_pretrain.runs.layout import RunDir
@@ -58,7 +57,8 @@ def write_run_dir(run: ResolvedRun, plan: TrainingPlan, context: TaskContext) ->
     write_json(run_dir.ds_config, config)
     write_text(run_dir.plan, render_plan(plan))
     write_text(run_dir.snapshot, snapshot_of(run, plan.corpus))
-    shutil.copytree(plan.corpus.tokenizer_dir, run_dir.tokenizer, dirs_exist_ok=True)
+    for file in Path(plan.corpus.tokenizer_dir).iterdir():
+        write_bytes(run_dir.tokenizer / file.name, file.read_bytes())
     for folder in (run_dir.ranks, run_dir.checkpoints):
         os.makedirs(folder, exist_ok=True)
 

@@ -12,6 +12,7 @@ import pytest
 from safetensors import safe_open
 
 from llama_pretrain.checkpoint.manifest import find_fault, read_manifest, write_manifest
+from llama_pretrain.cli.listing import list_runs
 from llama_pretrain.config.snapshot import config_hash, load_snapshot
 from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.tasks.verify_resume import compare
@@ -274,3 +275,15 @@ def test_verify_names_the_first_difference(tmp_path: Path) -> None:
     norm, state = compare(*folders, last=2)
     assert norm == "step 2: grad_norm is 2.25 when resumed and 2.5 without interruption"
     assert state.startswith("the weights or the optimizer state after step 2 differ")
+
+
+@pytest.mark.parametrize("size", ["40k", "90k", "140k"])
+def test_a_disk_that_is_full_for_the_run_itself(runner: Runner, tmp_path: Path, size: str) -> None:
+    """One line, exit code 1, and `list` does not find it running."""
+    with small_disk(tmp_path / "disk", size) as disk:
+        place = f"hydra.run.dir={disk / 'run'}"
+        done = runner(place, "train.max_steps=400", "train.eval_every_steps=null", expect=1)
+        assert "Traceback" not in done.output
+        assert "No space left on device" in done.output
+        found = [run.status for run in list_runs(disk)]
+    assert set(found) <= {"crashed", "failed", "unknown"}
