@@ -2,10 +2,9 @@
 
     python benchmarks/checkpoints.py [--rounds 3] [--model 60m]
 
-Runs take turns: without checkpoints, with synchronous and with asynchronous ones. The stall is the
-time that training waits for a save. A run also takes longer than one without saves, because an
-asynchronous save slows down the steps that run beside it. Both are shares of the seconds of all
-steps and saves, with a save every few steps, far more often than in practice.
+Runs take turns: without checkpoints, with synchronous and with asynchronous ones, which save every
+few steps, far more often than in practice. The stall is the time that training waits for a save; an
+asynchronous save also slows down the steps beside it. Shares are of the seconds of steps and saves.
 """
 
 import argparse
@@ -56,8 +55,7 @@ def main() -> None:
             stalls[arm] += found
             totals[arm].append(total)
             size = max(size, num_bytes)
-            text = f"{statistics.median(found):.3f} s a save" if found else "no saves"
-            print(f"round {number + 1} {arm}: {text}, {total:.1f} s of steps and saves")
+            print(f"round {number + 1}, {arm}: {total:.1f} s of steps and saves", flush=True)
     print(f"a checkpoint of {options.model} has {size / 2**20:,.0f} MiB")
     shares = {}
     for arm in ("synchronous", "asynchronous"):

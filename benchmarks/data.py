@@ -1,11 +1,11 @@
 """Preparing and loading data, against what a user would use instead, on the same text.
 
-    python benchmarks/data.py [FOLDER]
+    python benchmarks/data.py
 
 prints: preparing against the bare tokenizer and against datasets.map + group_texts, with one
-process and with two; the loader; and the order. The text is the sources of the standard library and
-some docstrings of the installed packages, 30 MB in all, or FOLDER's *.txt. The ways take turns, and
-each ratio is the median of the rounds' ratios: the speed of a shared node may halve in a minute.
+process and with two; and the loader. The text is 30 MB: sources of the standard library and some
+docstrings of the installed packages. The ways take turns, and each ratio is the median of the
+rounds' ratios: the speed of a shared node may halve in a minute.
 """
 
 import itertools
@@ -13,19 +13,16 @@ import json
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import run_ours
 from llama_pretrain.config.compose import compose_run
 from llama_pretrain.config.resolved import ResolvedRun
+from llama_pretrain.console.data import DataReport
 from llama_pretrain.data.cache import Cache
 from llama_pretrain.data.corpus import prepare_corpus
 from llama_pretrain.data.dataset import create_pretrain_dataset
@@ -39,7 +36,6 @@ from llama_pretrain.plan.machine import detect_machine
 from llama_pretrain.plan.plan import Corpus
 from llama_pretrain.plan.resolve import resolve
 from llama_pretrain.plan.sampling import plan_sampling
-from llama_pretrain.runs.metrics import steps
 
 ROUNDS = 3
 MAX_BYTES = 30_000_000
@@ -48,37 +44,23 @@ SEQUENCE_LENGTH = 2048
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-class NoReport:
-    """A report that prints nothing."""
-
-    def say(self, line: str) -> None: ...
-
-    @contextmanager
-    def progress(self, what: str, total: int) -> Iterator[Callable[[int, int], None]]:
-        yield lambda done, text: None
-
-
 def compose(*overrides: str) -> ResolvedRun:
     """The resolved run of some overrides."""
     return resolve(compose_run(overrides), detect_machine())
 
 
-def collect(folder: Path, text_folder: str | None) -> tuple[Path, int]:
-    """Write the text as one .jsonl, which all ways read. Returns it and its bytes of text."""
-    target, size = folder / "text.jsonl", 0
-    runs = [compose("data=stdlib"), compose("data=docstrings")]
-    if text_folder is not None:
-        runs = [compose("data=text", f"data.paths=['{text_folder}/*.txt']")]
+def collect(target: Path) -> int:
+    """Write the text as one .jsonl, which all ways read. Returns its bytes of text."""
+    cache, size = Cache(folder=Path("~/.cache/llama_pretrain").expanduser(), report=DataReport()), 0
+    runs = (compose("data=stdlib"), compose("data=docstrings"))
+    sources = [(open_source(run.data, path="data", cache=cache), 0.0) for run in runs]
     with target.open("w", encoding="utf-8") as out:
-        for run in runs:
-            cache = Cache(folder=Path("~/.cache/llama_pretrain").expanduser(), report=NoReport())
-            source = open_source(run.data, path="data", cache=cache)
-            for text in sample_texts([(source, 0.0)], num_bytes=10**12):
-                if text_folder is None and size >= MAX_BYTES:
-                    break
-                size += len(text.encode("utf-8"))
-                out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-    return target, size
+        for text in sample_texts(sources, num_bytes=10**12):
+            if size >= MAX_BYTES:
+                break
+            size += len(text.encode("utf-8"))
+            out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    return size
 
 
 def encode_bare(path: Path, tokenizer_dir: Path) -> float:
@@ -97,23 +79,23 @@ def encode_bare(path: Path, tokenizer_dir: Path) -> float:
     return time.perf_counter() - began
 
 
-def prepare(path: Path, cache: Path, processes: int) -> tuple[float, Corpus]:
-    """Seconds of preparing with an existing tokenizer, and the result."""
-    run = compose(
+def text_run(path: Path, cache: Path, processes: int) -> ResolvedRun:
+    """The run whose data is the text."""
+    return compose(
         "data=text", f"data.paths=['{path}']", f"data.cache_dir={cache}",
         f"data.sequence_length={SEQUENCE_LENGTH}", f"data.prepare_processes={processes}",
         f"tokenizer.vocab_size={VOCAB_SIZE}", f"model.vocab_size={VOCAB_SIZE}",
         "model.max_position_embeddings=4096",
     )  # fmt: skip
+
+
+def prepare(path: Path, cache: Path, processes: int) -> float:
+    """Seconds of preparing with an existing tokenizer."""
+    run = text_run(path, cache, processes)
     shutil.rmtree(cache / "tokens", ignore_errors=True)
     began = time.perf_counter()
-    corpus = prepare_corpus(run, report=NoReport())
-    return time.perf_counter() - began, corpus
-
-
-def time_prepare(path: Path, cache: Path, processes: int) -> float:
-    """Seconds of preparing."""
-    return prepare(path, cache, processes)[0]
+    prepare_corpus(run, report=DataReport())
+    return time.perf_counter() - began
 
 
 def use_datasets(path: Path, tokenizer_dir: Path, cache: Path, processes: int) -> float:
@@ -144,15 +126,17 @@ def use_datasets(path: Path, tokenizer_dir: Path, cache: Path, processes: int) -
     return time.perf_counter() - began
 
 
-def measure_preparing(path: Path, size: int, folder: Path) -> Corpus:
+def measure_preparing(folder: Path) -> Corpus:
     """Print a table of MB/s. Returns the corpus."""
-    _, corpus = prepare(path, folder / "cache", 1)
+    path = folder / "text.jsonl"
+    size = collect(path)
+    corpus = prepare_corpus(text_run(path, folder / "cache", 1), report=DataReport())
     tokenizer_dir = Path(corpus.tokenizer_dir)
     bare, one, both = "encode_batch_fast", "task=prepare, 1 process", "encode_batch_fast, 2 at once"
     ways: dict[str, tuple[Any, ...]] = {
         bare: (encode_bare, path, tokenizer_dir),
-        one: (time_prepare, path, folder / "cache", 1),
-        "task=prepare, 2 processes": (time_prepare, path, folder / "cache", 2),
+        one: (prepare, path, folder / "cache", 1),
+        "task=prepare, 2 processes": (prepare, path, folder / "cache", 2),
         "datasets.map + group_texts, 1": (use_datasets, path, tokenizer_dir, folder / "hf", 1),
         "datasets.map + group_texts, 2": (use_datasets, path, tokenizer_dir, folder / "hf", 2),
     }
@@ -163,8 +147,7 @@ def measure_preparing(path: Path, size: int, folder: Path) -> Corpus:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 seconds[name].append(pool.submit(way, *arguments).result())
         with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-            jobs = [pool.submit(encode_bare, path, tokenizer_dir) for _ in range(2)]
-            seconds[both].append(max(job.result() for job in jobs) / 2)
+            seconds[both].append(max(pool.map(encode_bare, [path] * 2, [tokenizer_dir] * 2)) / 2)
     print(f"\npreparing {size / 1e6:.1f} MB of text, {corpus.sources[0].train_tokens:,} tokens")
     print(f"{'':36}{'MB/s':>8}{'of bare':>9}{'of 1 process':>14}")
     for name, found in seconds.items():
@@ -177,50 +160,28 @@ def measure_preparing(path: Path, size: int, folder: Path) -> Corpus:
     return corpus
 
 
-def time_loader(corpus: Corpus, length: int, *, mask: bool = False, steps: int = 400) -> float:
-    """Seconds of a step's micro batch of 8 sequences, on one of two ranks."""
-    dataset = create_pretrain_dataset(
-        corpus, "train", sequence_length=length, limits=[None], document_mask=mask
-    )
-    sampling = plan_sampling(compose("data=stdlib").data, global_batch_size=16)
-    order = SampleOrder(sampling, num_sequences=dataset.num_sequences, seed=1)
-    sampler = TrainSampler(
-        order=order, batches=[range(steps)], global_batch_size=16, rank=0, world_size=2
-    )
-    loader = build_loader(dataset, sampler, micro_batch_size=8, num_workers=0)
-    began = time.perf_counter()
-    assert sum(1 for _ in loader) == steps
-    return (time.perf_counter() - began) / steps
-
-
-def measure_loader(corpus: Corpus, folder: Path) -> None:
-    """Print the loader's speed, and its share of a step of the default run."""
+def measure_loader(corpus: Corpus) -> None:
+    """Print tokens per second of a rank's loader, with and without a document mask."""
     print(f"\nloader, sequences of {SEQUENCE_LENGTH}, micro batches of 8, one of two ranks")
+    sampling = plan_sampling(compose("data=stdlib").data, global_batch_size=16)
     for mask in (False, True):
-        times = [time_loader(corpus, SEQUENCE_LENGTH, mask=mask) for _ in range(ROUNDS)]
-        speed = 8 * SEQUENCE_LENGTH / statistics.median(times) / 1e6
-        print(f"{'with a document mask' if mask else 'plain':32}{speed:8.1f} Mtok/s")
-    rows = steps(run_ours(folder / "probe", "task=probe", "plan.probe_steps=8"))
-    step = statistics.median(16 * 256 / row.tokens_per_s for row in rows[2:])
-    loading = time_loader(corpus, 256)
-    print(
-        f"\na step of the default run: {step * 1e3:.0f} ms, of which {loading * 1e3:.3f} ms loading"
-    )
-
-
-def measure_order(run: ResolvedRun) -> None:
-    """Print the time to open an order and compute a step's ids, by the number of sequences."""
-    print("\norder: open it and compute 1,024 ids")
-    sampling = plan_sampling(run.data, global_batch_size=1024)
-    for count in (10**3, 10**6, 10**9, 10**12):
-        began = time.perf_counter()
-        SampleOrder(sampling, num_sequences=[count], seed=1).ids(10 * count, 1024)
-        print(f"{count:>17,} sequences {(time.perf_counter() - began) * 1e3:8.2f} ms")
+        dataset = create_pretrain_dataset(
+            corpus, "train", sequence_length=SEQUENCE_LENGTH, limits=[None], document_mask=mask
+        )
+        order = SampleOrder(sampling, num_sequences=dataset.num_sequences, seed=1)
+        rates = []
+        for _ in range(ROUNDS):
+            sampler = TrainSampler(
+                order=order, batches=[range(400)], global_batch_size=16, rank=0, world_size=2
+            )
+            loader = build_loader(dataset, sampler, micro_batch_size=8, num_workers=0)
+            began = time.perf_counter()
+            tokens = sum(batch["input_ids"].numel() for batch in loader)
+            rates.append(tokens / (time.perf_counter() - began))
+        name = "with a document mask" if mask else "plain"
+        print(f"{name:32}{statistics.median(rates) / 1e6:8.1f} Mtok/s")
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
-        path, size = collect(Path(name), sys.argv[1] if len(sys.argv) > 1 else None)
-        corpus = measure_preparing(path, size, Path(name))
-        measure_loader(corpus, Path(name))
-    measure_order(compose("data=stdlib"))
+        measure_loader(measure_preparing(Path(name)))

@@ -2,13 +2,11 @@
 
     python benchmarks/faults.py [--kills 50] [--seed 0]
 
-Each kill is SIGKILL to a random process of a running `python run.py`: a rank, or the launching
-process. A third of the kills wait for a checkpoint that is being written, a third for training, the
-rest come at any time. Then the run is resumed and killed again, until it has had its share and
-completes. Before each resume every `step-*` folder is checked against its manifest; after each kill
-the run's processes and ports must be gone. At the end the ranks' files in the last checkpoint and
-all losses must equal those of an uninterrupted run, to the bit. It prints a table, and exits with 1
-if anything is wrong.
+SIGKILL goes to a random rank or to the launching process: while a checkpoint is written, between
+saves, or at any time. After each kill the run's processes and ports must be gone and every `step-*`
+folder must match its manifest. Then the run is resumed, until it completes: the ranks' files in its
+last checkpoint and all losses must equal those of an uninterrupted run, to the bit. It prints a
+table, and exits with 1 if anything is wrong.
 """
 
 import argparse
@@ -16,7 +14,6 @@ import collections
 import contextlib
 import os
 import random
-import shlex
 import shutil
 import signal
 import subprocess
@@ -24,16 +21,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.record import ROOT
-from llama_pretrain.checkpoint.manifest import (
-    checkpoint_name,
-    find_fault,
-    newest_complete,
-    read_manifest,
-)
+from llama_pretrain.checkpoint import manifest
 from llama_pretrain.process import STARTED, Beat, list_processes, read_beats
 from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.runs.metrics import read_metrics, steps
@@ -42,12 +34,11 @@ STEPS = 12
 RANKS = 2
 GONE_WITHIN_S = 10.0
 PHASES = ("a save", "training", "any time")
-BASE = shlex.split(f"""
-    debug=smoke model.hidden_size=256 model.intermediate_size=704 model.vocab_size=2048
+BASE = f"""debug=smoke model.hidden_size=256 model.intermediate_size=704 model.vocab_size=2048
     tokenizer.vocab_size=2048 data.sequence_length=128 batch.micro_batch_size=2
     batch.gradient_accumulation_steps=4 train.max_steps={STEPS} train.eval_every_steps=4
     train.eval_sequences=8 checkpoint.export=false monitor=none launch.device=cpu
-    launch.num_processes={RANKS}""")
+    launch.num_processes={RANKS}""".split()
 KINDS = {
     "every step": ["checkpoint.every_steps=1"],
     "every 2nd step": ["checkpoint.every_steps=2"],
@@ -85,7 +76,7 @@ def sockets_of(pid: int) -> set[str]:
 
 def pieces(folder: Path) -> dict[str, list[int | str]]:
     """Sizes and SHA-256 of what the ranks wrote: weights, master weights, moments."""
-    files = read_manifest(folder).files
+    files = manifest.read_manifest(folder).files
     return {name: entry for name, entry in files.items() if name.startswith("rank")}
 
 
@@ -95,15 +86,10 @@ def numbers(run_dir: RunDir) -> list[tuple[object, ...]]:
     return [(row.step, row.loss, row.grad_norm, row.sample_hash) for row in rows]
 
 
-@dataclass
-class Tally:
-    """What has happened, and what was wrong."""
-
-    kills: int = 0
-    counts: collections.Counter[str] = field(default_factory=collections.Counter)
-    gone_s: list[float] = field(default_factory=list)
-    """From each kill until no process of the run was left."""
-    wrong: list[str] = field(default_factory=list)
+def results_of(run_dir: RunDir) -> object:
+    """What must be equal to the bit; `None` without the last checkpoint."""
+    last = run_dir.checkpoints / manifest.checkpoint_name(STEPS)
+    return (pieces(last), numbers(run_dir)) if last.exists() else None
 
 
 @dataclass
@@ -113,15 +99,16 @@ class Case:
     kind: str
     run_dir: RunDir
     chance: random.Random
-    tally: Tally
+    counts: collections.Counter[str]
+    wrong: list[str]
 
     def start(self) -> "subprocess.Popen[bytes]":
         """Start or resume it."""
         words = [*BASE, *KINDS[self.kind], f"hydra.run.dir={self.run_dir.path}"]
         if self.run_dir.snapshot.is_file():
-            complete = newest_complete(self.run_dir.checkpoints)[0] is not None
+            complete = manifest.newest_complete(self.run_dir.checkpoints)[0] is not None
             words = [f"resume={self.run_dir.path}"] if complete else [*words, "resume=auto"]
-            self.tally.counts[words[-1].replace(str(self.run_dir.path), "DIR")] += 1
+            self.counts[words[-1].replace(str(self.run_dir.path), "DIR")] += 1
         self.run_dir.heartbeats.unlink(missing_ok=True)  # it shows the killed ranks
         log = self.run_dir.path.with_suffix(".log")
         with log.open("ab") as output:
@@ -134,12 +121,7 @@ class Case:
             )
 
     def kill_once(self, *, run_s: float) -> bool:
-        """Start it and kill one of its processes. Returns whether its steps are done.
-
-        Args:
-            run_s: seconds of an uninterrupted run.
-        """
-        unfinished = self._unfinished_saves()
+        """Start it and kill one of its processes. Returns whether its steps are done."""
         process = self.start()
         phase = self.chance.choice(PHASES)
         self._wait_for(phase, process, run_s=run_s)
@@ -153,20 +135,17 @@ class Case:
         code = process.wait(60)
         killed = running and code != 0  # 0: the ranks had finished
         if killed:
-            self.tally.kills += 1
-            self.tally.counts[f"killed: {'parent' if victim == process.pid else 'rank'}"] += 1
-            self.tally.counts[f"killed in: {phase}"] += 1
-            self.tally.counts["saves interrupted"] += bool(self._unfinished_saves() - unfinished)
+            self.counts["kills"] += 1
+            self.counts[f"killed: {'parent' if victim == process.pid else 'rank'}"] += 1
+            self.counts[f"killed in: {phase}"] += 1
         elif code != 0:
             self._report(f"exited with {code} before it was killed")
         self._check_gone(at, sockets)
         for folder in self.run_dir.checkpoints.glob("step-*"):
-            fault = find_fault(folder)
-            self.tally.counts["checkpoints checked"] += 1
-            self.tally.counts["torn checkpoints"] += fault is not None
-            if fault is not None:
+            self.counts["checkpoints checked"] += 1
+            if (fault := manifest.find_fault(folder)) is not None:
                 self._report(f"{folder.name} {fault}")
-        last = self.run_dir.checkpoints / checkpoint_name(STEPS)
+        last = self.run_dir.checkpoints / manifest.checkpoint_name(STEPS)
         return not killed or last.exists()  # with it, there is nothing left to train
 
     def _wait_for(self, phase: str, process: "subprocess.Popen[bytes]", *, run_s: float) -> None:
@@ -208,15 +187,13 @@ class Case:
         while (left or ports) and time.monotonic() - since < GONE_WITHIN_S:
             time.sleep(0.02)  # the last thread of a killed process may take a moment
             left, ports = processes_of(self.run_dir.path), sockets & listening_sockets()
-        self.tally.gone_s.append(time.monotonic() - since)
-        self.tally.counts["processes and ports left"] += len(left) + len(ports)
         if left or ports:
             self._report(f"processes {left} and {len(ports)} ports are left")
         for pid in left:
             os.kill(pid, signal.SIGKILL)
 
     def _report(self, what: str) -> None:
-        self.tally.wrong.append(f"{self.run_dir.path}: {what}")
+        self.wrong.append(f"{self.run_dir.path}: {what}")
 
     def finish(self) -> None:
         """Let it complete."""
@@ -225,38 +202,31 @@ class Case:
             self._report(f"exited with {code} though it was not killed")
         self._check_gone(time.monotonic(), set())
 
-    def compare(self, uninterrupted: RunDir) -> None:
-        """Compare the ranks' files of the last checkpoint, and the metrics of every step."""
-        name = checkpoint_name(STEPS)
-        mine, other = (run.checkpoints / name for run in (self.run_dir, uninterrupted))
-        if not mine.exists() or pieces(mine) != pieces(other):
-            self._report(f"{name} is missing or differs")
-        if numbers(self.run_dir) != numbers(uninterrupted):
-            self._report("losses differ")
 
-
-def run_cases(folder: Path, *, kills: int, seed: int) -> tuple[Tally, int]:
-    """Run all cases. Returns what has happened, and the number of runs."""
-    chance, tally, number = random.Random(seed), Tally(), 0
-    uninterrupted = Case("every step", RunDir(folder / "uninterrupted"), chance, tally)
+def run_cases(folder: Path, options: argparse.Namespace) -> tuple[dict[str, int], list[str]]:
+    """Run all cases. Returns how often what has happened, and what is wrong."""
+    chance, counts = random.Random(options.seed), collections.Counter[str]()
+    wrong: list[str] = []
+    uninterrupted = Case("every step", RunDir(folder / "uninterrupted"), chance, counts, wrong)
     began = time.monotonic()
     uninterrupted.finish()
-    run_s = time.monotonic() - began
+    run_s, expected = time.monotonic() - began, results_of(uninterrupted.run_dir)
     print(f"an uninterrupted run: {run_s:.1f} s", flush=True)
-    while tally.kills < kills and not tally.wrong:
-        kind = list(KINDS)[number % len(KINDS)]
-        case = Case(kind, RunDir(folder / f"run{number:02d}"), chance, tally)
-        number += 1
-        for _ in range(min(chance.randint(2, 5), kills - tally.kills)):
+    while counts["kills"] < options.kills and not wrong:
+        kind = list(KINDS)[counts["runs"] % len(KINDS)]
+        case = Case(kind, RunDir(folder / f"run{counts['runs']:02d}"), chance, counts, wrong)
+        counts["runs"] += 1
+        for _ in range(min(chance.randint(2, 5), options.kills - counts["kills"])):
             if case.kill_once(run_s=run_s):
                 break
         else:
             case.finish()
-        case.compare(uninterrupted.run_dir)
-        print(f"{case.run_dir.path.name} ({kind}): {tally.kills} kills so far", flush=True)
-        if not tally.wrong:
+        if expected is None or results_of(case.run_dir) != expected:
+            wrong.append(f"{case.run_dir.path}: the last checkpoint or losses differ")
+        print(f"{case.run_dir.path.name} ({kind}): {counts['kills']} kills so far", flush=True)
+        if not wrong:
             shutil.rmtree(case.run_dir.path)
-    return tally, number
+    return counts, wrong
 
 
 def main() -> int:
@@ -264,16 +234,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
-    tally, number = run_cases(folder, kills=options.kills, seed=options.seed)
-    for name, value in (("kills", tally.kills), *sorted(tally.counts.items())):
+    counts, wrong = run_cases(folder, parser.parse_args())
+    for name, value in sorted(counts.items()):
         print(f"{name:32} {value:>5}")
-    print(f"{'seconds until all were gone':32} {max(tally.gone_s):5.2f} (largest)")
-    if tally.wrong:
-        print("\n".join(f"WRONG: {line}" for line in tally.wrong), f"\nthe runs are in {folder}")
+    if wrong:
+        print("\n".join(f"WRONG: {line}" for line in wrong), f"\nthe runs are in {folder}")
         return 1
-    print(f"{number} runs ended with the weights and losses of the uninterrupted run, to the bit")
+    print("all runs ended with the weights and losses of the uninterrupted run, to the bit")
     shutil.rmtree(folder)
     return 0
 

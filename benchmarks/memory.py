@@ -11,7 +11,6 @@ tensors; `keep` and `plain` are kernels.allocator's: with them memory grows for 
 """
 
 import argparse
-import itertools
 import json
 import shlex
 import sys
@@ -44,30 +43,18 @@ MODELS = {
 def list_runs() -> Iterator[tuple[str, list[str]]]:
     """Name and overrides of each run."""
     stages = ("stage0", "stage1", "stage2", "stage3", "stage2_offload", "stage3_offload")
-    for model, zero, micro in itertools.product(MODELS, stages, (1, 4)):
-        yield _run(model, zero, micro)
-    for zero in stages:
-        yield _run("19M", zero, 1, precision="bf16", length=64)
+    runs = [(model, zero, "fp32", n, 128) for model in MODELS for zero in stages for n in (1, 4)]
+    runs += [("19M", zero, "bf16", 1, 64) for zero in stages]
+    runs += [("19M", "stage1", "fp32", 8, 256)]
+    more = dict.fromkeys(runs, "")
     for zero in ("stage0", "stage2"):
-        yield _run("19M", zero, 16, "train.gradient_checkpointing=true")
-    yield _run("19M", "stage1", 8, length=256)
-    yield _run("19M", "stage2", 2, "batch.global_batch_size=8")
-
-
-def _run(
-    model: str, zero: str, micro: int, *more: str, precision: str = "fp32", length: int = 128
-) -> tuple[str, list[str]]:
-    settings = [override.rpartition(".")[2] for override in more]
-    overrides = [
-        *MODELS[model],
-        f"zero={zero}",
-        f"precision={precision}",
-        f"batch.micro_batch_size={micro}",
-        f"batch.global_batch_size={2 * micro}",
-        f"data.sequence_length={length}",
-        *more,
-    ]
-    return " ".join([model, zero, precision, f"{micro} x {length}", *settings]), overrides
+        more["19M", zero, "fp32", 16, 128] = "train.gradient_checkpointing=true"
+    more["19M", "stage2", "fp32", 2, 128] = "batch.global_batch_size=8"
+    for (model, zero, precision, micro, length), extra in more.items():
+        name = f"{model} {zero} {precision} {micro} x {length} {extra.rpartition('.')[2]}".strip()
+        sizes = f"batch.micro_batch_size={micro} batch.global_batch_size={2 * micro}"
+        words = f"zero={zero} precision={precision} {sizes} data.sequence_length={length} {extra}"
+        yield name, [*MODELS[model], *words.split()]
 
 
 def measure(

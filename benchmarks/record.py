@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,5 @@ def write_record(
 def describe_measurement(packages: Sequence[str]) -> dict[str, Any]:
     """Command, commit, node and versions of the installed packages."""
     facts = collect_provenance(argv=sys.argv, root=ROOT, machine=asdict(detect_machine()))
-    found = {}
-    for name in packages:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {key: facts[key] for key in FACTS} | {"packages": found}
+    installed = {found.name: found.version for found in distributions() if found.name in packages}
+    return {key: facts[key] for key in FACTS} | {"packages": installed}

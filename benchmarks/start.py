@@ -2,12 +2,11 @@
 
     python benchmarks/start.py [--rounds 5] [--site DIR]
 
-Ours is the default run with its data cached; the other is benchmarks/arms/start_trainer.py under
-torchrun, with as many ranks, the same model, DeepSpeed JSON and tokens. They take turns, after one
-start of each that fills caches. Ours evaluates before the first step, Trainer does not: ours is
-reported with and without that phase. Trainer needs `accelerate`; `--site DIR` is a directory that
-has it for Trainer only. transformers imports more packages where it finds them, as scipy: compare
-in the environment of the README's first command.
+Ours is the default run; the other is arms/start_trainer.py, with as many ranks, the same model,
+DeepSpeed JSON and tokens. They take turns with warm caches. Ours evaluates before the first step,
+Trainer does not: ours is reported with and without that phase. Trainer needs `accelerate`; `--site
+DIR` is a directory that has it for Trainer only. transformers imports packages that it finds, as
+scipy: compare in the environment of the README's first command.
 """
 
 import argparse
@@ -18,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from operator import sub
 from pathlib import Path
 
 from benchmarks.record import RESULTS, ROOT, run_ours, write_record
@@ -62,21 +63,18 @@ def write_recipe(run_dir: RunDir, recipe: Path) -> int:
 
 def start_trainer(recipe: Path, done: Path, *, world_size: int, site: Path | None) -> float:
     """Seconds to the end of the first step."""
-    began = time.time()
-    log = done.with_suffix(".log")
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
     script = str(ROOT / "benchmarks" / "arms" / "start_trainer.py")
     paths = os.pathsep.join(filter(None, [str(site or ""), os.environ.get("PYTHONPATH", "")]))
-    variables = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": paths}
-    with log.open("w") as output:
-        subprocess.run(
-            [sys.executable, *torchrun, script, str(recipe), str(done)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | variables,
-        )
+    began = time.time()
+    run = subprocess.run(
+        [sys.executable, *torchrun, script, str(recipe), str(done)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": paths},
+    )
     if not done.exists():  # the exit code is no sign: gloo aborts some processes as they exit
-        sys.exit(f"the Trainer script failed:\n{log.read_text()[-3000:]}")
+        sys.exit(f"the Trainer script failed:\n{run.stdout.decode()[-3000:]}")
     return float(done.read_text()) - began
 
 
@@ -90,8 +88,8 @@ def main() -> None:
     site = None if options.site is None else options.site.resolve()
     if site is not None:
         sys.path.append(str(site))  # for the versions in the record
-    phases: dict[str, list[dict[str, float]]] = {name: [] for name in OURS}
-    seconds: dict[str, list[float]] = {name: [] for name in (*OURS, TRAINER)}
+    phases: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
+    seconds: defaultdict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as scratch:
         folder, recipe = Path(scratch), Path(scratch) / "recipe.json"
         start_ours(folder / "warm")
@@ -107,18 +105,12 @@ def main() -> None:
             text = ", ".join(f"{name} {values[-1]:.2f} s" for name, values in seconds.items())
             print(f"round {number + 1}: {text}", flush=True)
     for name in OURS:
-        seconds[f"{name}, without its evaluation"] = [
-            sum(parts.values()) - parts.get("evaluation", 0.0) for parts in phases[name]
-        ]
-        print(f"\n{name}, by phase:")
-        for phase in phases[name][0]:
-            median = statistics.median(parts.get(phase, 0.0) for parts in phases[name])
-            print(f"  {phase:14}{median:6.2f} s")
+        evaluations = [parts.get("evaluation", 0.0) for parts in phases[name]]
+        seconds[f"{name}, without its evaluation"] = list(map(sub, seconds[name], evaluations))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = {name: median / medians[TRAINER] for name, median in medians.items()}
-    print()
     for name, median in medians.items():
-        print(f"{name}: median {median:.2f} s, {ratios[name]:.2f} of Trainer's")
+        print(f"\n{name}: median {median:.2f} s, {ratios[name]:.2f} of Trainer's", end="")
     results = {"seconds": seconds, "phases": phases, "medians": medians, "of_trainer": ratios}
     write_record("start", results, packages=PACKAGES, folder=options.results)
 

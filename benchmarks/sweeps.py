@@ -4,13 +4,12 @@
 
 Three ways take turns: ranks forked from a process that has imported everything; a fresh interpreter
 for each rank (`launch.fork=false`); and `@hydra.main` with its basic launcher around the same task,
-which is what one would write. The overhead of a job is the wall time less the seconds of all steps,
-by jobs: it includes one-time costs (imports of the command, the sweep's report) and evaluation.
+which is what one would write. A job's overhead is its share of the wall time without the seconds of
+steps: it includes one-time costs (imports of the command, the sweep's report) and evaluation.
 """
 
 import argparse
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -40,11 +39,10 @@ register()
 run()
 """
 WAYS = {"forked": (), "fresh": ("launch.fork=false",), "basic launcher": ()}
-BASE = shlex.split(f"""
-    debug=smoke batch.global_batch_size=4 batch.micro_batch_size=null data=text
+BASE = f"""debug=smoke batch.global_batch_size=4 batch.micro_batch_size=null data=text
     data.paths=['{sysconfig.get_path("stdlib")}/email/*.py'] data.heldout_fraction=0.1
     train.max_steps=20 train.eval_every_steps=null checkpoint.export=false
-    checkpoint.at_end=false""")
+    checkpoint.at_end=false""".split()
 
 
 def run_sweep(way: str, folder: Path, *, num_jobs: int) -> tuple[float, float]:

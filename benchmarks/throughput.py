@@ -13,19 +13,16 @@ The losses of each step must agree, or nothing is reported. Arms:
 
 Trainer needs accelerate; `--site DIR` is a directory with packages that only it needs.
 
-Each arm is started once and warmed up; then all are stopped by SIGSTOP, and one at a time continues
-for some steps, round after round, in rotating order. A step counts only if it began and ended
-within its arm's turn, by this process's clock. Arms of a block (defaults; best) take turns, and
-blocks follow one another: at 125M parameters six arms do not fit into memory.
-
-MFU is Size.flops_per_token x tokens/s over the node's ceiling, measured by arms/ceiling.py with an
-arm's ranks before each round, while every arm is stopped. The first step is in seconds from the
-command, with warm caches. Peak memory is the largest process's resident memory, or what torch has
-allocated on the GPU. Ratios are medians over rounds of the ratio within a round.
+Each arm of a block (defaults; best) is started and warmed up; then all are stopped by SIGSTOP, and
+one at a time continues for some steps, round after round, in rotating order. A step counts only if
+it began and ended within its arm's turn. MFU is Size.flops_per_token x tokens/s over the ceiling
+that arms/ceiling.py measures before each round. The first step is in seconds from the command, with
+warm caches. Peak memory is the largest process's resident memory, or what torch has allocated on
+the GPU. Ratios are medians over rounds of the ratio within a round.
 """
 
 import argparse
-import importlib.util
+import itertools
 import math
 import os
 import signal
@@ -41,17 +38,16 @@ from typing import Any
 
 from benchmarks.record import RESULTS, ROOT, describe_measurement
 from benchmarks.throughput_report import BLOCKS, SIZES, render_table, write_result
-from benchmarks.turns import POLL_S, TOKENS_PER_STEP, Arm, ArmError, StepLog
+from benchmarks.turns import POLL_S, Arm, ArmError, StepLog
 
 ARM_FILES = ROOT / "benchmarks" / "arms"
-BEST_SETTINGS = ("kernels=compiled",)
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate")
+TOKENS_PER_STEP = {"cpu": 4096, "cuda": 32_768}
 COMPARED_STEPS = 10
 TOLERANCE = 0.03
 """Largest difference of two arms' losses at a step, in nats: bf16's rounding after ten steps."""
 TURN_S = 5.0
-START_S = 900.0
-"""Limit of an arm's start and warm-up."""
+BEST_SETTINGS = ("kernels=compiled",)
 SETTINGS = (
     "train.max_steps=100000",
     "train.eval_every_steps=null",
@@ -59,36 +55,33 @@ SETTINGS = (
     "train.eval_sequences=2",
     "train.sample_prompt=''",
     "checkpoint.every_steps=null",
+    "launch.threads_per_process=1",
     # A stopped arm makes no progress.
     "launch.timeout_s=86400",
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Cell:
     """A model size with a sequence length, and the directory of its files."""
 
     size: str
     sequence_length: int
-    num_ranks: int
-    device: str
-    precision: str
     folder: Path
-    site: Path | None
+    options: argparse.Namespace
+
+    @property
+    def tokens_per_step(self) -> int:
+        return TOKENS_PER_STEP[self.options.device]
 
     def overrides(self, name: str) -> list[str]:
         """Overrides of a run of ours."""
-        return [
-            *SIZES[self.size].overrides,
-            f"data.sequence_length={self.sequence_length}",
-            f"batch.global_batch_size={TOKENS_PER_STEP[self.device] // self.sequence_length}",
-            f"launch.num_processes={self.num_ranks}",
-            "launch.threads_per_process=1",
-            f"launch.device={self.device}",
-            f"precision={self.precision}",
-            *SETTINGS,
-            *(BEST_SETTINGS if name == "ours_best" else ()),
-        ]
+        batch_size, options = self.tokens_per_step // self.sequence_length, self.options
+        words = f"""data.sequence_length={self.sequence_length} batch.global_batch_size={batch_size}
+            launch.num_processes={options.ranks} launch.device={options.device}
+            precision={options.precision}""".split()
+        best = BEST_SETTINGS if name == "ours_best" else ()
+        return [*SIZES[self.size].overrides, *words, *SETTINGS, *best]
 
     def command(self, name: str) -> tuple[list[str], Path]:
         """An arm's command, and the file to which it writes its steps."""
@@ -107,7 +100,8 @@ class Cell:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         return [
-            *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={self.num_ranks}"),
+            *(sys.executable, "-m", "torch.distributed.run"),
+            f"--nproc-per-node={self.options.ranks}",
             # The other rendezvous has a keep-alive, which a stopped process misses.
             *("--master-addr=localhost", f"--master-port={port}"),
             *(str(ARM_FILES / f"{script}.py"), *arguments),
@@ -127,13 +121,14 @@ class Cell:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches only this process
             )
-        return Arm(name, StepLog(steps), output, process, self.device)
+        return Arm(name, StepLog(steps), output, process)
 
     def environment(self, *, with_site: bool = False) -> dict[str, str]:
         """The environment of every arm; ours sets the rest for itself."""
-        hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-        return (os.environ | hidden if self.device == "cpu" else os.environ) | {
-            "PYTHONPATH": f"{ROOT}:{self.site}" if with_site and self.site else str(ROOT),
+        on_cpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        site = self.options.site if with_site else None
+        return (os.environ | on_cpu if self.options.device == "cpu" else dict(os.environ)) | {
+            "PYTHONPATH": str(ROOT) if site is None else f"{ROOT}:{site.resolve()}",
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
@@ -145,7 +140,7 @@ class Cell:
         The run of ours that does it is killed after its first step; it has warmed all caches.
         """
         with closing(self.start("ours_first")) as arm:
-            arm.wait(1, limit_s=START_S)
+            arm.wait(1)
         paths = [str(self.folder / "ours_first"), str(self.folder / "model")]
         command = [sys.executable, str(ARM_FILES / "inputs.py"), *paths]
         subprocess.run(command, check=True, env=self.environment(), capture_output=True)
@@ -157,41 +152,34 @@ class Cell:
         return float(done.stdout.split()[-1])
 
 
-def warm_up(cell: Cell, name: str, *, steps: int | None, stack: ExitStack) -> Arm:
+def warm_up(cell: Cell, name: str, stack: ExitStack) -> Arm:
     """Start an arm, wait until it has compiled and allocated what it needs, and stop it."""
     arm = stack.enter_context(closing(cell.start(name)))
-    arm.wait(SIZES[cell.size].warmup_steps, limit_s=START_S)
+    arm.wait(SIZES[cell.size].warmup_steps)
     arm.pause()
-    step_s = arm.log.steps[-1].seen_at - arm.log.steps[-2].seen_at
-    wanted = max(1, round(TURN_S / max(step_s, POLL_S)))
-    arm.steps_per_turn = wanted if steps is None else steps
-    print(
-        f"  {name}: first step after {arm.first_step_s():.1f} s;"
-        f" {arm.steps_per_turn} steps a turn of about {step_s:.2f} s",
-        flush=True,
-    )
+    step_s = max(arm.log.steps[-1].seen_at - arm.log.steps[-2].seen_at, POLL_S)
+    arm.steps_per_turn = cell.options.steps or max(1, round(TURN_S / step_s))
+    text = f"{arm.steps_per_turn} steps a turn of about {step_s:.2f} s"
+    print(f"  {name}: first step after {arm.first_step_s():.1f} s; {text}", flush=True)
     return arm
 
 
-def run_block(
-    cell: Cell, names: Sequence[str], *, rounds: int, steps: int | None
-) -> dict[str, Any]:
+def run_block(cell: Cell, names: Sequence[str]) -> dict[str, Any]:
     """Measure the arms of a block in turns."""
     with ExitStack() as stack:
-        arms = [warm_up(cell, name, steps=steps, stack=stack) for name in names]
+        arms = [warm_up(cell, name, stack) for name in names]
         ceilings = []
-        for number in range(rounds):
+        for number in range(cell.options.rounds):
             ceilings.append(cell.measure_ceiling())
             first = number % len(arms)
             for arm in arms[first:] + arms[:first]:
-                arm.take_turn()
+                arm.take_turn(tokens_per_step=cell.tokens_per_step)
             rates = ", ".join(f"{arm.name} {arm.tokens_per_s[-1]:,.0f}" for arm in arms)
             print(f"  round {number + 1}: ceiling {ceilings[-1]:,.0f} GFLOP/s; {rates}", flush=True)
         losses = {arm.name: [step.loss for step in arm.log.steps] for arm in arms}
         return {
             "provenance": describe_measurement(PACKAGES),
-            "ranks": cell.num_ranks,
-            "threads": 1,
+            "ranks": cell.options.ranks,
             "ceiling_gflops": ceilings,
             "tolerance": TOLERANCE,
             "largest_loss_difference": check_losses(losses),
@@ -215,42 +203,43 @@ def check_losses(losses: Mapping[str, Sequence[float]]) -> float:
     Raises:
         ArmError: if it is above the tolerance, or there is no step to compare.
     """
-    largest, where = -math.inf, ""
-    for step, values in enumerate(zip(*losses.values(), strict=False), start=1):
-        # NaN compares as neither smaller nor larger.
-        finite = all(map(math.isfinite, values))
-        difference = max(values) - min(values) if finite else math.inf
-        if step <= COMPARED_STEPS and difference > largest:
-            largest, where = difference, f"step {step}: {dict(zip(losses, values, strict=True))}"
-    if not where:
+    by_step = [dict(zip(losses, at, strict=True)) for at in zip(*losses.values(), strict=False)]
+    if not by_step:
         raise ArmError("an arm has no steps: its losses cannot be compared")
+    differences = [
+        # NaN compares as neither smaller nor larger.
+        max(at.values()) - min(at.values()) if all(map(math.isfinite, at.values())) else math.inf
+        for at in by_step[:COMPARED_STEPS]
+    ]
+    largest = max(differences)
     if largest > TOLERANCE:
+        step = differences.index(largest)
         raise ArmError(
-            f"losses differ by {largest:.4f} (tolerance {TOLERANCE}) at {where}; some arm trains"
-            " something else, so no speed is compared"
+            f"losses differ by {largest:.4f} (tolerance {TOLERANCE}) at step {step + 1}:"
+            f" {by_step[step]}; some arm trains something else, so no speed is compared"
         )
     return largest
 
 
-def run_cell(cell: Cell, options: argparse.Namespace) -> None:
+def run_cell(cell: Cell) -> None:
     """Measure a cell's blocks, print its table, write its file."""
     print(f"{cell.size}, sequences of {cell.sequence_length}", flush=True)
     cell.prepare()
-    blocks = {}
-    for block, names in BLOCKS.items():
-        chosen = [name for name in names if name in options.arms]
-        if chosen:
-            blocks[block] = run_block(cell, chosen, rounds=options.rounds, steps=options.steps)
+    chosen = {
+        block: [name for name in names if name in cell.options.arms]
+        for block, names in BLOCKS.items()
+    }
     result = {
         "size": cell.size,
         "sequence_length": cell.sequence_length,
-        "device": cell.device,
-        "tokens_per_step": TOKENS_PER_STEP[cell.device],
+        "device": cell.options.device,
+        "tokens_per_step": cell.tokens_per_step,
         "flops_per_token": SIZES[cell.size].flops_per_token(cell.sequence_length),
-        "blocks": blocks,
+        "blocks": {block: run_block(cell, names) for block, names in chosen.items() if names},
     }
     print(render_table(result), flush=True)
-    write_result(options.results / f"throughput-{cell.size}-{cell.sequence_length}.json", result)
+    name = f"throughput-{cell.size}-{cell.sequence_length}.json"
+    write_result(cell.options.results / name, result)
 
 
 def main() -> None:
@@ -268,31 +257,14 @@ def main() -> None:
     parser.add_argument("--site", type=Path, help="packages that only Trainer needs")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    site = None if options.site is None else options.site.resolve()
-    installed = importlib.util.find_spec("accelerate") or (site and (site / "accelerate").is_dir())
-    if not installed and any(name.startswith("trainer") for name in options.arms):
-        sys.exit(
-            "Trainer requires accelerate, which is not installed. Use `pip install --target DIR"
-            " --no-deps accelerate` and --site DIR, or leave it out with --arms."
-        )
     # The arms must be killed: raise, as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    for size in options.sizes:
-        for length in options.sequence_lengths:
-            with tempfile.TemporaryDirectory(prefix="throughput-") as scratch:
-                cell = Cell(
-                    size=size,
-                    sequence_length=length,
-                    num_ranks=options.ranks,
-                    device=options.device,
-                    precision=options.precision,
-                    folder=Path(scratch),
-                    site=site,
-                )
-                try:
-                    run_cell(cell, options)
-                except ArmError as error:
-                    sys.exit(f"{size}, sequences of {length}: {error}")
+    for size, length in itertools.product(options.sizes, options.sequence_lengths):
+        with tempfile.TemporaryDirectory(prefix="throughput-") as scratch:
+            try:
+                run_cell(Cell(size, length, Path(scratch), options))
+            except ArmError as error:
+                sys.exit(f"{size}, sequences of {length}: {error}")
 
 
 if __name__ == "__main__":

@@ -31,15 +31,10 @@ class Size:
     @property
     def overrides(self) -> list[str]:
         """Overrides that select it."""
-        return [
-            f"model={self.base}",
-            f"model.vocab_size={self.vocab_size}",
-            f"model.hidden_size={self.hidden_size}",
-            f"model.intermediate_size={self.intermediate_size}",
-            f"model.num_hidden_layers={self.num_layers}",
-            f"model.num_attention_heads={self.num_heads}",
-            "model.max_position_embeddings=2048",
-        ]
+        return f"""model={self.base} model.vocab_size={self.vocab_size}
+            model.hidden_size={self.hidden_size} model.intermediate_size={self.intermediate_size}
+            model.num_hidden_layers={self.num_layers} model.num_attention_heads={self.num_heads}
+            model.max_position_embeddings=2048""".split()
 
     def flops_per_token(self, sequence_length: int) -> int:
         """Operations of forward and backward for one token: 6 N + 6 L D T.

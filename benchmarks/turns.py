@@ -5,19 +5,16 @@ import os
 import signal
 import subprocess
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
 
 from llama_pretrain.process import list_processes, read_process
 
 POLL_S = 0.01
-STEP_S = 600.0
-"""Limit of one step."""
-TOKENS_PER_STEP = {"cpu": 4096, "cuda": 32_768}
+LIMIT_S = 900.0
+"""An arm that starts or steps for longer has failed."""
 
 
 @dataclass(frozen=True)
@@ -35,23 +32,19 @@ class StepLog:
     """The steps in an arm's file, read as they are written. Lines without a loss are left out."""
 
     def __init__(self, path: Path):
-        self._path, self._rest, self._offset = path, b"", 0
+        self._path, self._size, self._num_lines = path, 0, 0
         self.steps: list[Step] = []
 
     def poll(self) -> None:
         """Read what is new."""
-        if not self._path.is_file() or self._path.stat().st_size == self._offset:
+        if not self._path.is_file() or self._path.stat().st_size == self._size:
             return
-        now = time.perf_counter()
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            new = file.read()
-        self._offset += len(new)
-        *lines, self._rest = (self._rest + new).split(b"\n")
-        rows = [json.loads(line) for line in lines]
-        self.steps += [
-            Step(row["loss"], now, row.get("memory_bytes", 0)) for row in rows if "loss" in row
-        ]
+        now, content = time.perf_counter(), self._path.read_bytes()
+        lines = content.split(b"\n")[:-1]
+        for row in map(json.loads, lines[self._num_lines :]):
+            if "loss" in row:
+                self.steps.append(Step(row["loss"], now, row.get("memory_bytes", 0)))
+        self._size, self._num_lines = len(content), len(lines)
 
 
 def whole_steps(steps: Sequence[Step], *, since: float) -> tuple[int, float]:
@@ -75,7 +68,6 @@ class Arm:
     log: StepLog
     output: Path
     process: subprocess.Popen[bytes]
-    device: str
     began: float = field(default_factory=time.perf_counter)
     tokens_per_s: list[float] = field(default_factory=list)
     """One a round."""
@@ -83,12 +75,9 @@ class Arm:
 
     def _list_processes(self) -> list[int]:
         """Ids of the command and of its descendants."""
-        children = defaultdict(list)
-        for process in list_processes():
-            children[process.parent].append(process.pid)
-        found = [self.process.pid]
+        found, everyone = [self.process.pid], list_processes()
         for pid in found:  # it grows
-            found += children[pid]
+            found += [process.pid for process in everyone if process.parent == pid]
         return found
 
     def pause(self) -> None:
@@ -111,24 +100,22 @@ class Arm:
         _send(self._stop(), signal.SIGKILL)  # stopped, none can start another meanwhile
         self.process.wait()
 
-    def wait(self, count: int, *, since: float = 0.0, limit_s: float) -> None:
+    def wait(self, count: int, *, since: float = 0.0) -> None:
         """Wait for so many steps since a moment.
 
         Raises:
             ArmError: if the command exits, or a step takes too long.
         """
-        deadline = time.perf_counter() + limit_s
+        began = time.perf_counter()
         while sum(step.seen_at >= since for step in self.log.steps) < count:
-            if self.process.poll() is not None:
-                self._fail(f"exited with {self.process.returncode}")
-            if time.perf_counter() > deadline:
-                self._fail(f"has not done {count} steps in {limit_s:.0f} s")
+            last = max([began, *(step.seen_at for step in self.log.steps)])
+            code = self.process.poll()
+            if code is not None or time.perf_counter() - last > LIMIT_S:
+                tail = self.output.read_text(errors="replace")[-3000:]
+                what = f"did no step in {LIMIT_S:.0f} s" if code is None else f"exited with {code}"
+                raise ArmError(f"{self.name} {what}; its output ends:\n{tail}")
             time.sleep(POLL_S)
             self.log.poll()
-
-    def _fail(self, what: str) -> NoReturn:
-        tail = self.output.read_text(errors="replace")[-3000:]
-        raise ArmError(f"{self.name} {what}; its output ends:\n{tail}")
 
     def first_step_s(self) -> float:
         """Seconds from the command to the end of the first step."""
@@ -136,7 +123,7 @@ class Arm:
 
     def peak_bytes(self) -> int:
         """Peak memory: torch's on a GPU, the largest process's resident memory on a CPU."""
-        if self.device == "cuda":
+        if any(step.gpu_bytes for step in self.log.steps):
             return max(step.gpu_bytes for step in self.log.steps)
         peaks = [0]
         for pid in self._list_processes():
@@ -145,15 +132,14 @@ class Arm:
                 peaks += [int(line.split()[1]) * 1024 for line in lines if line[:6] == "VmHWM:"]
         return max(peaks)
 
-    def take_turn(self) -> None:
+    def take_turn(self, *, tokens_per_step: int) -> None:
         """Continue for a turn's steps, and record their rate."""
         began = time.perf_counter()
         _send(self._list_processes(), signal.SIGCONT)
-        wanted = self.steps_per_turn + 1
-        self.wait(wanted, since=began, limit_s=STEP_S * wanted)
+        self.wait(self.steps_per_turn + 1, since=began)
         self.pause()
         count, seconds = whole_steps(self.log.steps, since=began)
-        self.tokens_per_s.append(count * TOKENS_PER_STEP[self.device] / seconds)
+        self.tokens_per_s.append(count * tokens_per_step / seconds)
 
 
 def _send(pids: Iterable[int], number: int) -> None:

@@ -3,9 +3,8 @@
     torchrun ... benchmarks/arms/bare.py RUN_DIR MODEL_DIR STEPS_FILE [--compile]
 
 Weights are bf16 with fp32 masters in one fused AdamW; DistributedDataParallel overlaps its
-all-reduce of bf16 buckets with the backward pass. fp32 weights under autocast, the other way to
-write it, have not been measured beside this on an idle node. Where our run is in fp32, so is this:
-the weights are their own masters.
+all-reduce of bf16 buckets with the backward pass. (fp32 weights under autocast, the other way, have
+not been measured.) Where our run is in fp32, so is this: the weights are their own masters.
 """
 
 import os
@@ -17,9 +16,10 @@ import torch.distributed as dist
 import torch.nn.functional as functional
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaForCausalLM
 
-from benchmarks.arms.inputs import Inputs, StepFile
+from benchmarks.arms.inputs import Inputs
 
 
 class ModelWithLoss(nn.Module):
@@ -82,10 +82,11 @@ def _gradients(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
 def main() -> None:
     """Train until the process is killed."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    inputs = Inputs(__doc__)
+    inputs = Inputs()
     on_gpu = inputs.plan.device == "cuda"
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    device = torch.device("cpu")
     if on_gpu:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(days=1))
     model: Any = LlamaForCausalLM.from_pretrained(
@@ -96,22 +97,19 @@ def main() -> None:
             parameter.data = parameter.data.bfloat16()
     model = model.to(device)
     state = MasterWeights(model, inputs.run.optim)
-    factor = inputs.learning_rate_factor()
-    schedule = torch.optim.lr_scheduler.LambdaLR(state.optimizer, factor)
+    schedule = LambdaLR(state.optimizer, inputs.learning_rate_factor())
     module = ModelWithLoss(model.train())
     if inputs.compile:
         module.compile(dynamic=False)
     parallel = DistributedDataParallel(module, gradient_as_bucket_view=True, static_graph=True)
-    steps = StepFile(inputs.steps_file)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for batch in inputs.micro_batches(rank=rank, world_size=world_size):
         input_ids, labels = (batch[name].to(device) for name in ("input_ids", "shift_labels"))
         loss = parallel(input_ids, labels)
         loss.backward()
         state.step()
-        rate = float(schedule.get_last_lr()[0])
         schedule.step()
-        steps.write(loss, rate)
+        inputs.write_step(loss)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,8 @@
 writes the initial weights of a run of ours as a Hugging Face model, which the other arms load.
 """
 
-import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,11 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from llama_pretrain.config.precision import PrecisionName
-from llama_pretrain.config.run import Run
 from llama_pretrain.config.snapshot import load_snapshot
 from llama_pretrain.data.dataset import create_pretrain_dataset
 from llama_pretrain.data.loader import TrainSampler, build_loader
 from llama_pretrain.data.order import SampleOrder
-from llama_pretrain.plan.plan import TrainingPlan, load_plan
+from llama_pretrain.plan.plan import load_plan
 from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.train.optimizer import learning_rate_factor
 
@@ -31,75 +28,55 @@ from llama_pretrain.train.optimizer import learning_rate_factor
 class Inputs:
     """The command line of an arm, and the run of ours that it names."""
 
-    def __init__(self, description: str | None):
-        parser = argparse.ArgumentParser(description=description)
-        for name in ("run_dir", "model_dir", "steps_file"):
-            parser.add_argument(name, type=Path)
-        parser.add_argument("--compile", action="store_true")
-        options = parser.parse_args()
-        self.run_dir = RunDir(options.run_dir)
-        self.model_dir: Path = options.model_dir
-        self.steps_file: Path = options.steps_file
-        self.compile: bool = options.compile
-        self.run, self.plan = read_run(self.run_dir)
+    def __init__(self) -> None:
+        self.run_dir = RunDir(Path(sys.argv[1]))
+        self.model_dir, self.steps_file = Path(sys.argv[2]), Path(sys.argv[3])
+        self.compile = "--compile" in sys.argv
+        self._step = 0
+        self.run, self.plan = load_snapshot(self.run_dir.snapshot), load_plan(self.run_dir.plan)
         assert self.run.precision.name in (PrecisionName.bf16, PrecisionName.fp32)
         self.in_bf16 = self.run.precision.name == PrecisionName.bf16
 
     def micro_batches(self, *, rank: int, world_size: int) -> Iterator[dict[str, Any]]:
         """The micro batches of one rank, in the order of our run."""
+        data, plan = self.run.data, self.plan
         dataset = create_pretrain_dataset(
-            self.plan.corpus,
-            "train",
-            sequence_length=self.run.data.sequence_length,
-            limits=[self.run.data.limit_train_sequences] * len(self.plan.corpus.sources),
+            plan.corpus, "train", sequence_length=data.sequence_length, limits=[None]
         )
         sampler = TrainSampler(
             order=SampleOrder(
-                self.plan.sampling, num_sequences=dataset.num_sequences, seed=self.run.seed
+                plan.sampling, num_sequences=dataset.num_sequences, seed=self.run.seed
             ),
-            batches=[range(self.plan.steps.last)],
-            global_batch_size=self.plan.batch.global_batch_size,
+            batches=[range(plan.steps.last)],
+            global_batch_size=plan.batch.global_batch_size,
             rank=rank,
             world_size=world_size,
         )
-        size = self.plan.batch.micro_batch_size
+        size = plan.batch.micro_batch_size
         yield from build_loader(dataset, sampler, micro_batch_size=size, num_workers=0)
 
     def learning_rate_factor(self) -> Callable[[int], float]:
         """The share of the peak learning rate at each step, counted from 0."""
         return learning_rate_factor(self.run.schedule, self.plan.steps)
 
-
-class StepFile:
-    """One line a step: its number, and the mean loss over all ranks."""
-
-    def __init__(self, path: Path):
-        self._file = path.open("w", encoding="utf-8") if dist.get_rank() == 0 else None
-        self._step = 0
-
-    def write(self, loss: torch.Tensor, learning_rate: float) -> None:
-        """Write a step; every rank calls it, with the mean of its own targets."""
+    def write_step(self, loss: torch.Tensor) -> None:
+        """Write a line with the mean loss over all ranks, which all call it with their own."""
         mean = loss.detach().double() / dist.get_world_size()
         dist.all_reduce(mean)
         self._step += 1
-        row = {"step": self._step, "loss": mean.item(), "learning_rate": learning_rate}
+        row = {"step": self._step, "loss": mean.item()}
         if loss.device.type == "cuda":
             row["memory_bytes"] = torch.cuda.max_memory_allocated()
-        if self._file is not None:
-            self._file.write(json.dumps({**row, "seconds": time.perf_counter()}) + "\n")
-            self._file.flush()
-
-
-def read_run(run_dir: RunDir) -> tuple[Run, TrainingPlan]:
-    """The config and the plan of a run of ours."""
-    return load_snapshot(run_dir.snapshot), load_plan(run_dir.plan)
+        if dist.get_rank() == 0:
+            with self.steps_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 def write_model(run_dir: RunDir, target: Path) -> None:
     """Write the initial weights of a run as a Hugging Face model in fp32."""
     from llama_pretrain.train.model import build_llama_config, build_model
 
-    run, plan = read_run(run_dir)
+    run, plan = load_snapshot(run_dir.snapshot), load_plan(run_dir.plan)
     tokenizer = AutoTokenizer.from_pretrained(run_dir.tokenizer)
     special = ("pad_token_id", "bos_token_id", "eos_token_id")
     config = build_llama_config(

@@ -13,15 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch.utils.data import Dataset
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
 
 RECIPE = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
 DONE = Path(sys.argv[2])
@@ -42,7 +35,7 @@ class Sequences(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": ids, "labels": ids}
 
 
-class WriteFirstStep(TrainerCallback):
+class WriteFirstStep(transformers.TrainerCallback):
     """Writes when the first step ended."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -50,10 +43,10 @@ class WriteFirstStep(TrainerCallback):
             DONE.write_text(repr(time.time()))
 
 
-set_seed(RECIPE["seed"])
-Trainer(
-    model=LlamaForCausalLM(LlamaConfig(**RECIPE["model"])),
-    args=TrainingArguments(
+transformers.set_seed(RECIPE["seed"])
+transformers.Trainer(
+    model=transformers.LlamaForCausalLM(transformers.LlamaConfig(**RECIPE["model"])),
+    args=transformers.TrainingArguments(
         output_dir=f"{DONE}.output",
         deepspeed=RECIPE["ds_config"],
         bf16=RECIPE["bf16"],

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.arms.inputs import Inputs, StepFile
+from benchmarks.arms.inputs import Inputs
 
 
 class MicroBatches(IterableDataset[dict[str, torch.Tensor]]):
@@ -35,25 +35,21 @@ class MicroBatches(IterableDataset[dict[str, torch.Tensor]]):
 class TimedTrainer(Trainer):
     """Trainer on given batches and learning rates, which remembers each step's loss."""
 
-    def __init__(self, inputs: Inputs, **options: Any):
-        super().__init__(**options)
-        self._inputs = inputs
+    inputs: Inputs
+    last_loss: torch.Tensor
+    """Of this rank."""
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """This rank's own batches, already collated."""
-        return DataLoader(MicroBatches(self._inputs), batch_size=None)
+        return DataLoader(MicroBatches(self.inputs), batch_size=None)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Our run's learning rates."""
         if self.lr_scheduler is None:
             chosen: Any = self.optimizer if optimizer is None else optimizer
-            self.lr_scheduler = LambdaLR(chosen, self._inputs.learning_rate_factor())
+            self.lr_scheduler = LambdaLR(chosen, self.inputs.learning_rate_factor())
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def training_step(self, *words: Any, **named: Any) -> torch.Tensor:
-        """A step; it returns this rank's loss."""
-        self.last_rate = self._get_learning_rate()
         self.last_loss = super().training_step(*words, **named)
         return self.last_loss
 
@@ -61,21 +57,16 @@ class TimedTrainer(Trainer):
 class WriteSteps(TrainerCallback):
     """Writes a line when a step has ended."""
 
-    trainer: TimedTrainer
-    file: StepFile | None = None
-
-    def __init__(self, inputs: Inputs):
-        self._path = inputs.steps_file
+    def __init__(self, trainer: TimedTrainer):
+        self._trainer = trainer
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        if self.file is None:
-            self.file = StepFile(self._path)
-        self.file.write(self.trainer.last_loss, self.trainer.last_rate)
+        self._trainer.inputs.write_step(self._trainer.last_loss)
 
 
 def main() -> None:
     """Train until the process is killed."""
-    inputs = Inputs(__doc__)
+    inputs = Inputs()
     plan, optim = inputs.plan, inputs.run.optim
     arguments = TrainingArguments(
         output_dir=str(inputs.steps_file.with_suffix(".output")),
@@ -95,9 +86,10 @@ def main() -> None:
         torch_compile=inputs.compile,
     )
     model = LlamaForCausalLM.from_pretrained(inputs.model_dir, dtype=torch.float32)
-    callback = WriteSteps(inputs)
-    callback.trainer = TimedTrainer(inputs, model=model, args=arguments, callbacks=[callback])
-    callback.trainer.train()
+    trainer = TimedTrainer(model=model, args=arguments)
+    trainer.inputs = inputs
+    trainer.add_callback(WriteSteps(trainer))
+    trainer.train()
 
 
 if __name__ == "__main__":
