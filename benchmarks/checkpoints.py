@@ -66,8 +66,8 @@ def main() -> None:
             f"{arm}: median stall {stall:.3f} s a save, {shares[arm]:.1%} of the run; the run is"
             f" {longer / num_saves * options.rounds:.3f} s a save longer, {longer / total:.1%}"
         )
-    measured = {"stalls_s": stalls, "steps_and_saves_s": totals, "stall_shares": shares}
-    record = {"model": options.model, "every_steps": EVERY, "bytes": size, **measured}
+    record = {"model": options.model, "every_steps": EVERY, "bytes": size, "stalls_s": stalls}
+    record |= {"steps_and_saves_s": totals, "stall_shares": shares}
     write_record("checkpoints", record, packages=("torch", "deepspeed"))
 
 

@@ -33,7 +33,6 @@ from llama_pretrain.runs.metrics import read_metrics, steps
 STEPS = 12
 RANKS = 2
 GONE_WITHIN_S = 10.0
-PHASES = ("a save", "training", "any time")
 BASE = f"""debug=smoke model.hidden_size=256 model.intermediate_size=704 model.vocab_size=2048
     tokenizer.vocab_size=2048 data.sequence_length=128 batch.micro_batch_size=2
     batch.gradient_accumulation_steps=4 train.max_steps={STEPS} train.eval_every_steps=4
@@ -123,7 +122,7 @@ class Case:
     def kill_once(self, *, run_s: float) -> bool:
         """Start it and kill one of its processes. Returns whether its steps are done."""
         process = self.start()
-        phase = self.chance.choice(PHASES)
+        phase = self.chance.choice(("a save", "training", "any time"))
         self._wait_for(phase, process, run_s=run_s)
         victim = self.chance.choice([process.pid, *(b.pid for b in self._beats() if b.pid)])
         sockets = set().union(*map(sockets_of, {process.pid, *processes_of(self.run_dir.path)}))
@@ -230,8 +229,7 @@ def run_cases(folder: Path, options: argparse.Namespace) -> tuple[dict[str, int]
 
 
 def main() -> int:
-    shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     folder = Path(tempfile.mkdtemp(prefix="faults-"))

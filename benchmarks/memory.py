@@ -60,11 +60,7 @@ def list_runs() -> Iterator[tuple[str, list[str]]]:
 def measure(
     overrides: list[str], *, allocator: str = "returns", steps: int = 3
 ) -> tuple[int, int, str]:
-    """Predicted and measured bytes of one run, and the phase of the predicted peak.
-
-    Raises:
-        RuntimeError: if the run fails.
-    """
+    """Predicted and measured bytes of one run, and the phase of the predicted peak."""
     words = [*BASE, ALLOCATORS[allocator], f"train.max_steps={steps}", *overrides]
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
@@ -76,8 +72,7 @@ def measure(
 
 
 def main() -> int:
-    shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--allocator", choices=ALLOCATORS, default="returns")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--match", default="", help="only runs whose name contains this text")

@@ -28,8 +28,8 @@ def run_ours(run_dir: Path, *overrides: str) -> list[Row]:
         RuntimeError: with the end of its output, if it fails.
     """
     command = [sys.executable, str(ROOT / "run.py"), *overrides, f"hydra.run.dir={run_dir}"]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    done = subprocess.run(command, cwd=ROOT, text=True, **pipes)
+    pipe, out = subprocess.PIPE, subprocess.STDOUT
+    done = subprocess.run(command, cwd=ROOT, text=True, stdout=pipe, stderr=out)
     if done.returncode != 0:
         raise RuntimeError(f"{shlex.join(command)}\n{done.stdout[-3000:]}")
     return read_metrics(RunDir(run_dir).metrics)

@@ -79,8 +79,7 @@ def start_trainer(recipe: Path, done: Path, *, world_size: int, site: Path | Non
 
 
 def main() -> None:
-    shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--site", type=Path, help="packages that only Trainer needs")

@@ -33,11 +33,10 @@ class MicroBatches(IterableDataset[dict[str, torch.Tensor]]):
 
 
 class TimedTrainer(Trainer):
-    """Trainer on given batches and learning rates, which remembers each step's loss."""
+    """Trainer on given batches and learning rates, which remembers this rank's last loss."""
 
     inputs: Inputs
     last_loss: torch.Tensor
-    """Of this rank."""
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(MicroBatches(self.inputs), batch_size=None)
