@@ -226,9 +226,7 @@ def runner(cache_dir: Path, corpus: Path, tmp_path: Path) -> Runner:
 
 @pytest.fixture(scope="module")
 def shared_runner(
-    cache_dir: Path,
-    corpus: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    cache_dir: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Runner:
     """A runner for module-scoped fixtures: runs that several tests look at."""
     folder = tmp_path_factory.mktemp("runs")

@@ -589,10 +589,7 @@ OPTIMIZERS = [
         FUSED,
         {"type": "Lamb", "params": {"betas": [0.9, 0.95], "weight_decay": 0.1, "max_coeff": 0.5}},
         [],
-        [
-            "optimizer.params.max_coeff = 0.5: has no setting here",
-            LAMB,
-        ],
+        ["optimizer.params.max_coeff = 0.5: has no setting here", LAMB],
         id="lamb-sharded",
     ),
     pytest.param(
@@ -606,9 +603,7 @@ OPTIMIZERS = [
             "optim.muon_learning_rate=0.01",
             "optim.muon_momentum=0.9",
         ],
-        [
-            MUON,
-        ],
+        [MUON],
         id="muon",
     ),
     pytest.param(
@@ -618,15 +613,7 @@ OPTIMIZERS = [
         ['optimizer.type = "SGD": has no equivalent here'],
         id="sgd",
     ),
-    pytest.param(
-        FUSED,
-        {"type": "ZeroOneAdam"},
-        [],
-        [
-            ZERO_ONE,
-        ],
-        id="removed",
-    ),
+    pytest.param(FUSED, {"type": "ZeroOneAdam"}, [], [ZERO_ONE], id="removed"),
     pytest.param(
         FUSED,
         "AdamW",

@@ -181,11 +181,7 @@ def test_where_settings_of_an_option_are_from() -> None:
 
 @pytest.mark.parametrize(
     ("words", "derived"),
-    [
-        (["launch.num_processes=1"], True),
-        (["launch.device=cpu"], True),
-        (["seed=2"], False),
-    ],
+    [(["launch.num_processes=1"], True), (["launch.device=cpu"], True), (["seed=2"], False)],
 )
 def test_threads_and_memory_follow_the_ranks(
     started: Started, tmp_path: Path, words: list[str], derived: bool

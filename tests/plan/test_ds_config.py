@@ -263,9 +263,7 @@ EVERYTHING = {
         *within("deepspeed.flops_profiler", "top_modules=4", "detailed=false"),
         *within("deepspeed.flops_profiler", "output_file=/profile"),
     ],
-    "monitors": [
-        *within("deepspeed.tensorboard", "enabled=true", "output_path=/a", "job_name=b"),
-    ],
+    "monitors": [*within("deepspeed.tensorboard", "enabled=true", "output_path=/a", "job_name=b")],
 }
 """Overrides that turn on every section and set every key to what is not DeepSpeed's default."""
 
@@ -300,9 +298,7 @@ SILENT = {
 LOOSE_DEFAULTS = ("fp16.loss_scale", "communication_data_type", "log_level")
 """Keys whose default in DeepSpeed has another type than a value that is given."""
 
-REFUSED_HERE = {
-    "deepspeed.aio.use_gds": "GDS currently only supported for CUDA accelerator",
-}
+REFUSED_HERE = {"deepspeed.aio.use_gds": "GDS currently only supported for CUDA accelerator"}
 """What DeepSpeedConfig reads and refuses on a machine without CUDA, and its words."""
 
 
@@ -336,9 +332,7 @@ HOLDERS = {
 }
 """Where DeepSpeedConfig keeps a section or a value, where not under its own name."""
 
-KEPT_NOWHERE = {
-    "sequence_parallel_size": 'if "sequence_parallel_size" in config:',
-}
+KEPT_NOWHERE = {"sequence_parallel_size": 'if "sequence_parallel_size" in config:'}
 """What DeepSpeedConfig uses while it is built and keeps nowhere, and the line that reads it."""
 
 REDUCED_IN = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}

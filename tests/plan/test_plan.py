@@ -130,9 +130,7 @@ def test_batch_triangle(
     given: tuple[int | None, ...], world_size: int, expected: tuple[int, int, int]
 ) -> None:
     batch = Batch(
-        global_batch_size=given[0],
-        micro_batch_size=given[1],
-        gradient_accumulation_steps=given[2],
+        global_batch_size=given[0], micro_batch_size=given[1], gradient_accumulation_steps=given[2]
     )
     whole, micro, accumulated = expected
     assert solve_batch(batch, sequence_length=64, world_size=world_size) == BatchPlan(
@@ -179,9 +177,7 @@ def test_batch_that_does_not_divide(
     given: tuple[int | None, ...], world_size: int, text: str
 ) -> None:
     batch = Batch(
-        global_batch_size=given[0],
-        micro_batch_size=given[1],
-        gradient_accumulation_steps=given[2],
+        global_batch_size=given[0], micro_batch_size=given[1], gradient_accumulation_steps=given[2]
     )
     with pytest.raises(UserError) as error:
         solve_batch(batch, sequence_length=64, world_size=world_size)
