@@ -348,6 +348,7 @@ def test_the_canaries_see_what_hydra_would_run(canaries: Canaries, tmp_path: Pat
 @pytest.mark.parametrize(
     ("text", "told"),
     [
+        ("hydra: {run: {dir: x}}\n", "which a snapshot never does"),
         ('model: {name: "\\x24{oc.env:HOME}"}\n', "names hydra settings, interpolations or"),
         ('zero: {extra: {"\\x5ftarget_": os.system}}\n', "names hydra settings, interpolations or"),
         ("a: &a [1]\nb: *a\n", "is not a snapshot: it has an anchor or an alias"),
@@ -371,6 +372,21 @@ def test_what_is_wrong_with_a_snapshot_is_told(tmp_path: Path, text: str, told: 
     with pytest.raises(UserError) as caught:
         load_snapshot(path)
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "defaults: [run_schema, _self_, /hydra/launcher: evil]\n",
+        "just text\n",
+        "seed: 1\n",
+        "!!python/object/apply:os.system [x]\n",
+    ],
+)
+def test_what_is_no_snapshot_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "snapshot.yaml").write_text(text)
+    with pytest.raises(UserError, match="is not"):
+        load_snapshot(tmp_path / "snapshot.yaml")
 
 
 def test_a_file_that_is_none_of_ours_is_not_quoted(tmp_path: Path) -> None:
