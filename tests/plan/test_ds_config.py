@@ -132,11 +132,6 @@ EVERYTHING = yaml.safe_load((Path(__file__).parent / "every_key.yaml").read_text
 """Overrides that turn on every section and set every key to what is not DeepSpeed's default."""
 
 
-@pytest.mark.parametrize("name", EVERYTHING)
-def test_deepspeed_reads_every_key(name: str) -> None:
-    check_read_back(EVERYTHING[name])
-
-
 def test_every_setting_reaches_deepspeed() -> None:
     """Each field of Zero, Precision and DeepSpeed is read from one of those JSONs at least."""
     moved = {path for overrides in EVERYTHING.values() for path in check_read_back(overrides)}
@@ -270,20 +265,9 @@ def test_train_and_eval_configs_by_hand() -> None:
     assert "offload_optimizer" not in json.dumps(evaluation)
 
 
-def test_hybrid_engine_and_tensorboard_reach_the_config(tmp_path: Path) -> None:
-    overrides = ["task=plan", "deepspeed.hybrid_engine.enabled=true"]
-    overrides += ["deepspeed.tensorboard.enabled=true"]
-    run = resolve(compose_run(overrides), CLUSTER)
+def test_tensorboard_writes_into_the_run(tmp_path: Path) -> None:
+    run = resolve(compose_run(["task=plan", "deepspeed.tensorboard.enabled=true"]), CLUSTER)
     config = get_train_ds_config(run, build_plan(run).batch, run_dir=tmp_path)
-    assert config["hybrid_engine"] == {
-        "enabled": True,
-        "max_out_tokens": 512,
-        "inference_tp_size": 1,
-        "release_inference_cache": False,
-        "pin_parameters": True,
-        "tp_gather_partition_size": 8,
-        "enable_cuda_graph": False,
-    }
     assert config["tensorboard"]["output_path"] == str(tmp_path / "tensorboard")
 
 
