@@ -42,32 +42,7 @@ TYPES = {
 }
 """What DeepSpeed calls each of our optimizers."""
 
-NEEDS = {
-    "zero=stage3_nvme": ["zero.offload_param.nvme_path='/disk one/swap'"],
-    "optim=cpu_adam": ["zero=stage2_offload"],
-    "optim=cpu_lion": ["zero=stage3_offload"],
-    "optim=cpu_adagrad": ["zero=stage1", "zero.offload_optimizer.device=cpu"],
-    "optim=lamb": ["zero=stage0", "precision=fp16"],
-    "optim=muon": ["zero=stage3"],
-}
-"""What an option wants beside itself."""
-
-BESIDE = [
-    ["zero=stage2", "zero.reduce_bucket_size=200_000_000", "zero.overlap_comm=false"],
-    ["zero=stage3", "zero.sub_group_size=7", "zero.stage3_max_live_parameters=30_000_000"],
-    ["zero=stage3", "zero.reduce_bucket_size=5", "zero.stage3_prefetch_bucket_size=0"],
-    ["zero=stage2_offload", "zero.offload_optimizer.pin_memory=false"],
-    ["zero=stage3_offload", "zero.offload_optimizer.ratio=0.3"],
-    ["zero=stage0", "train.gradient_clipping=0", "deepspeed.prescale_gradients=true"],
-    ["+zero.extra.load_from_fp32_weights=false", "+deepspeed.extra.log_level=info"],
-    ["+zero.extra.leaf_module={names:[gate]}", "precision.grad_accum_dtype=fp32"],
-    ["precision=fp16", "precision.loss_scale_window=100", "precision.initial_scale_power=12"],
-    ["precision=bf16", "precision.communication_data_type=fp32", "precision.buffer_dtype=bf16"],
-    ["deepspeed.tensorboard.enabled=true", "deepspeed.tensorboard.output_path='my logs'"],
-    ["deepspeed.flops_profiler.enabled=true", "deepspeed.comms_logger.enabled=true"],
-    ["deepspeed.hybrid_engine.enabled=true", "deepspeed.steps_per_print=7"],
-    ["batch.global_batch_size=64", "batch.micro_batch_size=2", "deepspeed.memory_breakdown=true"],
-]
+CASES = yaml.safe_load((Path(__file__).parent / "ds_configs.yaml").read_text())
 
 
 def options(*groups: str) -> list[str]:
@@ -104,8 +79,11 @@ def optimizer_section(run: Run) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "overrides",
     [
-        *([option, *NEEDS.get(option, [])] for option in options("zero", "precision", "optim")),
-        *BESIDE,
+        *(
+            [option, *CASES["needs"].get(option, [])]
+            for option in options("zero", "precision", "optim")
+        ),
+        *CASES["round_trips"],
     ],
     ids=" ".join,
 )
@@ -121,29 +99,7 @@ def test_round_trip(overrides: list[str]) -> None:
     assert again.optim == replace(run.optim, name=rule)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        *({"zero_optimization": {"stage": stage}} for stage in range(4)),
-        {},
-        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
-        {
-            "zero_optimization": {
-                "stage": 3,
-                "offload_param": {"device": "nvme", "nvme_path": "/d", "buffer_size": 3e8},
-                "offload_optimizer": {"device": "nvme", "nvme_path": "/d", "pin_memory": False},
-            },
-            "aio": {"queue_depth": 32},
-        },
-        {"zero_optimization": {"stage": 1, "cpu_offload": True}, "bfloat16": {"enabled": True}},
-        {"zero_optimization": True, "allgather_size": 2e8},
-        {"zero_optimization": {"stage": 3, "prefetch_bucket_size": 0}, "fp16": {"enabled": True}},
-        {"fp16": {"enabled": True, "initial_scale_power": 12}, "gradient_clipping": 0.5},
-        {"flops_profiler": {"enabled": True}, "data_types": {"buffer_dtype": "bfloat16"}},
-        {"wandb": {"enabled": True}, "tensorboard": {"enabled": True}},
-    ],
-    ids=lambda config: json.dumps(config),
-)
+@pytest.mark.parametrize("config", CASES["read_the_same"], ids=json.dumps)
 def test_deepspeed_reads_the_same(config: dict[str, Any]) -> None:
     """DeepSpeed's own classes get the same values from the file and from what our run emits.
 

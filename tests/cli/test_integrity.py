@@ -1,10 +1,7 @@
 """A real run, whole; and each file of it damaged in turn."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ from llama_pretrain.config.snapshot import load_snapshot
 from llama_pretrain.plan.ds_config import get_train_ds_config
 from llama_pretrain.plan.plan import load_plan
 from llama_pretrain.runs.layout import RunDir, hold
-from tests.conftest import ROOT, Runner
+from tests.conftest import Runner, run_module
 
 WORDS = (
     "launch.num_processes=1",
@@ -234,33 +231,22 @@ def test_a_completed_status_by_another_name(copy: RunDir) -> None:
         assert failures(copy) == {}
 
 
-def verify(*words: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "llama_pretrain", "verify", *words],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-
-
 def test_the_verify_command(copy: RunDir, tmp_path: Path) -> None:
-    done = verify("run", cwd=tmp_path)
+    done = run_module("verify", "run", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("whole: 14 checks, none fails\n")
     assert "ok  export                     6 files of step-00000004\n" in done.stdout
     flip(copy.export / "config.json")
-    done = verify("run", cwd=tmp_path)
+    done = run_module("verify", "run", cwd=tmp_path)
     assert done.returncode == 1
     assert "FAIL  export " in done.stdout
     assert done.stdout.endswith("1 of 14 checks fails\n")
-    done = verify("run", "--json", cwd=tmp_path)
+    done = run_module("verify", "run", "--json", cwd=tmp_path)
     assert done.returncode == 1
     assert [check["name"] for check in json.loads(done.stdout) if check["result"] == "fail"] == [
         "export"
     ]
-    done = verify("run/export", cwd=tmp_path)
+    done = run_module("verify", "run/export", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: run/export is no run directory\n"
 

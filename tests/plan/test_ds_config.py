@@ -167,47 +167,16 @@ def test_what_needs_cuda_is_read(setting: str) -> None:
         check_read_back(["zero=stage3_nvme", f"{setting}=true"])
 
 
-HOLDERS = {
-    "zero_optimization": "zero_config",
-    "bf16": "bfloat16_config",
-    "fp16": "float16_config",
-    "aio": "aio_config",
-    "activation_checkpointing": "activation_checkpointing_config",
-    "comet": "monitor_config.comet",
-    "comms_logger": "comms_config.comms_logger",
-    "compile": "compile_config",
-    "csv_monitor": "monitor_config.csv_monitor",
-    "flops_profiler": "flops_profiler_config",
-    "tensor_parallel": "tensor_parallel_config",
-    "tensorboard": "monitor_config.tensorboard",
-    "wandb": "monitor_config.wandb",
-    "torch_autocast.enabled": "torch_autocast_enabled",
-    "torch_autocast.dtype": "torch_autocast_dtype",
-    "torch_autocast.lower_precision_safe_modules": "torch_autocast_lower_precision_safe_modules",
-    "data_types.grad_accum_dtype": "grad_accum_dtype",
-    "data_types.buffer_dtype": "buffer_dtype",
-    "checkpoint.tag_validation": "checkpoint_config.tag_validation",
-    "checkpoint.use_node_local_storage": "use_node_local_storage",
-}
-"""Where DeepSpeedConfig keeps a section or a value, where not under its own name."""
+READ_BACK = yaml.safe_load((Path(__file__).parent / "read_back.yaml").read_text())
 
 KEPT_NOWHERE = {"sequence_parallel_size": 'if "sequence_parallel_size" in config:'}
 """What DeepSpeedConfig uses while it is built and keeps nowhere, and the line that reads it."""
-
-REDUCED_IN = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
-WORDS = {
-    "communication_data_type": REDUCED_IN,
-    "seq_parallel_communication_data_type": REDUCED_IN,
-    "torch_autocast.dtype": {"torch.bfloat16": "bfloat16", "torch.float16": "float16"},
-    "checkpoint.tag_validation": {"IGNORE": "Ignore", "WARN": "Warn", "FAIL": "Fail"},
-}
-"""Values that DeepSpeedConfig keeps in another form: its text, and the word in the JSON."""
 
 
 def read_back(read: Any, path: str) -> Any:
     """A value as DeepSpeedConfig holds it after parsing, by its path in the JSON."""
     place = path
-    for known, holder in HOLDERS.items():
+    for known, holder in READ_BACK["holders"].items():
         if path == known or path.startswith(f"{known}."):
             place = holder + path.removeprefix(known)
     for name in place.split("."):
@@ -215,8 +184,8 @@ def read_back(read: Any, path: str) -> Any:
             read = read[name]
         else:  # fields of its zero section have aliases
             read = getattr(read, name if hasattr(read, name) else name.removeprefix("stage3_"))
-    if path in WORDS:
-        return WORDS[path].get(str(read))
+    if path in READ_BACK["words"]:
+        return READ_BACK["words"][path].get(str(read))
     value = getattr(read, "value", read)  # an enum
     return str(value) if isinstance(value, Path) else value
 
