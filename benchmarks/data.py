@@ -3,8 +3,8 @@
     python benchmarks/data.py
 
 prints: preparing against the bare tokenizer and against datasets.map + group_texts, with one
-process and with two; and the loader. The text is 30 MB: sources of the standard library and some
-docstrings of the installed packages. The ways take turns, and each ratio is the median of the
+process and with two; and the loader. The text is up to 30 MB of the standard library and of
+docstrings of installed packages. The ways take turns, and each ratio is the median of the
 rounds' ratios: the speed of a shared node may halve in a minute.
 """
 

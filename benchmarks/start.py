@@ -4,9 +4,8 @@
 
 Ours is the default run; the other is arms/start_trainer.py, with as many ranks, the same model,
 DeepSpeed JSON and tokens. They take turns with warm caches. Ours evaluates before the first step,
-Trainer does not: ours is reported with and without that phase. Trainer needs `accelerate`; `--site
-DIR` is a directory that has it for Trainer only. transformers imports packages that it finds, as
-scipy: compare in the environment of the README's first command.
+and is reported with and without that. Trainer needs `accelerate`; `--site DIR` is a directory that
+has it for Trainer only. Other installed packages count: transformers imports some that it finds.
 """
 
 import argparse

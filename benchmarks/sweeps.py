@@ -2,10 +2,9 @@
 
     python benchmarks/sweeps.py [--points 8] [--rounds 3]
 
-Three ways take turns: ranks forked from a process that has imported everything; a fresh interpreter
-for each rank (`launch.fork=false`); and `@hydra.main` with its basic launcher around the same task,
-which is what one would write. A job's overhead is its share of the wall time without the seconds of
-steps: it includes one-time costs (imports of the command, the sweep's report) and evaluation.
+Three ways take turns: forked ranks; a fresh interpreter for each rank (`launch.fork=false`); and
+`@hydra.main` with its basic launcher around the same task. The overhead of a job is its share of
+the wall time without the seconds of steps; one-time costs and evaluation are in it.
 """
 
 import argparse
@@ -27,13 +26,16 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from llama_pretrain.config.compose import read_config, register
+from llama_pretrain.plan.machine import detect_machine
 from llama_pretrain.runs.layout import RunDir
-from llama_pretrain.tasks import run_task
+from llama_pretrain.tasks.context import TaskContext
+from llama_pretrain.tasks.run import run_task
 
 @hydra.main(config_path={str(ROOT / "conf")!r}, config_name="config", version_base="1.3")
 def run(config):
-    folder = RunDir(Path(HydraConfig.get().runtime.output_dir))
-    return run_task(read_config(config), run_dir=folder, argv=sys.argv, origins={{}})
+    run_dir = RunDir(Path(HydraConfig.get().runtime.output_dir))
+    context = TaskContext(run_dir=run_dir, argv=sys.argv, origins={{}}, machine=detect_machine())
+    return run_task(read_config(config), context)
 
 register()
 run()
