@@ -1,146 +1,95 @@
-"""Predicted against measured peak memory, over real runs.
+"""Predicted and measured peak memory of real runs.
 
     python benchmarks/memory.py [--allocator returns] [--steps 3] [--match TEXT]
 
-Each run is `python run.py` with a few steps on a CPU, in processes of its own. Measured is the
-largest resident memory of any rank above what it had after its imports; predicted is the plan's
-total without its framework part. The last line says how many of the runs agree within 10%.
+Each run is `python run.py` with a few steps on a CPU. Measured is the largest resident memory of
+any rank above what it had after its imports; predicted is the plan's total without its framework
+part. The last line says how many of the runs agree within 10%.
 
-The allocator that `returns` all that is freed (launch.malloc_mmap_threshold) shows live tensors;
-`keep` and `plain` are kernels.allocator's, and with them memory grows for some tens of steps.
+The allocator `returns` gives freed memory back (launch.malloc_mmap_threshold), which shows live
+tensors; `keep` and `plain` are kernels.allocator's: with them memory grows for some tens of steps.
 """
 
 import argparse
-import itertools
 import json
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from llama_pretrain.runs.metrics import last_value, read_metrics
+from benchmarks.record import run_ours
+from llama_pretrain.runs.metrics import last_value
 
-ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 0.10
 MIB = 1 << 20
-
-BASE = (
-    "data=stdlib",
-    "tokenizer.vocab_size=2048",
-    "schedule.warmup_steps=2",
-    "train.eval_sequences=2",
-    "train.eval_every_steps=null",
-    "checkpoint.at_end=false",
-    "checkpoint.export=false",
-    "monitor=none",
-    "launch.device=cpu",
-    "launch.num_processes=2",
-)
-
+BASE = shlex.split("""
+    data=stdlib tokenizer.vocab_size=2048 schedule.warmup_steps=2 train.eval_sequences=2
+    train.eval_every_steps=null checkpoint.at_end=false checkpoint.export=false monitor=none
+    launch.device=cpu launch.num_processes=2""")
 ALLOCATORS = {
     "returns": "launch.malloc_mmap_threshold=262144",
     "keep": "kernels.allocator=keep",
     "plain": "kernels.allocator=plain",
 }
-
 MODELS = {
-    "19M": (
-        "model=tiny",
-        "model.hidden_size=512",
-        "model.intermediate_size=1376",
-        "model.num_attention_heads=8",
-        "model.vocab_size=8192",
-    ),
-    "58M": ("model=60m",),
+    "19M": shlex.split("""model=tiny model.hidden_size=512 model.intermediate_size=1376
+        model.num_attention_heads=8 model.vocab_size=8192"""),
+    "58M": ["model=60m"],
 }
-"""Two shapes: one whose activations weigh, one whose states do."""
+"""One whose activations are large, and one whose model states are."""
 
 
 def list_runs() -> Iterator[tuple[str, list[str]]]:
-    """Name and overrides of each run of the matrix."""
+    """Name and overrides of each run."""
     stages = ("stage0", "stage1", "stage2", "stage3", "stage2_offload", "stage3_offload")
-    for model, zero in itertools.product(MODELS, stages):
-        for micro in (1, 4):
-            yield _run(model, zero, "fp32", micro, length=128)
-    for zero in stages:
-        yield _run("19M", zero, "bf16", 1, length=64)
+    runs = [(model, zero, "fp32", n, 128) for model in MODELS for zero in stages for n in (1, 4)]
+    runs += [("19M", zero, "bf16", 1, 64) for zero in stages]
+    runs += [("19M", "stage1", "fp32", 8, 256)]
+    more = dict.fromkeys(runs, "")
     for zero in ("stage0", "stage2"):
-        yield _run("19M", zero, "fp32", 16, length=128, more=("train.gradient_checkpointing=true",))
-    yield _run("19M", "stage1", "fp32", 8, length=256)
-    yield _run("19M", "stage2", "fp32", 2, length=128, more=("batch.global_batch_size=8",))
-
-
-def _run(
-    model: str, zero: str, precision: str, micro: int, *, length: int, more: tuple[str, ...] = ()
-) -> tuple[str, list[str]]:
-    name = f"{model} {zero} {precision} {micro} x {length}"
-    extra = " ".join(word.rpartition(".")[2] for word in more)
-    words = [
-        *MODELS[model],
-        f"zero={zero}",
-        f"precision={precision}",
-        f"batch.micro_batch_size={micro}",
-        f"batch.global_batch_size={2 * micro}",
-        f"data.sequence_length={length}",
-    ]
-    return f"{name} {extra}".strip(), [*words, *more]
+        more["19M", zero, "fp32", 16, 128] = "train.gradient_checkpointing=true"
+    more["19M", "stage2", "fp32", 2, 128] = "batch.global_batch_size=8"
+    for (model, zero, precision, micro, length), extra in more.items():
+        name = f"{model} {zero} {precision} {micro} x {length} {extra.rpartition('.')[2]}".strip()
+        sizes = f"batch.micro_batch_size={micro} batch.global_batch_size={2 * micro}"
+        words = f"zero={zero} precision={precision} {sizes} data.sequence_length={length} {extra}"
+        yield name, [*MODELS[model], *words.split()]
 
 
 def measure(
     overrides: list[str], *, allocator: str = "returns", steps: int = 3
 ) -> tuple[int, int, str]:
-    """Predicted and measured bytes of one run, and the phase of the predicted peak.
-
-    Raises:
-        RuntimeError: if the run failed.
-    """
+    """Predicted and measured bytes of one run, and the phase of the predicted peak."""
+    words = [*BASE, ALLOCATORS[allocator], f"train.max_steps={steps}", *overrides]
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        words = [*BASE, ALLOCATORS[allocator], f"train.max_steps={steps}", *overrides]
-        words.append(f"hydra.run.dir={run_dir}")
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "run.py"), *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        if done.returncode != 0:
-            raise RuntimeError(f"{shlex.join(words)}\n{done.stdout[-2000:]}")
+        rows = run_ours(run_dir, *words)
         memory = json.loads((run_dir / "plan.json").read_text())["memory"]
-        beside = ("phase", "framework", "host", "disk")
-        predicted = sum(value for part, value in memory.items() if part not in beside)
-        measured = last_value(read_metrics(run_dir / "metrics.jsonl"), "peak_above_imports_bytes")
-        return predicted, int(measured or 0), memory["phase"]
+    excluded = ("phase", "framework", "host", "disk")
+    predicted = sum(value for part, value in memory.items() if part not in excluded)
+    return predicted, int(last_value(rows, "peak_above_imports_bytes") or 0), memory["phase"]
 
 
 def main() -> int:
-    shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--allocator", choices=ALLOCATORS, default="returns")
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--match", default="", help="only runs whose name has this text")
-    parser.add_argument("--json", type=Path, help="write the table here as well")
-    arguments = parser.parse_args()
-    rows, good = [], 0
+    parser.add_argument("--match", default="", help="only runs whose name contains this text")
+    options = parser.parse_args()
+    errors = []
     print(f"{'run':<52} {'predicted':>10} {'measured':>10} {'error':>7}  peak in")
     for name, overrides in list_runs():
-        if arguments.match not in name:
-            continue
-        predicted, measured, phase = measure(
-            overrides, allocator=arguments.allocator, steps=arguments.steps
-        )
-        error = predicted / measured - 1
-        row = {"run": name, "predicted": predicted, "measured": measured, "phase": phase}
-        rows.append({**row, "error": error, "overrides": overrides})
-        good += abs(error) <= TOLERANCE
-        sizes = f"{predicted / MIB:>6,.0f} MiB {measured / MIB:>6,.0f} MiB"
-        print(f"{name:<52} {sizes} {error:>+7.1%}  {phase}", flush=True)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
-    print(f"{good} of {len(rows)} runs within {TOLERANCE:.0%}")
-    return 0 if good == len(rows) else 1
+        if options.match in name:
+            predicted, measured, phase = measure(
+                overrides, allocator=options.allocator, steps=options.steps
+            )
+            errors.append(predicted / measured - 1)
+            sizes = f"{predicted / MIB:>6,.0f} MiB {measured / MIB:>6,.0f} MiB"
+            print(f"{name:<52} {sizes} {errors[-1]:>+7.1%}  {phase}", flush=True)
+    good = sum(abs(error) <= TOLERANCE for error in errors)
+    print(f"{good} of {len(errors)} runs within {TOLERANCE:.0%}")
+    return 0 if good == len(errors) else 1
 
 
 if __name__ == "__main__":

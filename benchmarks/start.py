@@ -1,12 +1,11 @@
-"""Seconds from the command to the end of the first optimizer step, beside a Trainer script:
-python benchmarks/start.py --rounds 5 [--site DIR]
+"""Seconds from the command to the end of the first optimizer step, against a Trainer script.
 
-Ours is the default run, its data cached; the other is benchmarks/arms/start_trainer.py under
-torchrun, with as many ranks, the same model, the same DeepSpeed JSON and the same tokens. They take
-turns, after one start of each that fills caches. Ours evaluates before the first step, and lets the
-model write; Trainer does not: ours is told with and without that phase. Trainer needs `accelerate`;
-`--site DIR` names a folder that has it for Trainer alone. Where the environment has more than the
-README's first command installs, both import more: transformers takes in what it finds, as scipy.
+    python benchmarks/start.py [--rounds 5] [--site DIR]
+
+Ours is the default run; the other is arms/start_trainer.py, with as many ranks, the same model,
+DeepSpeed JSON and tokens. They take turns with warm caches. Ours evaluates before the first step,
+and is reported with and without that. Trainer needs `accelerate`; `--site DIR` is a directory that
+has it for Trainer only. Other installed packages count: transformers imports some that it finds.
 """
 
 import argparse
@@ -17,53 +16,38 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from operator import sub
 from pathlib import Path
-from typing import Any
 
-from benchmarks.record import RESULTS, ROOT, write_record
+from benchmarks.record import RESULTS, ROOT, run_ours, write_record
+from llama_pretrain.config.model import SHAPE
 from llama_pretrain.config.precision import PrecisionName
 from llama_pretrain.config.snapshot import load_snapshot
 from llama_pretrain.plan.plan import load_plan
 from llama_pretrain.runs.layout import RunDir
-from llama_pretrain.runs.metrics import EventRow, read_metrics, select
+from llama_pretrain.runs.metrics import EventRow, select
 
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "hydra-core", "pydantic")
 SHORT = ("train.max_steps=1", "checkpoint.at_end=false", "checkpoint.export=false")
-"""The default run, but for what comes after its first step."""
+"""The default run, without what follows its first step."""
 OURS = {"ours": (), "ours, fresh interpreters": ("launch.fork=false",)}
 TRAINER = "Trainer"
 
 
-def start_ours(words: Sequence[str], folder: Path) -> dict[str, float]:
-    """Seconds by phase of a run."""
-    subprocess.run(
-        [sys.executable, "run.py", *SHORT, *words, f"hydra.run.dir={folder}"],
-        check=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd=ROOT,
-    )
-    rows = read_metrics(RunDir(folder).metrics)
-    return next(row.start_seconds for row in select(rows, EventRow) if row.start_seconds)
+def start_ours(run_dir: Path, *overrides: str) -> dict[str, float]:
+    """Seconds by phase of a run's startup."""
+    rows = select(run_ours(run_dir, *SHORT, *overrides), EventRow)
+    return next(row.start_seconds for row in rows if row.start_seconds)
 
 
 def write_recipe(run_dir: RunDir, recipe: Path) -> int:
-    """Tell the other script what to train, from a run of ours. Returns the number of ranks."""
+    """Write what the Trainer script is to train, from a run of ours. Returns the world size."""
     run, plan = load_snapshot(run_dir.snapshot), load_plan(run_dir.plan)
     assert plan.corpus is not None
-    model = {
-        "vocab_size": plan.vocab_size,
-        "hidden_size": run.model.hidden_size,
-        "intermediate_size": run.model.intermediate_size,
-        "num_hidden_layers": run.model.num_hidden_layers,
-        "num_attention_heads": run.model.num_attention_heads,
-        "num_key_value_heads": run.model.num_key_value_heads or run.model.num_attention_heads,
-        "max_position_embeddings": run.model.max_position_embeddings,
-        "use_cache": False,
-    }
     content = {
-        "model": model,
+        "model": {name: getattr(run.model, name) for name in SHAPE}
+        | {"vocab_size": plan.vocab_size, "use_cache": False},
         "seed": run.seed,
         "bf16": run.precision.name == PrecisionName.bf16,
         "learning_rate": run.optim.learning_rate,
@@ -78,53 +62,19 @@ def write_recipe(run_dir: RunDir, recipe: Path) -> int:
 
 def start_trainer(recipe: Path, done: Path, *, world_size: int, site: Path | None) -> float:
     """Seconds to the end of the first step."""
-    began = time.time()
-    log = done.with_suffix(".log")
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
     script = str(ROOT / "benchmarks" / "arms" / "start_trainer.py")
-    paths = [str(site or ""), os.environ.get("PYTHONPATH", "")]
-    variables = {
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-    }
-    with log.open("w") as output:
-        subprocess.run(
-            [sys.executable, *torchrun, script, str(recipe), str(done)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | variables,
-        )
-    if not done.exists():  # gloo aborts some processes when they leave, after all is done
-        sys.exit(f"the Trainer script has failed:\n{log.read_text()[-3000:]}")
+    paths = os.pathsep.join(filter(None, [str(site or ""), os.environ.get("PYTHONPATH", "")]))
+    began = time.time()
+    run = subprocess.run(
+        [sys.executable, *torchrun, script, str(recipe), str(done)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": paths},
+    )
+    if not done.exists():  # the exit code is no sign: gloo aborts some processes as they exit
+        sys.exit(f"the Trainer script failed:\n{run.stdout.decode()[-3000:]}")
     return float(done.read_text()) - began
-
-
-def measure(
-    rounds: int, folder: Path, site: Path | None
-) -> tuple[dict[str, list[Any]], dict[str, list[float]]]:
-    """Our phases and everyone's seconds, by arm."""
-    phases: dict[str, list[Any]] = {name: [] for name in OURS}
-    seconds: dict[str, list[float]] = {name: [] for name in (*OURS, TRAINER)}
-    start_ours((), folder / "warm")
-    recipe = folder / "recipe.json"
-    world_size = write_recipe(RunDir(folder / "warm"), recipe)
-    start_trainer(recipe, folder / "warm-trainer", world_size=world_size, site=site)
-    for number in range(rounds):
-        for place, (name, words) in enumerate(OURS.items()):
-            run_dir = folder / f"{number}-{place}"
-            phases[name].append(start_ours(words, run_dir))
-            seconds[name].append(sum(phases[name][-1].values()))
-        done = folder / f"{number}-trainer"
-        took = start_trainer(recipe, done, world_size=world_size, site=site)
-        seconds[TRAINER].append(took)
-        told = ", ".join(f"{name} {values[-1]:.2f} s" for name, values in seconds.items())
-        print(f"round {number + 1}: {told}", flush=True)
-    for name in OURS:
-        seconds[f"{name}, without its evaluation"] = [
-            sum(parts.values()) - parts.get("evaluation", 0.0) for parts in phases[name]
-        ]
-    return phases, seconds
 
 
 def main() -> None:
@@ -135,24 +85,31 @@ def main() -> None:
     options = parser.parse_args()
     site = None if options.site is None else options.site.resolve()
     if site is not None:
-        sys.path.append(str(site))  # for the record
+        sys.path.append(str(site))  # for the versions in the record
+    phases: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
+    seconds: defaultdict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as scratch:
-        phases, seconds = measure(options.rounds, Path(scratch), site)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+        folder, recipe = Path(scratch), Path(scratch) / "recipe.json"
+        start_ours(folder / "warm")
+        ranks = write_recipe(RunDir(folder / "warm"), recipe)
+        start_trainer(recipe, folder / "warm-trainer", world_size=ranks, site=site)
+        for number in range(options.rounds):
+            for place, (name, overrides) in enumerate(OURS.items()):
+                phases[name].append(start_ours(folder / f"{number}-{place}", *overrides))
+                seconds[name].append(sum(phases[name][-1].values()))
+            done = folder / f"{number}-trainer"
+            took = start_trainer(recipe, done, world_size=ranks, site=site)
+            seconds[TRAINER].append(took)
+            text = ", ".join(f"{name} {values[-1]:.2f} s" for name, values in seconds.items())
+            print(f"round {number + 1}: {text}", flush=True)
     for name in OURS:
-        print(f"\n{name}, by phase:")
-        for phase in phases[name][0]:
-            median = statistics.median(parts.get(phase, 0.0) for parts in phases[name])
-            print(f"  {phase:14}{median:6.2f} s")
-    print()
+        evaluations = [parts.get("evaluation", 0.0) for parts in phases[name]]
+        seconds[f"{name}, without its evaluation"] = list(map(sub, seconds[name], evaluations))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    ratios = {name: median / medians[TRAINER] for name, median in medians.items()}
     for name, median in medians.items():
-        print(f"{name}: median {median:.2f} s, {median / medians[TRAINER]:.2f} of Trainer's")
-    results = {
-        "seconds": seconds,
-        "phases": phases,
-        "medians": medians,
-        "of_trainer": {name: median / medians[TRAINER] for name, median in medians.items()},
-    }
+        print(f"\n{name}: median {median:.2f} s, {ratios[name]:.2f} of Trainer's", end="")
+    results = {"seconds": seconds, "phases": phases, "medians": medians, "of_trainer": ratios}
     write_record("start", results, packages=PACKAGES, folder=options.results)
 
 

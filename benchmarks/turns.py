@@ -1,70 +1,63 @@
-"""Arms of a benchmark that take turns: processes that are stopped and resumed, and their steps."""
+"""Arms of a benchmark that take turns: processes that are stopped and continued."""
 
 import json
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+
+from llama_pretrain.process import list_processes, read_process
 
 POLL_S = 0.01
-STEP_S = 600.0
-"""Limit of one step."""
-TOKENS_PER_STEP = {"cpu": 4096, "cuda": 32_768}
+LIMIT_S = 900.0
+"""An arm that starts or steps for longer has failed."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step that an arm has written down."""
+    """A step that an arm has logged."""
 
-    number: int
     loss: float
     seen_at: float
-    """On this process's clock; a step written while nobody looked was seen at the next look."""
-    gpu_bytes: int | None = None
-    """Peak of what torch has allocated on a GPU, where the arm is on one."""
+    """On this process's clock, when the log was polled."""
+    gpu_bytes: int = 0
+    """Peak of what torch has allocated on a GPU."""
 
 
 class StepLog:
-    """The steps in an arm's file, read as they come. Lines without a loss are left out."""
+    """The steps in an arm's file, read as they are written. Lines without a loss are left out."""
 
     def __init__(self, path: Path):
-        self._path, self._rest, self._offset = path, b"", 0
+        self._path, self._size, self._num_lines = path, 0, 0
         self.steps: list[Step] = []
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Read what is new."""
-        if not self._path.is_file() or self._path.stat().st_size == self._offset:
+        if not self._path.is_file() or self._path.stat().st_size == self._size:
             return
-        now = time.perf_counter()
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            new = file.read()
-        self._offset += len(new)
-        *lines, self._rest = (self._rest + new).split(b"\n")
-        rows = [json.loads(line) for line in lines]
-        self.steps += [
-            Step(row["step"], row["loss"], now, row.get("memory_bytes"))
-            for row in rows
-            if "loss" in row
-        ]
+        now, content = time.perf_counter(), self._path.read_bytes()
+        lines = content.split(b"\n")[:-1]
+        for row in map(json.loads, lines[self._num_lines :]):
+            if "loss" in row:
+                self.steps.append(Step(row["loss"], now, row.get("memory_bytes", 0)))
+        self._size, self._num_lines = len(content), len(lines)
 
 
-def whole_steps(steps: Sequence[Step], *, resumed_at: float) -> tuple[int, float]:
-    """How many steps began after an arm was resumed, and their seconds together.
+def whole_steps(steps: Sequence[Step], *, since: float) -> tuple[int, float]:
+    """The number of steps that began after an arm continued, and their seconds together.
 
     A step begins where the one before it ends, so the first that ends in a turn does not count.
     """
-    seen = [step.seen_at for step in steps if step.seen_at >= resumed_at]
+    seen = [step.seen_at for step in steps if step.seen_at >= since]
     return (len(seen) - 1, seen[-1] - seen[0]) if len(seen) > 1 else (0, 0.0)
 
 
 class ArmError(Exception):
-    """An arm has ended, or makes no progress."""
+    """An arm has exited, or makes no progress."""
 
 
 @dataclass
@@ -72,117 +65,84 @@ class Arm:
     """A running arm: its command's processes, and the steps that they have done."""
 
     name: str
-    command: list[str]
-    steps: StepLog
-    log: Path
+    log: StepLog
+    output: Path
     process: subprocess.Popen[bytes]
-    began: float
-    device: str
+    began: float = field(default_factory=time.perf_counter)
     tokens_per_s: list[float] = field(default_factory=list)
     """One a round."""
-    steps_a_turn: int = 1
+    steps_per_turn: int = 1
 
-    def processes(self) -> list[int]:
-        """Ids of the command and of all below it, the command first."""
-        children: dict[int, list[int]] = {}
-        for entry in Path("/proc").iterdir():
-            with suppress(OSError):
-                if entry.name.isdigit():
-                    stat = (entry / "stat").read_text().rpartition(")")[2].split()
-                    children.setdefault(int(stat[1]), []).append(int(entry.name))
-        found = [self.process.pid]
+    def _list_processes(self) -> list[int]:
+        """Ids of the command and of its descendants."""
+        found, everyone = [self.process.pid], list_processes()
         for pid in found:  # it grows
-            found += children.get(pid, [])
+            found += [process.pid for process in everyone if process.parent == pid]
         return found
 
     def pause(self) -> None:
-        """Stop every process, and wait until all have."""
-        stopped = self._stop()
-        while any(_state(pid) not in "TtZX" for pid in stopped):
-            time.sleep(0.001)
-        self.steps.look()
+        """Stop every process, and wait until all have stopped."""
+        for pid in self._stop():
+            while (process := read_process(pid)) is not None and process.state not in "TtZX":
+                time.sleep(0.001)
+        self.log.poll()
 
     def _stop(self) -> set[int]:
-        """Tell every process to stop; again, until none is new."""
+        """Send SIGSTOP to every process, until there is no new one."""
         stopped: set[int] = set()
-        while new := [pid for pid in self.processes() if pid not in stopped]:
-            for pid in new:
-                _send(pid, signal.SIGSTOP)
-                stopped.add(pid)
+        while new := set(self._list_processes()) - stopped:
+            _send(new, signal.SIGSTOP)
+            stopped |= new
         return stopped
 
-    def resume(self) -> None:
-        """Let every process go on."""
-        for pid in self.processes():
-            _send(pid, signal.SIGCONT)
-
-    def end(self) -> None:
-        """End every process, whatever state it is in."""
-        for pid in self._stop():  # so that nobody starts another meanwhile
-            _send(pid, signal.SIGKILL)
+    def close(self) -> None:
+        """Kill every process, whatever state it is in."""
+        _send(self._stop(), signal.SIGKILL)  # stopped, none can start another meanwhile
         self.process.wait()
 
-    def wait(self, count: int, *, since: float, limit_s: float) -> None:
-        """Wait for that many steps since a moment.
+    def wait(self, count: int, *, since: float = 0.0) -> None:
+        """Wait for so many steps since a moment.
 
         Raises:
-            ArmError: if its command ends, or a step takes too long.
+            ArmError: if the command exits, or a step takes too long.
         """
-        deadline = time.perf_counter() + limit_s
-        while sum(step.seen_at >= since for step in self.steps.steps) < count:
-            if self.process.poll() is not None:
-                self._fail(f"ended with {self.process.returncode}")
-            if time.perf_counter() > deadline:
-                self._fail(f"has no {count} steps after {limit_s:.0f} s")
+        began = time.perf_counter()
+        while sum(step.seen_at >= since for step in self.log.steps) < count:
+            last = max([began, *(step.seen_at for step in self.log.steps)])
+            code = self.process.poll()
+            if code is not None or time.perf_counter() - last > LIMIT_S:
+                tail = self.output.read_text(errors="replace")[-3000:]
+                what = f"did no step in {LIMIT_S:.0f} s" if code is None else f"exited with {code}"
+                raise ArmError(f"{self.name} {what}; its output ends:\n{tail}")
             time.sleep(POLL_S)
-            self.steps.look()
-
-    def _fail(self, what: str) -> NoReturn:
-        tail = self.log.read_text(errors="replace")[-3000:]
-        raise ArmError(f"{self.name} {what}; its output ends:\n{tail}")
+            self.log.poll()
 
     def first_step_s(self) -> float:
-        """Seconds from its command to the end of its first step."""
-        return self.steps.steps[0].seen_at - self.began
+        """Seconds from the command to the end of the first step."""
+        return self.log.steps[0].seen_at - self.began
 
     def peak_bytes(self) -> int:
-        """Peak memory: torch's on a GPU, and on a CPU the largest process's resident one."""
-        if self.device == "cuda":
-            return max(step.gpu_bytes or 0 for step in self.steps.steps)
+        """Peak memory: torch's on a GPU, the largest process's resident memory on a CPU."""
+        if any(step.gpu_bytes for step in self.log.steps):
+            return max(step.gpu_bytes for step in self.log.steps)
         peaks = [0]
-        for pid in self.processes():
+        for pid in self._list_processes():
             with suppress(OSError):
                 lines = Path(f"/proc/{pid}/status").read_text().splitlines()
                 peaks += [int(line.split()[1]) * 1024 for line in lines if line[:6] == "VmHWM:"]
         return max(peaks)
 
-    def take_turn(self) -> None:
-        """Go on for a turn's steps, and keep their rate."""
-        resumed_at = time.perf_counter()
-        self.resume()
-        wanted = self.steps_a_turn + 1
-        self.wait(wanted, since=resumed_at, limit_s=STEP_S * wanted)
+    def take_turn(self, *, tokens_per_step: int) -> None:
+        """Continue for a turn's steps, and record their rate."""
+        began = time.perf_counter()
+        _send(self._list_processes(), signal.SIGCONT)
+        self.wait(self.steps_per_turn + 1, since=began)
         self.pause()
-        count, seconds = whole_steps(self.steps.steps, resumed_at=resumed_at)
-        self.tokens_per_s.append(count * TOKENS_PER_STEP[self.device] / seconds)
+        count, seconds = whole_steps(self.log.steps, since=began)
+        self.tokens_per_s.append(count * tokens_per_step / seconds)
 
 
-def _send(pid: int, number: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, number)
-
-
-def _state(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "X"
-
-
-@contextmanager
-def ended(arm: Arm) -> Iterator[Arm]:
-    """End an arm, however the block ends."""
-    try:
-        yield arm
-    finally:
-        arm.end()
+def _send(pids: Iterable[int], number: int) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)

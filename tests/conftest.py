@@ -219,6 +219,18 @@ def run_cli(
     )
 
 
+def run_module(*words: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    """`python -m llama_pretrain WORDS` on a terminal of 40 columns."""
+    return subprocess.run(
+        [sys.executable, "-m", "llama_pretrain", *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "40"},
+    )
+
+
 @pytest.fixture
 def runner(cache_dir: Path, corpus: Path, tmp_path: Path) -> Runner:
     return Runner(cache_dir=cache_dir, corpus=corpus, folder=tmp_path)
@@ -226,9 +238,7 @@ def runner(cache_dir: Path, corpus: Path, tmp_path: Path) -> Runner:
 
 @pytest.fixture(scope="module")
 def shared_runner(
-    cache_dir: Path,
-    corpus: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    cache_dir: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Runner:
     """A runner for module-scoped fixtures: runs that several tests look at."""
     folder = tmp_path_factory.mktemp("runs")

@@ -1,16 +1,14 @@
-"""A training loop of plain PyTorch, one rank of it, as somebody would write it who knows how.
+"""One rank of a training loop in plain PyTorch, as an expert would write it.
 
     torchrun ... benchmarks/arms/bare.py RUN_DIR MODEL_DIR STEPS_FILE [--compile]
 
 Weights are bf16 with fp32 masters in one fused AdamW; DistributedDataParallel overlaps its
-all-reduce of bf16 buckets with the backward pass. fp32 weights under autocast, the other way to
-write it, have not been measured beside this on an idle machine. Where our run is in fp32, so is
-this: the weights are their own masters.
+all-reduce of bf16 buckets with the backward pass. (fp32 weights under autocast, the other way, have
+not been measured.) Where our run is in fp32, so is this: the weights are their own masters.
 """
 
 import os
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,20 +16,13 @@ import torch.distributed as dist
 import torch.nn.functional as functional
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaForCausalLM
 
-from benchmarks.arms.given import (
-    StepFile,
-    batches_of,
-    in_bf16,
-    learning_rates,
-    read_run,
-    read_words,
-)
-from llama_pretrain.runs.layout import RunDir
+from benchmarks.arms.inputs import Inputs
 
 
-class WithLoss(nn.Module):
+class ModelWithLoss(nn.Module):
     """The model with its loss, so that a compiler sees both."""
 
     def __init__(self, model: LlamaForCausalLM):
@@ -44,7 +35,7 @@ class WithLoss(nn.Module):
         return functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
 
-class Masters:
+class MasterWeights:
     """AdamW over fp32 weights, or over fp32 copies of bf16 ones, which have gradients too."""
 
     def __init__(self, model: nn.Module, optim: Any):
@@ -57,12 +48,18 @@ class Masters:
             self._masters = [nn.Parameter(weight.detach().float()) for weight in self._weights]
             for master in self._masters:
                 master.grad = torch.zeros_like(master)
-        groups = [
-            {"params": [p for p in self._masters if p.dim() > 1], "weight_decay": 0.1},
-            {"params": [p for p in self._masters if p.dim() <= 1], "weight_decay": 0.0},
+        groups: list[dict[str, Any]] = [
+            {"params": [master for master in self._masters if master.dim() > 1]},
+            {"params": [master for master in self._masters if master.dim() <= 1]},
         ]
+        groups[1]["weight_decay"] = 0.0
         self.optimizer = torch.optim.AdamW(
-            groups, lr=optim.learning_rate, betas=(0.9, 0.95), eps=optim.eps, fused=True
+            groups,
+            lr=optim.learning_rate,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            fused=True,
         )
 
     @torch.no_grad()
@@ -82,43 +79,37 @@ def _gradients(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-def train(run_dir: RunDir, model_dir: Path, steps_file: Path, *, compiled: bool) -> None:
-    """Train until the process is ended."""
+def main() -> None:
+    """Train until the process is killed."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    run, plan = read_run(run_dir)
-    on_gpu = plan.device == "cuda"
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    inputs = Inputs()
+    on_gpu = inputs.plan.device == "cuda"
+    device = torch.device("cpu")
     if on_gpu:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(days=1))
     model: Any = LlamaForCausalLM.from_pretrained(
-        model_dir, dtype=torch.float32, attn_implementation="sdpa"
+        inputs.model_dir, dtype=torch.float32, attn_implementation="sdpa"
     )
-    if in_bf16(run):
+    if inputs.in_bf16:
         for parameter in model.parameters():  # not .bfloat16(): rotary frequencies stay fp32
             parameter.data = parameter.data.bfloat16()
     model = model.to(device)
-    state = Masters(model, run.optim)
-    schedule = torch.optim.lr_scheduler.LambdaLR(state.optimizer, learning_rates(run, plan))
-    whole = WithLoss(model.train())
-    if compiled:
-        whole.compile(dynamic=False)
-    parallel = DistributedDataParallel(whole, gradient_as_bucket_view=True, static_graph=True)
-    steps = StepFile(steps_file)
+    state = MasterWeights(model, inputs.run.optim)
+    schedule = LambdaLR(state.optimizer, inputs.learning_rate_factor())
+    module = ModelWithLoss(model.train())
+    if inputs.compile:
+        module.compile(dynamic=False)
+    parallel = DistributedDataParallel(module, gradient_as_bucket_view=True, static_graph=True)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    for batch in batches_of(run, plan, rank=rank, world_size=world_size):
-        inputs, labels = (batch[name].to(device) for name in ("input_ids", "shift_labels"))
-        loss = parallel(inputs, labels)
+    for batch in inputs.micro_batches(rank=rank, world_size=world_size):
+        input_ids, labels = (batch[name].to(device) for name in ("input_ids", "shift_labels"))
+        loss = parallel(input_ids, labels)
         loss.backward()
         state.step()
-        rate = float(schedule.get_last_lr()[0])
         schedule.step()
-        steps.write(loss, rate)
-
-
-def main() -> None:
-    given = read_words(__doc__)
-    train(RunDir(given.run_dir), given.model_dir, given.steps_file, compiled=given.compile)
+        inputs.write_step(loss)
 
 
 if __name__ == "__main__":

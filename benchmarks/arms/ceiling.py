@@ -1,57 +1,50 @@
-"""One rank's share of the machine's ceiling: for each line on stdin, large products.
+"""The node's ceiling: GFLOP/s of large products in all ranks at the same time.
 
-python benchmarks/arms/ceiling.py THREADS
+    torchrun ... benchmarks/arms/ceiling.py
 
-In bf16 or in fp32: the faster is the ceiling. A type that is far slower is not tried at length:
-a CPU without instructions for bf16 would take minutes.
+In bf16 or in fp32, whichever is faster. A much slower type is only tried on small matrices: large
+ones would take minutes on a CPU without bf16 instructions.
 """
 
-import sys
+import os
 import time
 
 import torch
+import torch.distributed as dist
 
 ON_GPU = torch.cuda.is_available()
 WIDTH, PRODUCTS = (8192, 20) if ON_GPU else (4096, 2)
 TRIAL_WIDTH = 512
 
 
-def three(dtype: torch.dtype, *, width: int) -> list[torch.Tensor]:
-    """Two factors, and room for their product."""
-    device = "cuda" if ON_GPU else "cpu"
-    return [torch.randn(width, width, device=device).to(dtype) for _ in range(3)]
-
-
 def now() -> float:
-    """The clock, when all that was asked for is computed."""
+    """The clock, once all queued work is done."""
     if ON_GPU:
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def measure(left: torch.Tensor, right: torch.Tensor, result: torch.Tensor) -> float:
-    """GFLOP/s of some products."""
+def measure(dtype: torch.dtype, *, width: int) -> float:
+    """GFLOP/s of all ranks together."""
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if ON_GPU else None
+    left, right, result = (torch.randn(width, width, device=device).to(dtype) for _ in range(3))
+    torch.mm(left, right, out=result)  # warms up
+    dist.barrier()
     began = now()
     for _ in range(PRODUCTS):
         torch.mm(left, right, out=result)
-    return 2 * len(left) ** 3 * PRODUCTS / (now() - began) / 1e9
+    rate = torch.tensor(2 * width**3 * PRODUCTS / (now() - began) / 1e9)
+    dist.all_reduce(rate)
+    return float(rate)
 
 
-def main() -> None:
-    torch.set_num_threads(int(sys.argv[1]))
-    trials = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        small = three(dtype, width=TRIAL_WIDTH)
-        torch.mm(small[0], small[1], out=small[2])
-        trials[dtype] = measure(*small)
-    fast = [dtype for dtype, rate in trials.items() if rate > max(trials.values()) / 4]
-    large = [three(dtype, width=WIDTH) for dtype in fast]
-    for left, right, result in large:
-        torch.mm(left, right, out=result)
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        print(max(measure(*matrices) for matrices in large), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+dist.init_process_group("gloo")
+torch.set_num_threads(1)
+if ON_GPU:
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+trials = {dtype: measure(dtype, width=TRIAL_WIDTH) for dtype in (torch.float32, torch.bfloat16)}
+fast = [dtype for dtype, rate in trials.items() if rate > max(trials.values()) / 4]
+best = max(measure(dtype, width=WIDTH) for dtype in fast)
+if dist.get_rank() == 0:
+    print(best)
+dist.destroy_process_group()

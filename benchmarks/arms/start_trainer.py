@@ -1,8 +1,8 @@
-"""A script around transformers' Trainer, as one would write it; one rank of it, for a few steps.
+"""One rank of a script around transformers' Trainer, as one would write it, for one step.
 
     torchrun --nproc-per-node 2 benchmarks/arms/start_trainer.py RECIPE.json DONE
 
-It writes the time at which the first optimizer step had ended into DONE.
+It writes the time at which the first optimizer step ended to DONE.
 """
 
 import json
@@ -13,68 +13,51 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch.utils.data import Dataset
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+
+RECIPE = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+DONE = Path(sys.argv[2])
 
 
-class Rows(Dataset[dict[str, torch.Tensor]]):
-    """Rows of `length` tokens out of a file of uint16."""
+class Sequences(Dataset[dict[str, torch.Tensor]]):
+    """The sequences in a file of uint16."""
 
-    def __init__(self, path: str, *, length: int):
-        self._tokens = np.memmap(path, dtype=np.uint16, mode="r")
-        self._length = length
+    def __init__(self) -> None:
+        tokens, length = np.memmap(RECIPE["tokens"], np.uint16, "r"), RECIPE["sequence_length"]
+        self._sequences = tokens[: len(tokens) // length * length].reshape(-1, length)
 
     def __len__(self) -> int:
-        return len(self._tokens) // self._length
+        return len(self._sequences)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        begin = index * self._length
-        row = self._tokens[begin : begin + self._length].astype(np.int64)
-        ids = torch.from_numpy(row)
+        ids = torch.from_numpy(self._sequences[index].astype(np.int64))
         return {"input_ids": ids, "labels": ids}
 
 
-class TellFirstStep(TrainerCallback):
-    """Writes down when the first step has ended."""
-
-    def __init__(self, done: Path):
-        self._done = done
+class WriteFirstStep(transformers.TrainerCallback):
+    """Writes when the first step ended."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 1 and state.is_world_process_zero:
-            self._done.write_text(repr(time.time()))
+            DONE.write_text(repr(time.time()))
 
 
-def main() -> None:
-    recipe = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    arguments = TrainingArguments(
-        output_dir=f"{sys.argv[2]}.output",
-        deepspeed=recipe["ds_config"],
-        bf16=recipe["bf16"],
+transformers.set_seed(RECIPE["seed"])
+transformers.Trainer(
+    model=transformers.LlamaForCausalLM(transformers.LlamaConfig(**RECIPE["model"])),
+    args=transformers.TrainingArguments(
+        output_dir=f"{DONE}.output",
+        deepspeed=RECIPE["ds_config"],
+        bf16=RECIPE["bf16"],
         use_cpu=True,
-        per_device_train_batch_size=recipe["micro_batch_size"],
+        per_device_train_batch_size=RECIPE["micro_batch_size"],
         max_steps=1,
-        learning_rate=recipe["learning_rate"],
+        learning_rate=RECIPE["learning_rate"],
         save_strategy="no",
         report_to="tensorboard",
         disable_tqdm=True,
-    )
-    set_seed(recipe["seed"])
-    trainer = Trainer(
-        model=LlamaForCausalLM(LlamaConfig(**recipe["model"])),
-        args=arguments,
-        train_dataset=Rows(recipe["tokens"], length=recipe["sequence_length"]),
-        callbacks=[TellFirstStep(Path(sys.argv[2]))],
-    )
-    trainer.train()
-
-
-if __name__ == "__main__":
-    main()
+    ),
+    train_dataset=Sequences(),
+    callbacks=[WriteFirstStep()],
+).train()

@@ -94,9 +94,7 @@ def test_the_command_writes_what_it_is_asked_for(
 
 
 def test_a_path_that_is_no_run_is_named(
-    pair: list[Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    pair: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = pair[0]
     (run / "export").mkdir()

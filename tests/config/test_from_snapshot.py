@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from llama_pretrain.config.command_line import parse_command_line
 from llama_pretrain.config.compose import CONF, list_groups
@@ -16,8 +17,8 @@ from llama_pretrain.config.origins import trace_settings
 from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.run import Run
-from llama_pretrain.config.snapshot import SNAPSHOT_NAME, load_snapshot, render_snapshot
-from llama_pretrain.config.validate import validate_run
+from llama_pretrain.config.snapshot import SNAPSHOT_NAME, load_snapshot, render_snapshot, to_plain
+from llama_pretrain.config.validate import flatten, validate_run
 from llama_pretrain.config.zero import Zero
 from llama_pretrain.plan.batch import solve_batch
 from llama_pretrain.plan.machine import detect_machine
@@ -68,6 +69,23 @@ def resolved(run: Run) -> ResolvedRun:
     return found
 
 
+CASES = yaml.safe_load((Path(__file__).parent / "from_snapshot.yaml").read_text())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["command"])
+def test_settings_of_a_command_about_a_run(
+    started: Started, tmp_path: Path, case: dict[str, Any]
+) -> None:
+    folder = started(*case["started"].split())
+    words = case["command"].replace("DIR", str(folder)).split()
+    run = compose_words(tmp_path, *words)
+    for made, key in ((run, "run"), (resolved(run) if "resolved" in case else run, "resolved")):
+        values, wanted = dict(flatten(to_plain(made))), case.get(key, {})
+        for path, value in wanted.items():
+            expected = value.replace("DIR", str(folder)) if isinstance(value, str) else value
+            assert values[path] == expected, path
+
+
 def test_an_option_replaces_a_section_of_a_snapshot(started: Started, tmp_path: Path) -> None:
     folder = started("zero=stage3", "zero.sub_group_size=7", "seed=9")
     run = compose_words(tmp_path, f"resume={folder}", "zero=stage1")
@@ -76,30 +94,6 @@ def test_an_option_replaces_a_section_of_a_snapshot(started: Started, tmp_path: 
     assert run.zero == Zero(stage=1)
     assert resolved(run).zero.reduce_bucket_size == 500_000_000
     assert (run.seed, run.model, run.optim) == (9, before.model, before.optim)
-    offload = compose_words(tmp_path, f"reproduce={folder}", "zero=stage2_offload")
-    assert offload.zero.offload_optimizer.device.value == "cpu"
-
-
-def test_an_option_of_the_optimizer_decides_what_follows_from_it(
-    started: Started, tmp_path: Path
-) -> None:
-    folder = started("zero=stage3")
-    run = compose_words(tmp_path, f"reproduce={folder}", "optim=muon")
-    assert run.train.gradient_clipping is None
-    assert run.zero.reduce_scatter is None
-    after = resolved(run)
-    assert after.train.gradient_clipping == 0
-    assert after.zero.reduce_scatter is False
-
-
-def test_another_optimizer_keeps_the_learning_rate(started: Started, tmp_path: Path) -> None:
-    """Unless the option or the command line says another; betas are the option's own."""
-    folder = started("optim.learning_rate=0.007", "optim.weight_decay=0.3")
-    run = compose_words(tmp_path, f"reproduce={folder}", "optim=lion")
-    assert (run.optim.name.value, run.optim.learning_rate) == ("lion", 0.007)
-    assert (run.optim.betas, run.optim.weight_decay) == ([0.95, 0.98], 0.1)
-    words = (f"reproduce={folder}", "optim=lion", "optim.learning_rate=0.001")
-    assert compose_words(tmp_path, *words).optim.learning_rate == 0.001
 
 
 def test_a_reproduction_knows_whose_it_is(started: Started, tmp_path: Path) -> None:
@@ -108,9 +102,6 @@ def test_a_reproduction_knows_whose_it_is(started: Started, tmp_path: Path) -> N
     words = rewrite(tmp_path, f"reproduce={folder}", "-m", "seed=1,2", "--package", "model")
     assert sorted(words[4:7]) == ["--multirun", "--package", "model"]
     assert not any(str(folder) in word for word in words)
-    assert compose_words(tmp_path, f"reproduce={folder}").reproduce_of == str(folder)
-    for kind in ("resume", "run"):
-        assert compose_words(tmp_path, f"{kind}={folder}").reproduce_of is None
     odd = started(name="it's odd")
     assert compose_words(tmp_path, f"run={odd}").of_run == str(odd)
     for name in ("a ${b}", "a'b\"c"):
@@ -123,14 +114,6 @@ def test_conf_does_not_come_before_a_snapshot(started: Started, tmp_path: Path) 
     words = rewrite(tmp_path, f"resume={started()}")
     assert words[:2] == ["--config-path", str(tmp_path / "scratch")]
     assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["snapshot.yaml"]
-
-
-def test_other_data_keeps_the_rows_and_the_cache(started: Started, tmp_path: Path) -> None:
-    folder = started("data.sequence_length=32", "data.cache_dir=/cache", "data.deduplicate=true")
-    run = compose_words(tmp_path, f"reproduce={folder}", "data=text", "data.paths=[a.txt]")
-    assert run.data.name.value == "text"
-    assert (run.data.sequence_length, run.data.cache_dir) == (32, "/cache")
-    assert run.data.deduplicate is False
 
 
 def test_every_group_can_be_chosen(started: Started, tmp_path: Path) -> None:
@@ -180,35 +163,6 @@ def test_where_settings_of_an_option_are_from() -> None:
     assert origins["optim.name"] == "snapshot.yaml"
 
 
-@pytest.mark.parametrize(
-    ("words", "derived"),
-    [
-        (["launch.num_processes=1"], True),
-        (["launch.device=cpu"], True),
-        (["seed=2"], False),
-    ],
-)
-def test_threads_and_memory_follow_the_ranks(
-    started: Started, tmp_path: Path, words: list[str], derived: bool
-) -> None:
-    folder = started("launch.num_processes=2", "launch.threads_per_process=5", "zero=zeropp")
-    run = compose_words(tmp_path, f"reproduce={folder}", *words)
-    assert (run.launch.threads_per_process, run.launch.device_memory is None) == (
-        (None, True) if derived else (5, False)
-    )
-    assert run.zero.zero_hpz_partition_size == (None if derived else 2)
-    given = [*words, "launch.threads_per_process=3", "launch.device_memory=1GiB"]
-    run = compose_words(tmp_path, f"reproduce={folder}", *given)
-    assert (run.launch.threads_per_process, run.launch.device_memory) == (3, "1GiB")
-
-
-def test_without_saves_nothing_is_saved_beside(started: Started, tmp_path: Path) -> None:
-    folder = started("checkpoint.asynchronous=true")
-    for words, left in (([], True), (["seed=2"], True), (["checkpoint.every_steps=null"], None)):
-        run = compose_words(tmp_path, f"reproduce={folder}", *words)
-        assert run.checkpoint.asynchronous is left
-
-
 ZEROS = [
     ["zero=stage0"],
     ["zero=stage1", "zero.round_robin_gradients=true"],
@@ -241,52 +195,12 @@ def test_another_stage_keeps_what_it_reads(
         assert run.zero.overlap_comm is None
 
 
-def test_a_given_size_wins_over_a_derived_one(started: Started, tmp_path: Path) -> None:
-    words = ("zero.stage=1", "zero.reduce_bucket_size=77")
-    run = compose_words(tmp_path, f"resume={started('zero=stage3')}", *words)
-    assert run.zero.reduce_bucket_size == 77
-
-
-def test_an_evaluation_is_of_all_rows_with_the_own_tokenizer(
-    started: Started, tmp_path: Path
-) -> None:
-    folder = started("batch.global_batch_size=8", "batch.micro_batch_size=2")
+def test_an_evaluation_has_a_directory_of_its_own(started: Started, tmp_path: Path) -> None:
+    folder = started()
     words = rewrite(tmp_path, "task=evaluate", f"run={folder}", "launch.num_processes=3")
     assert f"of_run='{folder}'" in words
     place = next(word for word in words if word.startswith("hydra.run.dir="))
     assert place == f"hydra.run.dir='{folder}/evaluations/${{now:%Y-%m-%dT%H-%M-%S-%f}}'"
-    run = resolved(
-        compose_words(tmp_path, "task=evaluate", f"run={folder}", "launch.num_processes=3")
-    )
-    assert run.of_run == str(folder)
-    assert (run.tokenizer.name.value, run.tokenizer.path) == (
-        "pretrained",
-        str(folder / "tokenizer"),
-    )
-    assert run.train.eval_sequences is None
-    assert (run.batch.global_batch_size, run.batch.micro_batch_size) == (6, 2)
-    again = compose_words(
-        tmp_path,
-        "task=evaluate",
-        f"run={folder}",
-        "train.eval_sequences=5",
-        "batch.micro_batch_size=3",
-        "tokenizer.path=/other",
-    )
-    assert (again.train.eval_sequences, again.batch.micro_batch_size) == (5, 3)
-    assert again.tokenizer.path == "/other"
-
-
-def test_data_on_purpose_need_not_be_the_runs_own(started: Started, tmp_path: Path) -> None:
-    folder = started("data.hash=abc")
-    run = compose_words(tmp_path, "task=evaluate", f"run={folder}")
-    assert run.data.hash == "abc"
-    run = compose_words(tmp_path, "task=evaluate", f"run={folder}", "data.limit_train_sequences=5")
-    assert run.data.hash is None
-    run = compose_words(
-        tmp_path, "task=evaluate", f"run={folder}", "data.hash=d", "data.limit_train_sequences=5"
-    )
-    assert run.data.hash == "d"
 
 
 def test_export_and_generate_stay_in_the_run(started: Started, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from tests.conftest import compose_run
 NUMBER = 300
 VARIABLE, SECRET = "CANARY_VALUE", "c4nary-0f-the-envir0nment"
 MODULE = "canary_module"
+PAYLOADS = yaml.safe_load((Path(__file__).parent / "hostile.yaml").read_text())
 PROCESSES = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.spawn", "os.fork")
 Values = dict[str, Any]
 Attack = Callable[[random.Random, Values, Path], str | bytes]
@@ -97,17 +98,29 @@ def put_open(chance: random.Random, values: Values, item: Any) -> str:
     return dump(values)
 
 
+def payload(chance: random.Random, kind: str, canary: Path, item: Any = None) -> Any:
+    """One of a kind in hostile.yaml; `item` takes the place of @TARGET@."""
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {fill(key): fill(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [fill(inner) for inner in value]
+        if value == "@TARGET@":
+            return item
+        for name, text in named.items():
+            value = value.replace(name, text) if isinstance(value, str) else value
+        return value
+
+    named = {"@CANARY@": str(canary), "@FOLDER@": str(canary.parent)}
+    named |= {"@MODULE@": MODULE, "@VARIABLE@": VARIABLE}
+    return fill(chance.choice(PAYLOADS[kind]))
+
+
 def target(chance: random.Random, canary: Path) -> Values:
     """A node that hydra.utils.instantiate would call."""
-    return chance.choice(
-        [
-            {"_target_": "os.system", "_args_": [f"touch {canary}"]},
-            {"_target_": f"{MODULE}.Fire"},
-            {"_target_": "builtins.exec", "_args_": [f"open({str(canary)!r}, 'w')"]},
-            {"_target_": "subprocess.Popen", "args": ["touch", str(canary)]},
-            {"_target_": "hydra.utils.call", "_partial_": True, "config": {"_target_": "os.abort"}},
-        ]
-    )
+    found: Values = payload(chance, "targets", canary)
+    return found
 
 
 def attack_target(chance: random.Random, values: Values, canary: Path) -> str:
@@ -124,21 +137,7 @@ def attack_hidden_target(chance: random.Random, values: Values, canary: Path) ->
 
 def attack_hydra(chance: random.Random, values: Values, canary: Path) -> str:
     item = target(chance, canary)
-    logging = {"version": 1, "handlers": {"h": {"()": f"{MODULE}.Fire"}}}
-    logging["root"] = {"handlers": ["h"]}
-    block = chance.choice(
-        [
-            {"callbacks": {"x": item}},
-            {"launcher": item},
-            {"sweeper": item},
-            {"job_logging": logging},
-            {"hydra_logging": logging},
-            {"searchpath": [f"file://{canary.parent}", f"pkg://{MODULE}"]},
-            {"run": {"dir": f"${{oc.env:{VARIABLE}}}"}},
-            {"job": {"env_set": {"LD_PRELOAD": str(canary)}, "chdir": True}},
-            {"output_subdir": str(canary), "mode": "MULTIRUN"},
-        ]
-    )
+    block = payload(chance, "hydra_blocks", canary, item)
     if chance.random() < 0.3:
         return put(chance, values, block, key="hydra")
     text = dump(values) + "\n"
@@ -149,71 +148,26 @@ def attack_hydra(chance: random.Random, values: Values, canary: Path) -> str:
 
 def attack_interpolation(chance: random.Random, values: Values, canary: Path) -> str:
     """Of the environment, or of whatever else a resolver gives; in many spellings."""
-    inner = chance.choice(
-        [
-            f"oc.env:{VARIABLE}",
-            f"oc.env: {VARIABLE} ",
-            f"oc.env:'{VARIABLE}'",
-            f"oc.env:${{oc.decode:{VARIABLE}}}",
-            "hydra:runtime.cwd",
-            "oc.select:hydra.job.name",
-            f"eval:__import__('os').system('touch {canary}')",
-            "seed",
-            "..seed",
-            "oc.dict.keys:model",
-        ]
-    )
+    inner = payload(chance, "interpolations", canary)
     form = chance.choice(["{}", "a {} b", r"\\{}", "\u2028{}", "{}/{}", "$${}"])
     text = form.replace("{}", "${" + inner + "}")
     if chance.random() < 0.3:
         return put_open(chance, values, chance.choice([text, {text: 1}, [text]]))
     written = put(chance, values, "PLACE")
-    spelt = chance.choice(
-        [
-            text.replace("$", r"\x24"),
-            text.replace("{", r"\u007b"),
-            text.replace("${", "$\\\n    {"),
-            text,
-        ]
-    )
+    spellings = [("$", r"\x24"), ("{", r"\u007b"), ("${", "$\\\n    {"), ("", "")]
+    spelt = text.replace(*chance.choice(spellings))
     return written.replace("PLACE", '"' + spelt.replace('\\"', "'") + '"', 1)
 
 
 def attack_tag(chance: random.Random, values: Values, canary: Path) -> str:
-    tag = chance.choice(
-        [
-            f"!!python/object/apply:os.system ['touch {canary}']",
-            f"!!python/object/new:{MODULE}.Fire []",
-            f"!!python/module:{MODULE} ''",
-            f"!!python/name:{MODULE}.Fire ''",
-            f"!<tag:yaml.org,2002:python/object/apply:os.system> ['touch {canary}']",
-            "!!binary aGVsbG8=",
-            "!!set {a, b}",
-            "!custom 1",
-            "!!str 5",
-        ]
-    )
+    tag = payload(chance, "tags", canary)
     text = put(chance, values, "PLACE").replace("PLACE", tag, 1)
     return f"%TAG !e! tag:yaml.org,2002:python/\n---\n{text}" if chance.random() < 0.2 else text
 
 
 def attack_defaults(chance: random.Random, values: Values, canary: Path) -> str:
     (canary.parent / "evil.yaml").write_text(f"hydra: {{callbacks: {target(chance, canary)}}}\n")
-    defaults: Any = chance.choice(
-        [
-            [*DEFAULTS, "evil"],
-            ["evil", *DEFAULTS],
-            [*DEFAULTS, {"override hydra/launcher": "joblib"}],
-            [*DEFAULTS, {"/hydra/sweeper": "optuna"}],
-            [*DEFAULTS, {"zero": "stage1"}],
-            [*DEFAULTS, f"{canary.parent}/evil"],
-            ["run_schema", {"_self_": None}],
-            "evil",
-            {"run_schema": "_self_"},
-            [f"${{oc.env:{VARIABLE}}}"],
-            None,
-        ]
-    )
+    defaults = payload(chance, "defaults", canary)
     return yaml.safe_dump({"defaults": defaults, **values})
 
 
@@ -282,32 +236,8 @@ def attack_numbers(chance: random.Random, values: Values, canary: Path) -> str:
 
 def attack_values(chance: random.Random, values: Values, canary: Path) -> str:
     """Texts that a shell, Hydra's grammar or a template would take for something else."""
-    text = chance.choice(
-        [
-            f"$(touch {canary})",
-            f"'; touch {canary}; '",
-            f"x', +hydra.callbacks.x._target_={MODULE}.Fire, '",
-            f"`touch {canary}`",
-            f"%({VARIABLE})s %{VARIABLE}%",
-            f"$ {{oc.env:{VARIABLE}}}",
-            f"${VARIABLE}",
-            f"{{{{ {MODULE}.Fire }}}}",
-            f"@format {{{VARIABLE}}}",
-            "hydra:\n  callbacks:\n    x: {_target_: os.abort}",
-            "???",
-        ]
-    )
-    section, name = chance.choice(
-        [
-            ("model", "name"),
-            ("train", "sample_prompt"),
-            ("data", "cache_dir"),
-            ("monitor", "wandb_project"),
-            ("tokenizer", "path"),
-            ("generate", "prompt"),
-        ]
-    )
-    values[section][name] = text
+    section, name = chance.choice(PAYLOADS["text_settings"]).split(".")
+    values[section][name] = payload(chance, "texts", canary)
     return dump(values)
 
 
@@ -322,21 +252,7 @@ def attack_bytes(chance: random.Random, values: Values, canary: Path) -> bytes:
     return bytes(content)
 
 
-ATTACKS: list[Attack] = [
-    attack_target,
-    attack_hidden_target,
-    attack_hydra,
-    attack_interpolation,
-    attack_tag,
-    attack_defaults,
-    attack_bomb,
-    attack_depth,
-    attack_keys,
-    attack_spelling,
-    attack_numbers,
-    attack_values,
-    attack_bytes,
-]
+ATTACKS: list[Attack] = [item for name, item in list(globals().items()) if name[:7] == "attack_"]
 
 
 def run_hydra(words: list[str]) -> list[DictConfig]:
@@ -432,6 +348,7 @@ def test_the_canaries_see_what_hydra_would_run(canaries: Canaries, tmp_path: Pat
 @pytest.mark.parametrize(
     ("text", "told"),
     [
+        ("hydra: {run: {dir: x}}\n", "which a snapshot never does"),
         ('model: {name: "\\x24{oc.env:HOME}"}\n', "names hydra settings, interpolations or"),
         ('zero: {extra: {"\\x5ftarget_": os.system}}\n', "names hydra settings, interpolations or"),
         ("a: &a [1]\nb: *a\n", "is not a snapshot: it has an anchor or an alias"),
@@ -455,6 +372,21 @@ def test_what_is_wrong_with_a_snapshot_is_told(tmp_path: Path, text: str, told: 
     with pytest.raises(UserError) as caught:
         load_snapshot(path)
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "defaults: [run_schema, _self_, /hydra/launcher: evil]\n",
+        "just text\n",
+        "seed: 1\n",
+        "!!python/object/apply:os.system [x]\n",
+    ],
+)
+def test_what_is_no_snapshot_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "snapshot.yaml").write_text(text)
+    with pytest.raises(UserError, match="is not"):
+        load_snapshot(tmp_path / "snapshot.yaml")
 
 
 def test_a_file_that_is_none_of_ours_is_not_quoted(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from llama_pretrain.config.command_line import parse_command_line
@@ -37,58 +38,26 @@ def test_tokens_are_known_by_their_form(token: str) -> None:
     assert redact(f"a '{token}', b", known=[]) == f"a '{REDACTED}', b"
 
 
-@pytest.mark.parametrize(
-    ("text", "hidden"),
-    [
-        ("password=hunter2hunter", "hunter2"),
-        ("db.password: 12345678", "12345678"),
-        ("clientSecret: 'abcdef'", "abcdef"),
-        ('api_key: "two words"', "two words"),
-        ('{"auth_token": "a1b2c3d4"}', "a1b2c3d4"),
-        ("+HF_TOKEN=abcdef123456", "abcdef123456"),
-        ("https://me:pa55word@host/x.git", "pa55word"),
-        ("Authorization: Bearer abcdefghij0123456789", "abcdefghij"),
-        ("api-key: a1b2c3d4e5", "a1b2c3d4e5"),
-        ("X-API-Key: a1b2c3d4e5", "a1b2c3d4e5"),
-        ("Authorization: Basic dXNlcjpwYXNzd29yZA==", "dXNlcjpwYXNz"),
-        ("DB_PASS=hunter2hunter", "hunter2"),
-        ("GITHUB_PAT=abcdef123456", "abcdef123456"),
-        ("machine host login me password hunter2", "hunter2"),
-        ("https://abcdefghij0123456789@host/x.git", "abcdefghij"),
-        ("https://x.blob.host/y?sv=2024&sig=abcd%2Fefgh%3D", "abcd%2F"),
-        ("https://b.s3.host/k?X-Amz-Signature=0123456789abcdef", "0123456789"),
-        ("ya29." + "a0AfH6SMBxxxxxxxxxxxxxxx", "a0AfH6"),
-        ("SG." + "abcdefghijklmnop1234.abcdefghijklmnop1234", "abcdefghij"),
-        ("AGE-SECRET-" + "KEY-1QQPZRY9X8GF2TVDW0S3JN54KHCE6MUA7L", "1QQPZRY"),
-        ("tool --password hunter2hunter --dry-run", "hunter2"),
-        (PRIVATE_KEY.replace("OPENSSH", "PGP").replace("KEY--", "KEY BLOCK--"), "b3BlbnNzaC1r"),
-        (f"x\n{PRIVATE_KEY}\ny", "b3BlbnNzaC1r"),
-        (PRIVATE_KEY.rpartition("\n")[0], "b3BlbnNzaC1r"),  # cut short
-        ("it is pl41n-v4lue here", "pl41n-v4lue"),
-    ],
-)
+CASES = yaml.safe_load((Path(__file__).parent / "secrets.yaml").read_text())
+PGP_KEY = PRIVATE_KEY.replace("OPENSSH", "PGP").replace("KEY--", "KEY BLOCK--")
+KEYS = [
+    (f"x\n{PRIVATE_KEY}\ny", "b3BlbnNzaC1r"),
+    (PRIVATE_KEY.rpartition("\n")[0], "b3BlbnNzaC1r"),  # cut short
+    (PGP_KEY, "b3BlbnNzaC1r"),
+    ("ya29." + "a0AfH6SMBxxxxxxxxxxxxxxx", "a0AfH6"),  # in parts, for scanners of repositories
+    ("SG." + "abcdefghijklmnop1234.abcdefghijklmnop1234", "abcdefghij"),
+    ("AGE-SECRET-" + "KEY-1QQPZRY9X8GF2TVDW0S3JN54KHCE6MUA7L", "1QQPZRY"),
+]
+
+
+@pytest.mark.parametrize(("text", "hidden"), [*CASES["hidden"], *KEYS])
 def test_what_is_secret_is_cut_out_of_a_text(text: str, hidden: str) -> None:
     found = redact(text, known=["pl41n-v4lue"])
     assert hidden not in found
     assert REDACTED in found
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "tokens = tokenizer.encode(text)",
-        "eos_token: '<|endoftext|>'",
-        "token = first_token",
-        "train.max_tokens=2_000_000",
-        "batch.global_batch_tokens=4096",
-        "password = getpass.getpass()",
-        "num_key_value_heads: 128000",
-        "num_token: 128000",
-        "sorted(values, key=lambda value: value)",
-        "https://example.org:8080/a@b",
-        "a sketch of sk-learn",
-    ],
-)
+@pytest.mark.parametrize("text", CASES["stays"])
 def test_what_is_no_secret_stays(text: str) -> None:
     assert redact(text, known=[]) == text
 
@@ -98,28 +67,9 @@ def test_no_shipped_file_looks_like_a_secret() -> None:
 
 
 def test_names_of_secrets() -> None:
-    secret = [
-        "HF_TOKEN",
-        "WANDB_API_KEY",
-        "monitor.password",
-        "AWS_SECRET_ACCESS_KEY",
-        "db_dsn",
-        "PASSWORD_OF_DB",
-        "a.my_token.0",
-    ]
-    plain = [
-        "train.max_tokens",
-        "eos_token",
-        "data.text_field",
-        "data.sources.secretary.paths.0",
-        "PYTHONHASHSEED",
-        "seed",
-        "token_id",
-    ]
-    assert [name for name in secret + plain if is_secret_name(name)] == secret
-    files = [".env", ".env.local", "a/id_rsa", "x.pem", ".netrc", "my_credentials.json", "b/.aws/x"]
-    others = ["secrets.py", "train.py", "tokenizer.json", "keyboard.txt", "conf/model/tiny.yaml"]
-    assert [name for name in files + others if is_secret_file(name)] == files
+    for kind, is_secret in (("names", is_secret_name), ("files", is_secret_file)):
+        secret, plain = CASES[f"secret_{kind}"], CASES[f"plain_{kind}"]
+        assert [name for name in secret + plain if is_secret(name)] == secret
 
 
 def test_a_secret_of_the_environment_is_known_by_its_value(tmp_path: Path) -> None:
@@ -194,20 +144,7 @@ def test_a_snapshot_with_a_secret_is_refused(
 # Interpolations: what they resolve to would be written to the snapshot.
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "monitor.wandb_project=${oc.env:HF_TOKEN}",
-        "monitor.wandb_project='${oc.env: HF_TOKEN, none}'",
-        "monitor.wandb_project='${oc.env:${oc.env:INNOCENT}}'",
-        "monitor.wandb_project='${oc.decode:${oc.env:HF_TOKEN}}'",
-        "monitor.wandb_project=${oc.env:COPY}",
-        "train.sample_prompt='a ${oc.env:HF_TOKEN} b'",
-        "data.paths=['${oc.env:HF_TOKEN}']",
-        "+deepspeed.extra.my_password=${oc.env:INNOCENT}",
-        "+data.sources={a:{paths:['${oc.env:HF_TOKEN}']}}",
-    ],
-)
+@pytest.mark.parametrize("override", CASES["interpolations"])
 def test_a_secret_of_the_environment_is_not_resolved(
     monkeypatch: pytest.MonkeyPatch, override: str
 ) -> None:

@@ -62,38 +62,6 @@ def test_resume_becomes_a_run_of_the_snapshot(tmp_path: Path) -> None:
             rewrite([f"resume={tmp_path}", other], scratch=scratch)
 
 
-HOSTILE = [
-    "hydra:\n  run:\n    dir: x\n",
-    "model:\n  name: ${oc.env:HOME}\n",
-    "zero:\n  extra:\n    _target_: os.system\n",
-]
-
-
-@pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_snapshots_are_refused(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "snapshot.yaml"
-    path.write_text(f"defaults: [run_schema, _self_]\n{text}")
-    with pytest.raises(UserError, match="which a snapshot never does"):
-        load_snapshot(path)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "defaults: [run_schema, _self_, /hydra/launcher: evil]\n",
-        "just text\n",
-        "seed: 1\n",
-        "a: [\n",
-        "!!python/object/apply:os.system [x]\n",
-    ],
-)
-def test_what_is_no_snapshot_is_refused(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "snapshot.yaml"
-    path.write_text(text)
-    with pytest.raises(UserError, match="is not"):
-        load_snapshot(path)
-
-
 def test_seed_0_is_a_seed() -> None:
     assert compose_run(["seed=0"]).seed == 0
 

@@ -30,29 +30,24 @@ def words(*overrides: str) -> list[str]:
 ON_CPU = ("launch.device=cpu", "launch.num_processes=2")
 ON_GPUS = ("model=llama2_7b", "launch.device=cuda", "launch.num_processes=8")
 ONE_GPU = ("model=llama2_7b", "launch.device=cuda", "launch.num_processes=1")
-POINTS = [
-    pytest.param((*ON_CPU, "batch.micro_batch_size=8"), id="cpu"),
-    pytest.param((*ON_CPU, "zero=stage0", "batch.micro_batch_size=1"), id="cpu-stage0"),
-    pytest.param((*ON_CPU, "optim=muon", "zero=stage1"), id="cpu-muon"),
-    pytest.param((*ON_GPUS, "zero=stage1", "batch.micro_batch_size=1"), id="states"),
-    pytest.param((*ON_GPUS, "zero=stage2", "zero.round_robin_gradients=true"), id="of-stage-2"),
-    pytest.param((*ON_GPUS, "zero=stage3", "batch.global_batch_size=96"), id="batch"),
-    pytest.param((*ON_GPUS, "zero=stage3_offload"), id="offloaded"),
-    pytest.param((*ONE_GPU, "zero=stage0", "optim=lion"), id="one-gpu-lion"),
-    pytest.param(
-        (
-            *ON_GPUS,
-            "batch.micro_batch_size=6",
-            "batch.gradient_accumulation_steps=1",
-            "data.sequence_length=2048",
-        ),
-        id="no-global-batch",
-    ),
-]
+CPU, GPUS, GPU = " ".join(ON_CPU), " ".join(ON_GPUS), " ".join(ONE_GPU)
+POINTS = {
+    "cpu": f"{CPU} batch.micro_batch_size=8",
+    "cpu-stage0": f"{CPU} zero=stage0 batch.micro_batch_size=1",
+    "cpu-muon": f"{CPU} optim=muon zero=stage1",
+    "states": f"{GPUS} zero=stage1 batch.micro_batch_size=1",
+    "of-stage-2": f"{GPUS} zero=stage2 zero.round_robin_gradients=true",
+    "batch": f"{GPUS} zero=stage3 batch.global_batch_size=96",
+    "offloaded": f"{GPUS} zero=stage3_offload",
+    "one-gpu-lion": f"{GPU} zero=stage0 optim=lion",
+    "no-global-batch": f"{GPUS} batch.micro_batch_size=6 batch.gradient_accumulation_steps=1"
+    " data.sequence_length=2048",
+}
 
 
-@pytest.mark.parametrize("overrides", POINTS)
-def test_advice_is_valid_and_comes_to_what_it_says(overrides: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("point", POINTS.values(), ids=POINTS)
+def test_advice_is_valid_and_comes_to_what_it_says(point: str) -> None:
+    overrides = point.split()
     run, plan = planned(*overrides)
     found = list_advice(run, plan)
     assert found
@@ -113,16 +108,16 @@ def test_where_nothing_is_left_to_lower() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB",
-        "RuntimeError: [enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory",
-        "MemoryError",
-        "OSError: [Errno 12] Cannot allocate memory",
-        "RuntimeError: std::bad_alloc",
-    ],
-)
+ERRORS = [
+    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB",
+    "RuntimeError: [enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory",
+    "MemoryError",
+    "OSError: [Errno 12] Cannot allocate memory",
+    "RuntimeError: std::bad_alloc",
+]
+
+
+@pytest.mark.parametrize("error", ERRORS)
 def test_errors_of_memory(error: str) -> None:
     assert is_out_of_memory(error)
     assert not may_be_out_of_memory(error)

@@ -117,40 +117,25 @@ def check_nearest(
     assert {triple[index] for triple in listed if triple[0] == whole} == nearest
 
 
+K, P, E = 2**40, 999_999_937, 7_999_999_496
+LARGE: dict[str, tuple[int, int | None, int | None, int, list[Triple]]] = {
+    # 10^9 sequences over 7 ranks: 142857142 each and 6 sequences over
+    "ranks": (10**9, None, None, 7, [(10**9 - 6, 142_857_142, 1), (10**9 + 1, 142_857_143, 1)]),
+    # a prime number of sequences for each rank
+    "prime": (
+        P * 8, 4, None, 8,
+        [(E - 8, 4, 249_999_984), (E + 24, 4, 249_999_985), (E, 1, P), (E, P, 1)],
+    ),
+    "more-ranks-than-sequences": (3, None, 2, 8, [(16, 1, 2)]),
+    "power": (
+        K, 3, None, 1,
+        [(K - 1, 3, (K - 1) // 3), (K + 2, 3, (K + 2) // 3), (K, 2, K // 2), (K, 4, K // 4)],
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("whole", "micro", "accumulation", "ranks", "expected"),
-    [
-        # 10^9 sequences over 7 ranks: 142857142 each and 6 sequences over
-        (10**9, None, None, 7, [(999_999_994, 142_857_142, 1), (1_000_000_001, 142_857_143, 1)]),
-        # a prime number of sequences for each rank
-        (
-            999_999_937 * 8,
-            4,
-            None,
-            8,
-            [
-                (7_999_999_488, 4, 249_999_984),
-                (7_999_999_520, 4, 249_999_985),
-                (7_999_999_496, 1, 999_999_937),
-                (7_999_999_496, 999_999_937, 1),
-            ],
-        ),
-        # fewer sequences than ranks
-        (3, None, 2, 8, [(16, 1, 2)]),
-        (
-            2**40,
-            3,
-            None,
-            1,
-            [
-                (2**40 - 1, 3, (2**40 - 1) // 3),
-                (2**40 + 2, 3, (2**40 + 2) // 3),
-                (2**40, 2, 2**39),
-                (2**40, 4, 2**38),
-            ],
-        ),
-    ],
-    ids=["ranks", "prime", "more-ranks-than-sequences", "power"],
+    ("whole", "micro", "accumulation", "ranks", "expected"), LARGE.values(), ids=LARGE
 )
 def test_large_numbers_take_no_time(
     whole: int, micro: int | None, accumulation: int | None, ranks: int, expected: list[Triple]

@@ -52,7 +52,8 @@ def resolved(*overrides: str) -> ResolvedRun:
 def test_states_of_the_zero_paper(stage: int, fixed: int, sharded: int, ranks: int) -> None:
     """ZeRO (arXiv 1910.02054, figure 1): 16 bytes a parameter, of which some are sharded.
 
-    The paper counts gradients in 16 bits and as if stage 2 never held them whole.
+    The paper counts gradients in 16 bits and as if stage 2 never held them whole. Its example, 7.5B
+    parameters on 64 GPUs: 120, 31.4, 16.6 and 1.9 GB.
     """
     run = resolved(f"zero=stage{stage}", "model=llama2_7b", "precision=bf16")
     states = states_memory(with_ranks(run, ranks))
@@ -60,17 +61,8 @@ def test_states_of_the_zero_paper(stage: int, fixed: int, sharded: int, ranks: i
     gradients = 2 * LLAMA2_7B / (ranks if stage >= 2 else 1)
     per_parameter = (kept + gradients) / LLAMA2_7B
     assert per_parameter == pytest.approx(fixed + sharded / ranks, rel=1e-6)
-
-
-def test_the_papers_own_example() -> None:
-    """Figure 1: 7.5B parameters on 64 GPUs: 120, 31.4, 16.6 and 1.9 GB."""
-    scale = 7.5e9 / LLAMA2_7B
-    for stage, gigabytes in ((0, 120), (1, 31.4), (2, 16.6), (3, 1.9)):
-        run = resolved(f"zero=stage{stage}", "model=llama2_7b", "precision=bf16")
-        states = states_memory(with_ranks(run, 64))
-        gradients = 2 * LLAMA2_7B / (64 if stage >= 2 else 1)
-        total = (states.weights + states.master_weights + states.optimizer + gradients) * scale
-        assert total / 1e9 == pytest.approx(gigabytes, rel=0.02)
+    if ranks == 64:
+        assert 7.5 * per_parameter == pytest.approx((120, 31.4, 16.6, 1.9)[stage], rel=0.02)
 
 
 @pytest.mark.parametrize(("gpus", "nodes"), [(1, 1), (8, 1), (8, 4)])
@@ -269,23 +261,6 @@ def test_what_fits_fits_and_one_row_more_does_not() -> None:
             more = replace(batch, micro_batch_size=fit.micro_batch_size + 1)
             alone = replace(more, gradient_accumulation_steps=1)
             assert estimate_memory(again, alone).total > limit
-
-
-def test_memory_falls_with_the_stage_and_grows_with_the_batch() -> None:
-    totals = []
-    for stage in range(4):
-        run = resolved(f"zero=stage{stage}", "model=llama2_7b", "data.sequence_length=128")
-        totals.append(build_plan(run).memory.total)
-    assert totals == sorted(totals, reverse=True)
-    sizes = [
-        build_plan(
-            resolved(
-                "model=llama2_7b", "batch.global_batch_size=256", f"batch.micro_batch_size={n}"
-            )
-        ).memory.total
-        for n in (1, 2, 4)
-    ]
-    assert sizes == sorted(sizes)
 
 
 def test_70b_on_1024_gpus() -> None:

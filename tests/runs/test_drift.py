@@ -1,9 +1,11 @@
 """Drift: what differs, by group."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from llama_pretrain.runs.drift import Drift, Group, Made, find_drift, list_unknown, unasked
 
@@ -53,15 +55,8 @@ def drift_to(now: Made, *, before: Made = MADE, asked: tuple[str, ...] = ()) -> 
 
 
 PACKAGES = MADE.provenance["packages"]
+RECORDED = yaml.safe_load((Path(__file__).parent / "drifts.yaml").read_text())
 NAMED: dict[str, tuple[Made, Group, str, str]] = {
-    "seed": (options(seed=2), Group.results, "config", "seed: 1 -> 2"),
-    "ranks": (
-        options(**{"launch.num_processes": 1}), Group.bits, "threads",
-        "launch.num_processes: nothing -> 1",
-    ),
-    "cache": (
-        options(**{"data.cache_dir": "/b"}), Group.harmless, "config", "data.cache_dir: /a -> /b"
-    ),
     "data-byte": (
         other_data({"/x/a.txt": "1" * 64, "/x/b.txt": "3" * 64}), Group.results, "data",
         f"/x/b.txt: {'2' * 12} -> {'3' * 12}",
@@ -77,14 +72,6 @@ NAMED: dict[str, tuple[Made, Group, str, str]] = {
         replace(MADE, plan={"corpus": CORPUS | {"tokenizer_hash": "7" * 64}}), Group.results,
         "data", f"tokenizer: {'b' * 12} -> {'7' * 12}",
     ),
-    "code-line": (
-        changed(code={"run.py": "d" * 64, "llama_pretrain/train/loop.py": "0" * 64}),
-        Group.results, "code", f"llama_pretrain/train/loop.py: {'e' * 12} -> {'0' * 12}",
-    ),
-    "commit-with-the-same-code": (
-        changed(git_commit="2" * 40), Group.harmless, "code",
-        f"git commit: {'1' * 12} -> {'2' * 12}",
-    ),
     "package": (
         changed(packages={**PACKAGES, "torch": "2.14.0"}), Group.bits, "versions",
         "torch: 2.13.0 -> 2.14.0",
@@ -92,38 +79,11 @@ NAMED: dict[str, tuple[Made, Group, str, str]] = {
     "harmless-package": (
         changed(packages={**PACKAGES, "rich": "2"}), Group.harmless, "versions", "rich: 1 -> 2"
     ),
-    "python": (
-        changed(python="3.12.1"), Group.bits, "versions", "python: 3.11.7 -> 3.12.1"
-    ),
-    "operator": (
-        changed(operators={"cpu_adam": {"sha256": "0" * 64}}), Group.bits, "versions",
-        f"compiled operator cpu_adam.sha256: {'f' * 12} -> {'0' * 12}",
-    ),
-    "cpu": (changed(cpu="B"), Group.bits, "hardware", "cpu: A -> B"),
-    "isa": (
-        changed(cpu_isa=["avx2", "avx512f"]), Group.bits, "hardware",
-        "cpu_isa: [avx2] -> [avx2, avx512f]",
-    ),
-    "gpu": (
-        changed(gpus=[{"name": "H100", "driver": "1"}]), Group.bits, "hardware",
-        "gpus: [] -> [{name: H100, driver: 1}]",
-    ),
-    "cores": (
-        changed(machine={"cores": 4, "memory_bytes": 5, "cpu_bf16": True}), Group.harmless,
-        "hardware", "machine.cores: 2 -> 4",
-    ),
-    "variable": (
-        changed(environment={"NCCL_ALGO": "Tree", "SLURM_JOB_ID": "7"}), Group.bits, "threads",
-        "environment variable NCCL_ALGO: Ring -> Tree",
-    ),
-    "job": (
-        changed(environment={"NCCL_ALGO": "Ring", "SLURM_JOB_ID": "8"}), Group.harmless, "threads",
-        "environment variable SLURM_JOB_ID: 7 -> 8",
-    ),
-    "host": (changed(host="there"), Group.harmless, "host", "host: here -> there"),
-    "path": (
-        changed(paths={"project": "/q"}), Group.harmless, "host", "path of project: /p -> /q"
-    ),
+    **{
+        name: (options(**case["config"]) if "config" in case else changed(**case["provenance"]),
+        Group(case["drift"][0]), *case["drift"][1:])
+        for name, case in RECORDED.items()
+    },
 }  # fmt: skip
 
 

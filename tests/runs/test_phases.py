@@ -39,10 +39,7 @@ def test_phases_add_up_over_processes(tmp_path: Path) -> None:
 def test_compiling_is_taken_out_of_its_phase() -> None:
     phases = Phases(time.time() - 5.0)
     phases.end("evaluation", compiling=3.0)
-    assert phases.describe() == {
-        "compile": 3.0,
-        "evaluation": pytest.approx(2.0, abs=0.05),
-    }
+    assert phases.describe() == {"compile": 3.0, "evaluation": pytest.approx(2.0, abs=0.05)}
 
 
 @pytest.mark.parametrize("content", [None, "", "{"], ids=["absent", "empty", "torn"])

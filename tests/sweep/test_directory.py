@@ -31,11 +31,7 @@ from llama_pretrain.sweep.directory import (
 from tests.rows import evaluation_row, step_row, summary_row, write_rows
 
 SUMMARY = summary_row(
-    2,
-    train_loss=4.5,
-    median_tokens_per_s=55.0,
-    peak_memory_bytes=900,
-    planned_memory_bytes=1000,
+    2, train_loss=4.5, median_tokens_per_s=55.0, peak_memory_bytes=900, planned_memory_bytes=1000
 )
 ROWS = [
     evaluation_row(0, 6.0),
