@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llama_pretrain.__main__ import main
+from llama_pretrain.checkpoint.manifest import checkpoint_name, write_manifest
 from llama_pretrain.cli.list_runs import render_list
 from llama_pretrain.cli.listing import list_runs
 from llama_pretrain.config.model import Model
@@ -20,6 +22,7 @@ from llama_pretrain.config.snapshot import render_snapshot
 from llama_pretrain.config.tasks import Task
 from llama_pretrain.runs.layout import RunDir, hold
 from llama_pretrain.runs.metrics import Row
+from tests.checkpoint.damage import EXAMPLE
 from tests.conftest import ROOT, run_module
 from tests.rows import evaluation_row, step_row, write_rows
 
@@ -52,9 +55,9 @@ def falling(step: int) -> Row:
 
 
 def write_checkpoint(run_dir: RunDir, step: int) -> None:
-    folder = run_dir.checkpoints / f"step-{step:08d}"
+    folder = run_dir.checkpoints / checkpoint_name(step)
     folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text("{}")
+    write_manifest(folder, replace(EXAMPLE, step=step))
 
 
 def listed(root: Path) -> dict[str, Any]:
