@@ -21,8 +21,8 @@ from llama_pretrain.data.dataset import create_pretrain_dataset
 from llama_pretrain.data.loader import TrainSampler, build_loader
 from llama_pretrain.data.order import SampleOrder
 from llama_pretrain.plan.plan import load_plan
+from llama_pretrain.plan.schedule import learning_rate_factor
 from llama_pretrain.runs.layout import RunDir
-from llama_pretrain.train.optimizer import learning_rate_factor
 
 
 class Inputs:

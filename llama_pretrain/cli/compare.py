@@ -14,6 +14,8 @@ from llama_pretrain.runs.metrics import curve
 from llama_pretrain.runs.units import printable
 
 PLOT_WIDTH, PLOT_HEIGHT = 72, 14
+MANY = 12
+"""Differences of a group from which only their number is printed."""
 MAX_LENGTH = 160
 """Characters of a value; JSON has the rest."""
 
@@ -41,6 +43,9 @@ def add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="write a page too (default: compare.html)",
     )
     parser.add_argument("--json", action="store_true", help="JSON, for scripts")
+    parser.add_argument(
+        "--verbose", action="store_true", help="every difference, instead of a line for many"
+    )
     parser.set_defaults(do=compare_command)
 
 
@@ -50,7 +55,9 @@ def compare_command(arguments: argparse.Namespace) -> int:
         say("error: name two runs or more", error=True)
         return 2
     try:
-        comparison = Comparison(load_runs(arguments.run), loss=arguments.loss)
+        comparison = Comparison(
+            load_runs(arguments.run), loss=arguments.loss, verbose=arguments.verbose
+        )
     except UserError as error:
         say_problems(error)
         return 2
@@ -82,6 +89,10 @@ def render_text(comparison: Comparison, *, width: int | None) -> Iterator[str]:
             continue
         rows = []
         for name, differences in group(found):
+            if len(differences) > MANY and not comparison.verbose:
+                counted = f"  {name}: {len(differences)} differ (--verbose lists them)"
+                rows.append([counted, *([""] * len(letters))])
+                continue
             rows.append([f"  {name}", *([""] * len(letters))])
             rows += [
                 [f"    {texts[0]}", *(text[:MAX_LENGTH] for text in texts[1:])]

@@ -88,7 +88,7 @@ class CommandLine:
     @property
     def reference(self) -> dict[str, str]:
         """The words of REFERENCES that name a run."""
-        given = {key: self.value(key) for key in REFERENCES}
+        given = {key: _unquote(self.value(key)) for key in REFERENCES}
         return {key: value for key, value in given.items() if value not in (None, "", "null")}
 
     @property
@@ -108,6 +108,12 @@ class CommandLine:
     def only_shows(self) -> bool:
         """Whether Hydra prints something and nothing runs: --cfg, --info, --help, completion."""
         return bool(self.flags.keys() - {"multirun", "run", "experimental-rerun", *CONFIG_FLAGS})
+
+
+def _unquote(text: str | None) -> str | None:
+    """A directory as `hydra.run.dir` takes it: in quotes or without."""
+    quoted = text is not None and len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if text is not None and quoted else text
 
 
 class _FlagParser(argparse.ArgumentParser):
@@ -199,6 +205,10 @@ def _check_override(
     if override.is_sweep_override() and not (command.is_multirun or command.only_shows):
         text = word.partition("=")[2]
         hint = "To run each of them, add --multirun; to set a list, write [a,b]"
+        setting = dict(walk_fields(Run)).get(key)
+        if setting is not None and _allows(type_of(setting), str):
+            hint = f"To set a text with a comma, quote it: \"{key}='{text}'\"; to run each of"
+            hint += " them, add --multirun"
         yield Problem(path=key, message=f"has several values (got {text})", hint=hint)
         return
     if key in (*list_groups(), *OVERLAYS):

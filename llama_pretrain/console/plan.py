@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llama_pretrain.config.resolved import ResolvedRun
+from llama_pretrain.config.schedule import ScheduleName
 from llama_pretrain.config.validate import flatten
 from llama_pretrain.console.output import out, styled, two_columns
 from llama_pretrain.plan.cost import CostPlan
@@ -39,7 +40,13 @@ def show_plan(run: ResolvedRun, plan: Plan, run_dir: RunDir | None) -> None:
     if isinstance(plan, TrainingPlan) and len(plan.steps.epochs) == 1:
         epochs = f", {next(iter(plan.steps.epochs.values())):.2f} epochs"
     table.add_row("steps", per_step + epochs)
-    rates = f"{plan.peak_learning_rate:g} after {steps.warmup} steps of warm-up"
+    rates = f"{plan.peak_learning_rate:g} after {steps.warmup:,} steps of warm-up"
+    if steps.warmup > steps.total:
+        rates = f"{plan.peak_learning_rate:g} at the end, within {steps.warmup:,} steps of warm-up"
+        rates += f" to {run.optim.learning_rate:g}"
+    wanted = run.schedule.decay_steps
+    if wanted is not None and wanted > steps.decay and run.schedule.name is ScheduleName.wsd:
+        rates += f", decay of {steps.decay:,} steps instead of {wanted:,}"
     table.add_row(
         "learning rate", f"{rates}, {run.schedule.name.value} to {plan.final_learning_rate:g}"
     )

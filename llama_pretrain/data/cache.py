@@ -72,7 +72,13 @@ def disk_problems(cache_dir: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise data_error("data", f"{error.strerror}: {error.filename}") from error
+        place = f": {error.filename}" if error.filename else ""
+        message = f"{error.strerror or error}{place}"
+        cache = str(Path(cache_dir).expanduser().resolve())
+        if str(error.filename or cache).startswith(cache):
+            hint = "Choose a directory that can be written, with room: data.cache_dir=DIR"
+            raise data_error("data.cache_dir", message, hint) from error
+        raise data_error("data", message) from error
     except sqlite3.Error as error:
         message = f"hashes.sqlite cannot be used: {error} (got {cache_dir})"
         hint = "Delete that file, or choose a directory that can be written"

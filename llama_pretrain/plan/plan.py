@@ -25,6 +25,7 @@ from llama_pretrain.plan.model_size import (
     with_vocabulary,
 )
 from llama_pretrain.plan.sampling import SamplingPlan, plan_sampling, share_evenly
+from llama_pretrain.plan.schedule import learning_rate_factor
 from llama_pretrain.plan.traffic import TrafficPlan, count_traffic
 
 
@@ -250,8 +251,8 @@ def _plan_values(
 ) -> dict[str, Any]:
     """What both kinds of plans have in common."""
     size, speed = count_parameters(run.model), run.plan.tokens_per_s
-    constant = run.schedule.name is ScheduleName.constant
-    peak = run.optim.learning_rate
+    factor, rate = learning_rate_factor(run.schedule, steps), run.optim.learning_rate
+    peak_step = min(max(steps.warmup, 1), steps.total) - 1
     return {
         "device": run.launch.device.value,
         "world_size": run.num_ranks,
@@ -260,8 +261,8 @@ def _plan_values(
         "parameters": size,
         "flops_per_token": flops_per_token(run.model, sequence_length=run.data.sequence_length),
         "vocab_size": run.model.vocab_size,
-        "peak_learning_rate": peak,
-        "final_learning_rate": peak if constant else peak * run.schedule.min_learning_rate_ratio,
+        "peak_learning_rate": rate * factor(peak_step),
+        "final_learning_rate": rate * factor(steps.total - 1),
         "memory": estimate_memory(run, batch),
         "device_memory": parse_size(run.launch.device_memory),
         "parameters_per_rank": -(-size.total // run.num_ranks)

@@ -70,10 +70,13 @@ class Comparison:
 
     Args:
         loss: the evaluation loss whose time is compared; `None` = the worst of the last ones.
+        verbose: compare earlier launches of resumed runs in full.
     """
 
-    def __init__(self, runs: Sequence[ComparedRun], *, loss: float | None = None):
-        self.runs = runs
+    def __init__(
+        self, runs: Sequence[ComparedRun], *, loss: float | None = None, verbose: bool = False
+    ):
+        self.runs, self.verbose = runs, verbose
         last_losses = [last_value(run.contents.rows, "eval_loss") for run in runs]
         worst = max((value for value in last_losses if value is not None), default=None)
         self.loss = worst if loss is None else loss
@@ -92,8 +95,13 @@ class Comparison:
 
     @property
     def provenance(self) -> list[Difference]:
-        """Facts about code, packages and machine that differ."""
-        found = _differences([run.contents.provenance for run in self.runs])
+        """Facts about code, packages and machine that differ; of earlier launches their number."""
+        sides = [dict(run.contents.provenance) for run in self.runs]
+        for side in sides:
+            earlier = side.get("earlier_launches")
+            if isinstance(earlier, list) and not self.verbose:
+                side["earlier_launches"] = len(earlier)
+        found = _differences(sides)
         return sorted(found, key=lambda item: item.name.partition(".")[0] in ALWAYS_DIFFER)
 
     @property

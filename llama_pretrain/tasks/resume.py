@@ -19,7 +19,8 @@ from llama_pretrain.config.run import Run
 from llama_pretrain.config.snapshot import config_hash, load_snapshot
 from llama_pretrain.config.zero import OffloadDevice
 from llama_pretrain.files import write_bytes
-from llama_pretrain.plan.plan import TrainingPlan
+from llama_pretrain.plan.plan import TrainingPlan, load_plan
+from llama_pretrain.plan.schedule import learning_rate_factor
 from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.runs.metrics import EventRow, append_row, read_metrics, truncate_metrics
 from llama_pretrain.runs.status import read_status
@@ -70,12 +71,36 @@ def find_start(run: ResolvedRun, plan: TrainingPlan, run_dir: RunDir) -> Start:
         raise UserError(problems)
     manifest = read_manifest(folder)
     problems += _check_manifest(manifest, run, plan, run_dir, name=folder.name)
+    if manifest.step > plan.steps.total:
+        message = f"the run has already done {manifest.step:,} steps (got {plan.steps.total:,})"
+        hint = "Raise train.max_steps or train.max_tokens"
+        problems.append(Problem(path="train.max_steps", message=message, hint=hint))
+        raise UserError(problems)
     if has_finished(run_dir, manifest.step, plan) and not auto:
         message = f"the run has completed its {plan.steps.total} steps"
         hint = "Raise train.max_steps or train.max_tokens"
         problems.append(Problem(path="resume", message=message, hint=hint))
     refuse(problems)
+    _report_jump(run, before, plan, run_dir, step=manifest.step)
     return Start(folder, manifest.step)
+
+
+def _report_jump(
+    run: ResolvedRun, before: ResolvedRun, plan: TrainingPlan, run_dir: RunDir, *, step: int
+) -> None:
+    """Warn of a learning rate that changes at once, as when a cosine is made longer."""
+    try:
+        planned = load_plan(run_dir.plan).steps
+    except (OSError, ValueError):
+        return
+    rates = []
+    for one, steps in ((before, planned), (run, plan.steps)):
+        factor = learning_rate_factor(one.schedule, steps)
+        rates.append(one.optim.learning_rate * factor(min(step, steps.total) - 1))
+    was, now = rates
+    if step and abs(was - now) > 1e-6 * max(was, now):
+        text = f"warning: the learning rate jumps from {was:g} to {now:g} after step {step:,}"
+        console.say(f"{text}: the schedule is now that of {plan.steps.total:,} steps")
 
 
 def has_finished(run_dir: RunDir, step: int, plan: TrainingPlan) -> bool:

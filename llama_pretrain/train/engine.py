@@ -15,13 +15,13 @@ from llama_pretrain.checkpoint.huggingface import load_tokenizer
 from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.distributed import Rank, print_rank_0
 from llama_pretrain.plan.plan import TrainingPlan
+from llama_pretrain.plan.schedule import learning_rate_factor
 from llama_pretrain.train.kernels.install import compile_layers, install_kernels
 from llama_pretrain.train.model import Digest, build_llama_config, build_model, restore_rotary
 from llama_pretrain.train.optimizer import (
     audit_groups,
     build_optimizer,
     get_optimizer_grouped_parameters,
-    learning_rate_factor,
 )
 
 

@@ -1,6 +1,5 @@
 """Parameter groups and their audit, optimizers by name, and the learning-rate schedule."""
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,9 +9,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llama_pretrain.config.optim import LIONS, Optim, OptimName
-from llama_pretrain.config.schedule import Schedule, ScheduleName
 from llama_pretrain.plan.model_size import ModelSize
-from llama_pretrain.plan.plan import Steps
 
 Groups = list[dict[str, Any]]
 
@@ -125,25 +122,3 @@ def _build_muon(model: nn.Module, groups: Groups, optim: Optim) -> torch.optim.O
                 split.append({**group, "params": members, "use_muon": use_muon, **own})
     optimizer: torch.optim.Optimizer = MuonWithAuxAdam(split)
     return optimizer
-
-
-def learning_rate_factor(schedule: Schedule, steps: Steps) -> Callable[[int], float]:
-    """The fraction of the peak learning rate at each step, counted from 0.
-
-    Warmup is linear and reaches the peak at its last step; the last step of the run has
-    `min_learning_rate_ratio` (arXiv 1608.03983 for the cosine).
-    """
-    least = schedule.min_learning_rate_ratio
-    decay_start = steps.total - steps.decay
-
-    def factor(step: int) -> float:
-        if step < steps.warmup:
-            return (step + 1) / steps.warmup
-        if schedule.name is ScheduleName.constant or step < decay_start or steps.decay == 0:
-            return 1.0
-        progress = min(1.0, (step - decay_start + 1) / steps.decay)
-        if schedule.name is ScheduleName.cosine:
-            return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * progress))
-        return 1 - (1 - least) * progress
-
-    return factor

@@ -287,3 +287,17 @@ def test_a_disk_that_is_full_for_the_run_itself(runner: Runner, tmp_path: Path, 
         assert "No space left on device" in done.output
         found = [run.status for run in list_runs(disk)]
     assert set(found) <= {"crashed", "failed", "unknown"}
+
+
+def test_a_schedule_that_jumps_and_fewer_steps_are_reported(runner: Runner) -> None:
+    """A cosine of 3 steps made 6 long: its last rate is that of the middle of the new one."""
+    rate = "optim.learning_rate=1e-3"
+    done = runner("train.max_steps=3", "checkpoint.at_end=true", rate, "schedule.warmup_steps=1")
+    folder = done.run_dir.path
+    short = runner.bare(f"resume={folder}", "train.max_steps=2", expect=1)
+    assert "train.max_steps: the run has already done 3 steps (got 2)" in short.output
+    longer = runner.bare(f"resume='{folder}'", "train.max_steps=6", run_dir=done.run_dir)
+    expected = 1e-3 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 2 / 5)))
+    line = f"warning: the learning rate jumps from 0.0001 to {expected:g} after step 3"
+    assert line in longer.output
+    assert [row["step"] for row in longer.rows("loss")] == [1, 2, 3, 4, 5, 6]

@@ -6,7 +6,10 @@ import pytest
 
 from llama_pretrain.config.fields import path_mark, walk_fields
 from llama_pretrain.config.run import Run
-from llama_pretrain.plan.resolve import with_absolute_paths
+from llama_pretrain.console import show_plan
+from llama_pretrain.plan.machine import detect_machine
+from llama_pretrain.plan.plan import build_plan
+from llama_pretrain.plan.resolve import resolve, with_absolute_paths
 from tests.conftest import compose_run
 
 
@@ -54,3 +57,19 @@ def test_every_setting_with_the_name_of_a_path_is_marked() -> None:
         if path.rpartition("_")[2].rpartition(".")[2] in names and path_mark(item) is None
     }
     assert unmarked == {"resume.run_dir"}
+
+
+def test_the_plan_says_what_a_schedule_comes_to(capsys: pytest.CaptureFixture[str]) -> None:
+    """A warm-up that is longer than the run, and a decay that is."""
+    long = ["optim.learning_rate=1e-3", "train.max_steps=10", "schedule.warmup_steps=40"]
+    plan = build_plan(resolve(compose_run(long), detect_machine()))
+    assert plan.peak_learning_rate == pytest.approx(2.5e-4)
+    assert plan.final_learning_rate == pytest.approx(2.5e-4)
+    for words, text in (
+        (long, "0.00025 at the end, within 40 steps of warm-up to 0.001"),
+        ([*long[:2], "schedule=wsd", "schedule.decay_steps=50", "schedule.warmup_steps=2"],
+         "decay of 8 steps instead of 50"),
+    ):  # fmt: skip
+        run = resolve(compose_run(words), detect_machine())
+        show_plan(run, build_plan(run), None)
+        assert text in capsys.readouterr().out

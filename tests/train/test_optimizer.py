@@ -17,6 +17,7 @@ from llama_pretrain.plan.ds_config import get_train_ds_config
 from llama_pretrain.plan.machine import detect_machine
 from llama_pretrain.plan.model_size import count_parameters
 from llama_pretrain.plan.plan import build_plan
+from llama_pretrain.plan.schedule import learning_rate_factor
 from llama_pretrain.train.engine import enable_activation_checkpointing
 from llama_pretrain.train.loss import token_losses
 from llama_pretrain.train.model import build_model
@@ -24,7 +25,6 @@ from llama_pretrain.train.optimizer import (
     audit_groups,
     build_optimizer,
     get_optimizer_grouped_parameters,
-    learning_rate_factor,
 )
 from tests.machines import plan_for_cluster
 from tests.train.engines import BATCH_SIZE, CONFIG, SHAPE, SHARD_ALL, plain_model, random_batches
