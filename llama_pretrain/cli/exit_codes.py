@@ -13,7 +13,11 @@ from llama_pretrain.launch.watch import RankError
 from llama_pretrain.runs.agreement import DivergedError
 from llama_pretrain.tasks.pretrain import UnsavedError
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES)
+DISK_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM,
+    errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.EINVAL,
+)  # fmt: skip
+"""Of a file of the run that cannot be written or is something else."""
 EXPECTED = (UserError, RankError, DivergedError, UnsavedError)
 
 
