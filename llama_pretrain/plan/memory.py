@@ -26,6 +26,7 @@ from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.zero import OffloadDevice
 from llama_pretrain.plan.batch import BatchPlan
 from llama_pretrain.plan.model_size import ModelSize, count_parameters, head_width
+from llama_pretrain.plan.overhead import framework_bytes, runtime_bytes
 
 NUM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -39,15 +40,6 @@ MOMENTS = {
 
 LOSS_CHUNK = 1024
 """Tokens whose logits the chunked loss holds at a time (train/kernels/cross_entropy.py)."""
-
-FRAMEWORK_BYTES = {Device.cpu: 360 << 20, Device.cuda: 1 << 30}
-"""Memory of the libraries before there is a model: on a CPU the resident memory after imports
-(torch 2.13, transformers 5, DeepSpeed 0.19, Python 3.11); on a GPU the CUDA context and the
-workspaces of cuBLAS and NCCL, an assumption that has not been measured."""
-
-RUNTIME_BYTES = {Device.cpu: 48 << 20, Device.cuda: 0}
-"""What a run adds on a CPU besides tensors: threads, generated kernels, gloo, the tokenizer; for a
-forked rank also pages of libraries, which count as its own once it touches them."""
 
 ALLOCATOR_SHARES = {
     Allocator.keep: {0: (0.2, 0.0), 1: (0.4, 2.3), 2: (0.4, 2.3), 3: (1.0, 0.0)},
@@ -165,8 +157,8 @@ def states_memory(run: ResolvedRun) -> MemoryPlan:
         optimizer=_shard(moment_bytes, world_size if stage else 1),
         checkpoint=_shard(saved, world_size),  # at stage 0 each rank writes its share
         buffers=buffers,
-        runtime=RUNTIME_BYTES[run.launch.device],
-        framework=FRAMEWORK_BYTES[run.launch.device],
+        runtime=runtime_bytes(run),
+        framework=framework_bytes(run),
     )
 
 
