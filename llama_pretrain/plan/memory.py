@@ -33,10 +33,10 @@ NUM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 MOMENTS = {
     OptimName.lion: 1,
     OptimName.fused_lion: 1,
-    OptimName.cpu_lion: 1,
     OptimName.cpu_adagrad: 1,
 }
-"""fp32 values that an optimizer stores a parameter, if not two as Adam."""
+"""fp32 values that an optimizer stores a parameter, if not two as Adam. DeepSpeed's CPU Lion also
+creates a second moment, and never reads it."""
 
 LOSS_CHUNK = 1024
 """Tokens whose logits the chunked loss holds at a time (train/kernels/cross_entropy.py)."""
