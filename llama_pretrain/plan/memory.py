@@ -13,7 +13,6 @@ from dataclasses import replace as changed
 from typing import Any
 
 from llama_pretrain.config.kernels import (
-    Allocator,
     AttentionKernel,
     CompiledPart,
     LayerKernel,
@@ -26,7 +25,7 @@ from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.zero import OffloadDevice
 from llama_pretrain.plan.batch import BatchPlan
 from llama_pretrain.plan.model_size import ModelSize, count_parameters, head_width
-from llama_pretrain.plan.overhead import framework_bytes, runtime_bytes
+from llama_pretrain.plan.overhead import Demand, framework_bytes, heap_bytes, runtime_bytes
 
 NUM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -41,19 +40,8 @@ creates a second moment, and never reads it."""
 LOSS_CHUNK = 1024
 """Tokens whose logits the chunked loss holds at a time (train/kernels/cross_entropy.py)."""
 
-ALLOCATOR_SHARES = {
-    Allocator.keep: {0: (0.2, 0.0), 1: (0.4, 2.3), 2: (0.4, 2.3), 3: (1.0, 0.0)},
-    Allocator.plain: {0: (0.2, 0.0), 1: (0.2, 1.1), 2: (0.2, 1.1), 3: (0.5, 0.0)},
-}
-"""Fragmentation of a CPU's allocator at a ZeRO stage, as shares of live tensors and of what the
-reduction allocates; the larger counts. Blocks of different sizes do not fit into each other's gaps,
-and at stage 3 parameters are allocated and freed as well (docs/plan.md)."""
-
-OFFLOADED_KEEP_SHARE = 1.8
-"""The share of live tensors when stage 3 offloads the optimizer and freed memory is kept."""
-
 GPU_ALLOCATOR_SHARE = 0.05
-"""The same for torch's caching allocator: an assumption that has not been measured."""
+"""Fragmentation of torch's caching allocator: an assumption that has not been measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,20 +96,40 @@ class MemoryPlan:
 def estimate_memory(run: ResolvedRun, batch: BatchPlan) -> MemoryPlan:
     """The peak of one rank: the largest of the phases of a step."""
     states = states_memory(run)
-    phases = list(list_phases(run, batch, states))
     if run.launch.device is Device.cuda:
-        phases = [_offload(run, phase, states) for phase in phases]
-    peak = max(phases, key=lambda phase: phase.total)
-    live = peak.total - peak.framework
-    if run.launch.device is Device.cuda:
+        phases = [_offload(run, phase, states) for phase in list_phases(run, batch, states)]
+        peak = max(phases, key=lambda phase: phase.total)
+        live = peak.total - peak.framework
         return changed(peak, allocator=int(live * GPU_ALLOCATOR_SHARE))
+    if batch.gradient_accumulation_steps > 1 and _offloads(run) and run.zero.stage < 3:
+        # Gradients are summed in buffers of their own, in the model's precision, that stay.
+        summed = _shard(count_parameters(run.model).total * _width(run), run.num_ranks)
+        states = changed(states, gradients=states.gradients + summed)
+    phases = list(list_phases(run, batch, states))
+    peak = max(phases, key=lambda phase: phase.total)
     if run.launch.malloc_mmap_threshold is not None:  # freed memory is returned at once
         return peak
-    of_live, of_reduction = ALLOCATOR_SHARES[run.kernels.allocator][run.zero.stage]
-    if run.zero.stage == 3 and _offloads(run) and run.kernels.allocator is Allocator.keep:
-        of_live = OFFLOADED_KEEP_SHARE
-    (reduction,) = (phase.total - states.total for phase in phases if phase.phase == "reduce")
-    return changed(peak, allocator=int(max(live * of_live, reduction * of_reduction)))
+    live = peak.total - peak.framework - peak.runtime
+    heap = heap_bytes(run, _demand(phases, states, stage=run.zero.stage))
+    return changed(peak, allocator=max(0, heap - live))
+
+
+def _demand(phases: list[MemoryPlan], states: MemoryPlan, *, stage: int) -> Demand:
+    """The terms of a step that an allocator does not put into the same place."""
+    reduce, step = (next(p for p in phases if p.phase == name) for name in ("reduce", "step"))
+    activations = [
+        phase.total - states.total - (phase.gradients - states.gradients)
+        for phase in phases
+        if phase.phase in ("forward", "backward")
+    ]
+    reduction = max(reduce.total, step.total) - states.total
+    if stage == 0:  # the copies of the step come in addition
+        reduction = reduce.total - states.total + step.buffers - states.buffers
+    return Demand(
+        states=states.total - states.framework - states.runtime,
+        activations=max(activations),
+        reduction=reduction,
+    )
 
 
 def loss_chunk(*, wide: bool) -> int:

@@ -1,8 +1,11 @@
 """Memory of a rank beside its tensors: libraries, threads, and what the allocator keeps."""
 
+from dataclasses import dataclass
+
 from llama_pretrain.config.kernels import Allocator, CompiledPart
 from llama_pretrain.config.launch import Device
 from llama_pretrain.config.resolved import ResolvedRun
+from llama_pretrain.config.zero import OffloadDevice
 
 MIB = 1 << 20
 
@@ -17,6 +20,21 @@ once it touches them, which is after the fork."""
 FRESH = (397 * MIB, 50 * MIB)
 """The same of a fresh interpreter, which has touched its libraries when it has imported them (torch
 2.13, transformers 5, DeepSpeed 0.19, Python 3.11)."""
+
+SMALL_BLOCKS = 32 * MIB
+"""Temporary tensors and holes between them that no term of the plan counts."""
+MOVING_SHARE = 1.4
+"""Stages 1 and 2: pages that buckets and gradients leave behind, as a share of the reduction."""
+GLIBC_KEEPS = 128 * MIB
+"""The most that glibc keeps by default: 64 MiB at the end of the heap, and two freed blocks of at
+most 32 MiB, since larger ones are returned (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD)."""
+STAGE_3_FACTOR = {
+    (Allocator.keep, False): 1.62,
+    (Allocator.keep, True): 1.62,
+    (Allocator.plain, False): 1.35,
+    (Allocator.plain, True): 1.35,
+}
+"""Stage 3: resident memory as a multiple of all terms, by allocator and with optimizer offload."""
 
 
 def framework_bytes(run: ResolvedRun) -> int:
@@ -41,3 +59,36 @@ def _is_forked(run: ResolvedRun) -> bool:
         and run.kernels.allocator is Allocator.keep
         and run.kernels.compile is CompiledPart.none
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """Bytes of tensors of a CPU rank over a step, as its allocator sees them."""
+
+    states: int
+    """What is there between two steps."""
+    activations: int
+    """The most that a forward pass and the start of its backward pass add."""
+    reduction: int
+    """Gradients, and their copies in the reduction and in the optimizer's step."""
+
+
+def heap_bytes(run: ResolvedRun, demand: Demand) -> int:
+    """Resident memory of a CPU's tensors at their peak, with what the allocator keeps.
+
+    Gradients are allocated while activations are freed, and split the space that these leave, so
+    that the flat copies of the reduction do not fit into it. The terms therefore add up, although
+    the tensors never exist together. At stages 1 and 2 each reduction allocates a bucket of
+    `reduce_bucket_size`, writes a part of it, and frees it; at another place than before, it leaves
+    written pages behind. At stage 3 parameters are allocated and freed as well. The shares were
+    fitted to measured runs (docs/plan.md).
+    """
+    together = demand.states + demand.activations + demand.reduction
+    kept = run.kernels.allocator is Allocator.keep
+    if run.zero.stage == 0:
+        return together + SMALL_BLOCKS
+    if run.zero.stage == 3:
+        offloads = run.zero.offload_optimizer.device is not OffloadDevice.none
+        return int(together * STAGE_3_FACTOR[run.kernels.allocator, offloads])
+    moved = int(demand.reduction * MOVING_SHARE) + SMALL_BLOCKS
+    return together + (moved if kept else min(moved + SMALL_BLOCKS // 2, GLIBC_KEEPS))
