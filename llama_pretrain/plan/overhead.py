@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from llama_pretrain.config.kernels import Allocator, CompiledPart
 from llama_pretrain.config.launch import Device
+from llama_pretrain.config.precision import PrecisionName
 from llama_pretrain.config.resolved import ResolvedRun
-from llama_pretrain.config.zero import OffloadDevice
 
 MIB = 1 << 20
 
@@ -23,18 +23,20 @@ FRESH = (397 * MIB, 50 * MIB)
 
 SMALL_BLOCKS = 32 * MIB
 """Temporary tensors and holes between them that no term of the plan counts."""
+ACTIVATION_SHARE = 0.12
+"""Stage 0: holes between activations of different sizes."""
 MOVING_SHARE = 1.4
 """Stages 1 and 2: pages that buckets and gradients leave behind, as a share of the reduction."""
-GLIBC_KEEPS = 128 * MIB
-"""The most that glibc keeps by default: 64 MiB at the end of the heap, and two freed blocks of at
-most 32 MiB, since larger ones are returned (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD)."""
-STAGE_3_FACTOR = {
-    (Allocator.keep, False): 1.62,
-    (Allocator.keep, True): 1.62,
-    (Allocator.plain, False): 1.35,
-    (Allocator.plain, True): 1.35,
-}
-"""Stage 3: resident memory as a multiple of all terms, by allocator and with optimizer offload."""
+ONE_RANK_MOVING_SHARE = 0.8
+"""The same without other ranks, whose gradients take buffers too."""
+GLIBC_KEEPS = 96 * MIB
+"""The most that glibc keeps by default: 64 MiB at the end of the heap, and a freed block of at most
+32 MiB, since larger ones are returned (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD)."""
+STAGE_3_FACTOR = {Allocator.keep: 1.52, Allocator.plain: 1.40}
+"""Stage 3: resident memory as a multiple of states, activations and reduction."""
+STAGE_3_PASS = 0.14
+"""What each micro batch of a step after the first adds to that, up to the fourth; it was seen in
+fp32, whose temporary tensors are twice as large, and not in bf16."""
 
 
 def framework_bytes(run: ResolvedRun) -> int:
@@ -70,25 +72,32 @@ class Demand:
     activations: int
     """The most that a forward pass and the start of its backward pass add."""
     reduction: int
-    """Gradients, and their copies in the reduction and in the optimizer's step."""
+    """Gradients at the end of a backward pass, and the bucket that they are reduced in."""
+    step: int
+    """Gradients in the optimizer's step, and the copies that it makes."""
+    micro_batches: int
+    """Micro batches of a step."""
 
 
 def heap_bytes(run: ResolvedRun, demand: Demand) -> int:
     """Resident memory of a CPU's tensors at their peak, with what the allocator keeps.
 
     Gradients are allocated while activations are freed, and split the space that these leave, so
-    that the flat copies of the reduction do not fit into it. The terms therefore add up, although
-    the tensors never exist together. At stages 1 and 2 each reduction allocates a bucket of
-    `reduce_bucket_size`, writes a part of it, and frees it; at another place than before, it leaves
-    written pages behind. At stage 3 parameters are allocated and freed as well. The shares were
-    fitted to measured runs (docs/plan.md).
+    that the flat copies of the reduction and of the step do not fit into it. The terms therefore
+    add up, although the tensors never exist together. At stages 1 and 2 each reduction allocates a
+    bucket of `reduce_bucket_size`, writes a part of it, and frees it; at another place than before,
+    it leaves written pages behind. At stage 3 gradients have a place of their own, but parameters
+    are allocated and freed again and again. The shares were fitted to measured runs (docs/plan.md).
     """
-    together = demand.states + demand.activations + demand.reduction
-    kept = run.kernels.allocator is Allocator.keep
-    if run.zero.stage == 0:
-        return together + SMALL_BLOCKS
-    if run.zero.stage == 3:
-        offloads = run.zero.offload_optimizer.device is not OffloadDevice.none
-        return int(together * STAGE_3_FACTOR[run.kernels.allocator, offloads])
-    moved = int(demand.reduction * MOVING_SHARE) + SMALL_BLOCKS
+    stage, kept = run.zero.stage, run.kernels.allocator is Allocator.keep
+    together = demand.states + demand.activations
+    if stage == 3:
+        factor = STAGE_3_FACTOR[run.kernels.allocator]
+        if run.precision.name is PrecisionName.fp32:
+            factor += STAGE_3_PASS * min(demand.micro_batches - 1, 3)
+        return int((together + demand.reduction) * factor)
+    together += max(demand.reduction, demand.step) + SMALL_BLOCKS
+    if stage == 0:
+        return together + int(demand.activations * ACTIVATION_SHARE)
+    moved = int(demand.reduction * (MOVING_SHARE if run.num_ranks > 1 else ONE_RANK_MOVING_SHARE))
     return together + (moved if kept else min(moved + SMALL_BLOCKS // 2, GLIBC_KEEPS))
