@@ -144,19 +144,22 @@ def draw_run(draw: random.Random) -> list[str]:
     return [*SHORT, *(f"{name}={value}" for name, value in values.items())]
 
 
-def compare_random(count: int, seed: int) -> int:
+def compare_random(count: int, seed: int, target: Path | None) -> int:
     """Plan and measure random configurations; the exit code."""
-    draw, errors = random.Random(seed), []
+    draw, errors, runs = random.Random(seed), [], []
     print(f"{'planned':>8} {'measured':>9} {'difference':>10}  configuration", flush=True)
-    for _ in range(count):
+    for number in range(count):
         words = draw_run(draw)
         rows = run_once(words)[0]
         planned = last_value(rows, "planned_memory_bytes") or 0
         measured = last_value(rows, "peak_memory_bytes") or 1
         errors.append(planned / measured - 1)
+        runs.append({"name": f"{seed}-{number:02d}", "words": words, "peak_bytes": int(measured)})
         shown = " ".join(word.rpartition(".")[2] for word in words[len(SHORT) :])
         sizes = f"{planned / MIB:>8,.0f} {measured / MIB:>9,.0f}"
         print(f"{sizes} {errors[-1]:>+10.1%}  {shown}", flush=True)
+    if target is not None:
+        target.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
     good = sum(LOWEST <= error <= HIGHEST for error in errors)
     print(f"worst {min(errors):+.1%} and {max(errors):+.1%}; {good} of {count} within limits")
     return 0 if good == count else 1
@@ -201,7 +204,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="what --random draws with")
     arguments = parser.parse_args()
     if arguments.random:
-        return compare_random(arguments.random, arguments.seed)
+        return compare_random(arguments.random, arguments.seed, arguments.json)
     rows, good = [], 0
     print(f"{'run':<52} {'predicted':>10} {'measured':>10} {'error':>7}  peak in")
     for name, overrides in list_runs():

@@ -321,6 +321,18 @@ def test_the_plan_is_near_what_benchmarks_measured(
     assert build_plan(run).memory.total == pytest.approx(peak_bytes, rel=0.1), name
 
 
+RANDOM_PEAKS = json.loads((PROJECT_ROOT / "benchmarks/results/memory.json").read_text())["runs"]
+
+
+@pytest.mark.parametrize("measured", RANDOM_PEAKS, ids=[run["name"] for run in RANDOM_PEAKS])
+def test_the_plan_is_near_the_peaks_of_random_configurations(measured: dict[str, Any]) -> None:
+    """Recorded runs of `benchmarks/memory.py --random`, within the limits that it checks."""
+    machine = replace(CLUSTER, num_gpus=0, cpu_intel=True, cpu_fast_bf16=False)
+    run = resolve(compose_run(["task=plan", *measured["words"]]), machine)
+    difference = build_plan(run).memory.total / measured["peak_bytes"] - 1
+    assert -0.05 <= difference <= 0.20
+
+
 @pytest.mark.parametrize(
     ("stage", "ranks", "allocator", "accumulated", "shares", "mib"),
     [
