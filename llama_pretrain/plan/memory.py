@@ -12,56 +12,30 @@ from dataclasses import dataclass, fields
 from dataclasses import replace as changed
 from typing import Any
 
-from llama_pretrain.config.kernels import (
-    Allocator,
-    AttentionKernel,
-    CompiledPart,
-    LayerKernel,
-    LossKernel,
-    Matmul,
-)
 from llama_pretrain.config.launch import Device
 from llama_pretrain.config.optim import OptimName
 from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.zero import OffloadDevice
+from llama_pretrain.plan.activations import (
+    NUM_BYTES,
+    activation_bytes,
+    logits_bytes,
+    number_width,
+)
 from llama_pretrain.plan.batch import BatchPlan
-from llama_pretrain.plan.model_size import ModelSize, count_parameters, head_width
-
-NUM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+from llama_pretrain.plan.model_size import ModelSize, count_parameters
+from llama_pretrain.plan.overhead import Demand, framework_bytes, heap_bytes, runtime_bytes
 
 MOMENTS = {
     OptimName.lion: 1,
     OptimName.fused_lion: 1,
-    OptimName.cpu_lion: 1,
     OptimName.cpu_adagrad: 1,
 }
-"""fp32 values that an optimizer stores a parameter, if not two as Adam."""
-
-LOSS_CHUNK = 1024
-"""Tokens whose logits the chunked loss holds at a time (train/kernels/cross_entropy.py)."""
-
-FRAMEWORK_BYTES = {Device.cpu: 360 << 20, Device.cuda: 1 << 30}
-"""Memory of the libraries before there is a model: on a CPU the resident memory after imports
-(torch 2.13, transformers 5, DeepSpeed 0.19, Python 3.11); on a GPU the CUDA context and the
-workspaces of cuBLAS and NCCL, an assumption that has not been measured."""
-
-RUNTIME_BYTES = {Device.cpu: 48 << 20, Device.cuda: 0}
-"""What a run adds on a CPU besides tensors: threads, generated kernels, gloo, the tokenizer; for a
-forked rank also pages of libraries, which count as its own once it touches them."""
-
-ALLOCATOR_SHARES = {
-    Allocator.keep: {0: (0.2, 0.0), 1: (0.4, 2.3), 2: (0.4, 2.3), 3: (1.0, 0.0)},
-    Allocator.plain: {0: (0.2, 0.0), 1: (0.2, 1.1), 2: (0.2, 1.1), 3: (0.5, 0.0)},
-}
-"""Fragmentation of a CPU's allocator at a ZeRO stage, as shares of live tensors and of what the
-reduction allocates; the larger counts. Blocks of different sizes do not fit into each other's gaps,
-and at stage 3 parameters are allocated and freed as well (docs/plan.md)."""
-
-OFFLOADED_KEEP_SHARE = 1.8
-"""The share of live tensors when stage 3 offloads the optimizer and freed memory is kept."""
+"""fp32 values that an optimizer stores a parameter, if not two as Adam. DeepSpeed's CPU Lion also
+creates a second moment, and never reads it."""
 
 GPU_ALLOCATOR_SHARE = 0.05
-"""The same for torch's caching allocator: an assumption that has not been measured."""
+"""Fragmentation of torch's caching allocator: an assumption that has not been measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,32 +90,51 @@ class MemoryPlan:
 def estimate_memory(run: ResolvedRun, batch: BatchPlan) -> MemoryPlan:
     """The peak of one rank: the largest of the phases of a step."""
     states = states_memory(run)
-    phases = list(list_phases(run, batch, states))
     if run.launch.device is Device.cuda:
-        phases = [_offload(run, phase, states) for phase in phases]
-    peak = max(phases, key=lambda phase: phase.total)
-    live = peak.total - peak.framework
-    if run.launch.device is Device.cuda:
+        phases = [_offload(run, phase, states) for phase in list_phases(run, batch, states)]
+        peak = max(phases, key=lambda phase: phase.total)
+        live = peak.total - peak.framework
         return changed(peak, allocator=int(live * GPU_ALLOCATOR_SHARE))
+    if batch.gradient_accumulation_steps > 1 and _offloads(run) and run.zero.stage < 3:
+        # Gradients are summed in buffers of their own, in the model's precision, that stay.
+        summed = _shard(count_parameters(run.model).total * number_width(run), run.num_ranks)
+        states = changed(states, gradients=states.gradients + summed)
+    phases = list(list_phases(run, batch, states))
+    peak = max(phases, key=lambda phase: phase.total)
     if run.launch.malloc_mmap_threshold is not None:  # freed memory is returned at once
         return peak
-    of_live, of_reduction = ALLOCATOR_SHARES[run.kernels.allocator][run.zero.stage]
-    if run.zero.stage == 3 and _offloads(run) and run.kernels.allocator is Allocator.keep:
-        of_live = OFFLOADED_KEEP_SHARE
-    (reduction,) = (phase.total - states.total for phase in phases if phase.phase == "reduce")
-    return changed(peak, allocator=int(max(live * of_live, reduction * of_reduction)))
+    live = peak.total - peak.framework - peak.runtime
+    heap = heap_bytes(run, _demand(run, batch, phases, states))
+    return changed(peak, allocator=max(0, heap - live))
 
 
-def loss_chunk(*, wide: bool) -> int:
-    """Tokens whose logits exist at a time; `wide` = in fp32 when everything else has 16 bits."""
-    return LOSS_CHUNK // 2 if wide else LOSS_CHUNK
+def _demand(
+    run: ResolvedRun, batch: BatchPlan, phases: list[MemoryPlan], states: MemoryPlan
+) -> Demand:
+    """The terms of a step that an allocator does not put into the same place."""
+    reduce, step = (next(p for p in phases if p.phase == name) for name in ("reduce", "step"))
+    activations = [
+        phase.total - states.total - (phase.gradients - states.gradients)
+        for phase in phases
+        if phase.phase in ("forward", "backward")
+    ]
+    reduction, after = reduce.total - states.total, step.total - states.total
+    if run.zero.stage == 0:  # its copies come in addition to the gradients
+        after = reduction + step.buffers - states.buffers
+    return Demand(
+        states=states.total - states.framework - states.runtime,
+        activations=max(activations),
+        reduction=reduction,
+        step=after,
+        micro_batches=batch.gradient_accumulation_steps,
+    )
 
 
 def states_memory(run: ResolvedRun) -> MemoryPlan:
     """What is in memory between two steps, on the device and on the host."""
     world_size = run.num_ranks
     zero, optim, precision = run.zero, run.optim.name, run.precision
-    size, stage, width = count_parameters(run.model), zero.stage, _width(run)
+    size, stage, width = count_parameters(run.model), zero.stage, number_width(run)
     low = precision.bf16_master_weights_and_grads or precision.fp16_master_weights_and_grads
     master_width = 2 if low else 4
     moments = size.total * MOMENTS.get(optim, 2)
@@ -165,8 +158,8 @@ def states_memory(run: ResolvedRun) -> MemoryPlan:
         optimizer=_shard(moment_bytes, world_size if stage else 1),
         checkpoint=_shard(saved, world_size),  # at stage 0 each rank writes its share
         buffers=buffers,
-        runtime=RUNTIME_BYTES[run.launch.device],
-        framework=FRAMEWORK_BYTES[run.launch.device],
+        runtime=runtime_bytes(run),
+        framework=framework_bytes(run),
     )
 
 
@@ -183,7 +176,7 @@ def _offload(run: ResolvedRun, phase: MemoryPlan, states: MemoryPlan) -> MemoryP
         low = _accumulation_width(run) * zero.stage // 3  # kept on the device by stage 3
         moved["gradients"] = states.gradients * 4 // (4 + low)
         if zero.stage < 3:
-            moved["buffers"] = states.buffers - _largest(size) * _width(run)
+            moved["buffers"] = states.buffers - _largest(size) * number_width(run)
         left |= {part: getattr(phase, part) - moved[part] for part in moved}
         beside[zero.offload_optimizer.device] += sum(moved.values())
     if zero.offload_param.device is not OffloadDevice.none:
@@ -208,10 +201,10 @@ def _largest(size: ModelSize) -> int:
 def list_phases(run: ResolvedRun, batch: BatchPlan, states: MemoryPlan) -> Iterator[MemoryPlan]:
     """What is in memory in each phase of a step, offloaded parts included."""
     size = count_parameters(run.model)
-    activations, layer = _activation_bytes(run, batch)
-    logits, gradient = _logits_bytes(run, batch)
+    activations, layer = activation_bytes(run, batch)
+    logits, gradient = logits_bytes(run, batch)
     gathered = _gathered_bytes(run, size)
-    largest = _largest(size) * _width(run)
+    largest = _largest(size) * number_width(run)
     held = _held_gradients(run, batch, size)
     ready = states.gradients + held
     forward = changed(
@@ -251,79 +244,13 @@ def list_phases(run: ResolvedRun, batch: BatchPlan, states: MemoryPlan) -> Itera
     )
 
 
-def _width(run: ResolvedRun) -> int:
-    return NUM_BYTES[run.precision.name.value]
-
-
 def _accumulation_width(run: ResolvedRun) -> int:
     chosen = run.precision.grad_accum_dtype
-    return _width(run) if chosen is None else NUM_BYTES[chosen.value]
+    return number_width(run) if chosen is None else NUM_BYTES[chosen.value]
 
 
 def _shard(size: int, ranks: int) -> int:
     return -(-size // ranks)
-
-
-def _activation_bytes(run: ResolvedRun, batch: BatchPlan) -> tuple[int, int]:
-    """What the forward pass saves, and what recomputing one layer adds to it.
-
-    A norm saves its fp32 input, the normalized input and its output, a fused one its input and its
-    output; attention saves q, k, v and its output; SwiGLU saves gate, its activation, up and the
-    product, a fused one all but the activation. Counted with autograd's saved-tensor hooks
-    (tests/plan/test_memory.py). In compiled parts torch decides; it saves about as little.
-    """
-    model, width = run.model, _width(run)
-    autocast = run.precision.torch_autocast.enabled
-    if autocast:  # matrix products save 16-bit copies of their operands
-        width = 2
-    tokens = batch.micro_batch_size * run.data.sequence_length
-    heads = model.num_attention_heads
-    groups = heads if model.num_key_value_heads is None else model.num_key_value_heads
-    queries, keys = heads * head_width(model), groups * head_width(model)
-    norm = tokens * model.hidden_size * (2 * width if _is_lean(run, "rms_norm") else 4 + 2 * width)
-    inner = 3 if _is_lean(run, "swiglu") else 4
-    outputs = 1
-    if run.kernels.rotary is LayerKernel.fused:  # heads first: the output is transposed into a copy
-        outputs = 1 if run.kernels.attention is AttentionKernel.blocked else 2
-    attention = (1 + outputs) * queries + 2 * keys
-    if run.kernels.matmul is Matmul.fp32:  # everything that attention saves has twice the width
-        kept_outputs = 0 if run.kernels.attention is AttentionKernel.blocked else 1
-        attention = 2 * ((1 + kept_outputs) * queries + 2 * keys) + queries
-    products = attention + inner * model.intermediate_size
-    layer = 2 * norm + tokens * width * products
-    if not run.train.gradient_checkpointing:
-        return model.num_hidden_layers * layer + norm, 0
-    kept = model.num_hidden_layers * tokens * model.hidden_size * width
-    # The gradients of two of SwiGLU's tensors exist along with the layer.
-    gradients = 2 * tokens * width * model.intermediate_size
-    return kept + norm, layer + gradients - norm
-
-
-def _is_lean(run: ResolvedRun, name: str) -> bool:
-    """Whether a kernel of a layer saves less than transformers' module."""
-    chosen: LayerKernel = getattr(run.kernels, name)
-    return chosen is not LayerKernel.plain or run.kernels.compile is not CompiledPart.none
-
-
-def _logits_bytes(run: ResolvedRun, batch: BatchPlan) -> tuple[int, int]:
-    """What the loss needs at the end of the forward pass and at the start of the backward pass.
-
-    Plain: the log-softmax, its gradient and that of the logits, each (B * T, V) float32.
-    Chunked: 16-bit logits of one chunk (or fp32 ones of half as many tokens, and the head in fp32),
-    and the gradients of the hidden states and of the head, summed over chunks in fp32; then both
-    are scaled.
-    """
-    model, width = run.model, _width(run)
-    tokens = batch.micro_batch_size * run.data.sequence_length
-    if run.kernels.loss is LossKernel.plain:
-        return tokens * model.vocab_size * 2 * 4, tokens * model.vocab_size * 3 * 4
-    hidden, head = tokens * model.hidden_size, model.vocab_size * model.hidden_size
-    wide = run.kernels.matmul is Matmul.fp32
-    length = loss_chunk(wide=wide)
-    chunk = min(tokens, length) * model.vocab_size * (4 if wide else width)
-    sums = head * (4 + width if wide or tokens > length else width)
-    copy = head * 4 if wide else 0
-    return chunk + hidden * width + sums + copy, 2 * (hidden + head) * width
 
 
 def _gathered_bytes(run: ResolvedRun, size: ModelSize) -> int:
@@ -340,7 +267,7 @@ def _gathered_bytes(run: ResolvedRun, size: ModelSize) -> int:
     least = size.layers // run.model.num_hidden_layers + _largest(size)
     most = max(zero.stage3_max_live_parameters, least) + zero.stage3_prefetch_bucket_size
     idle = min(size.embedding, size.head)
-    return min(size.total - idle, most) * _width(run)
+    return min(size.total - idle, most) * number_width(run)
 
 
 def _bucket_bytes(run: ResolvedRun, size: ModelSize) -> int:
@@ -351,7 +278,7 @@ def _bucket_bytes(run: ResolvedRun, size: ModelSize) -> int:
         bucket = min(size.total, bucket)
     overlaps = zero.stage == 3 if zero.overlap_comm is None else zero.overlap_comm
     doubled = overlaps and zero.stage in (1, 2)
-    return bucket * _width(run) * (2 if doubled else 1)
+    return bucket * number_width(run) * (2 if doubled else 1)
 
 
 def _held_gradients(run: ResolvedRun, batch: BatchPlan, size: ModelSize) -> int:
@@ -368,7 +295,7 @@ def _held_gradients(run: ResolvedRun, batch: BatchPlan, size: ModelSize) -> int:
 
 def _reduced_bytes(run: ResolvedRun, batch: BatchPlan, size: ModelSize) -> tuple[int, int]:
     """Gradients and their copies at the end of the backward pass."""
-    zero, width = run.zero, _width(run)
+    zero, width = run.zero, number_width(run)
     whole, bucket = size.total * width, _bucket_bytes(run, size)
     if zero.stage == 0:
         return whole, bucket
@@ -390,11 +317,22 @@ def _step_bytes(run: ResolvedRun, size: ModelSize) -> tuple[int, int]:
     zero, total, world_size = run.zero, size.total, run.num_ranks
     accumulated = _accumulation_width(run)
     if zero.stage == 0:
-        return total * _width(run), total * 4 if _width(run) < 4 else 0
+        return total * number_width(run), total * 4 if number_width(run) < 4 else 0
     flat = total * (accumulated + (4 if accumulated < 4 else 0))
     if _offloads(run):
         return 0, 0
     if zero.stage == 3:
         part = min(-(-total // world_size), zero.sub_group_size)
-        return 0, part * flat // total
-    return _shard(total * accumulated, world_size), _shard(flat, world_size)
+        return 0, part * flat // total + _adam_temporaries(run, size)
+    copies = _shard(flat, world_size) + _adam_temporaries(run, size)
+    return _shard(total * accumulated, world_size), copies
+
+
+def _adam_temporaries(run: ResolvedRun, size: ModelSize) -> int:
+    """What Muon's AdamW, which is plain PyTorch, computes for the embedding and the head in fp32.
+
+    Both corrected moments, the root and the denominator.
+    """
+    if run.optim.name is not OptimName.muon:
+        return 0
+    return 4 * _shard((size.embedding + size.head) * 4, run.num_ranks)

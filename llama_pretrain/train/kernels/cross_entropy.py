@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llama_pretrain.data.dataset import IGNORED
-from llama_pretrain.plan.memory import loss_chunk
+from llama_pretrain.plan.activations import loss_chunk
 
 LOGITS_PER_THREAD = 1 << 18
 """Logits that one thread works on at once: 1 MiB in fp32, about a core's cache."""

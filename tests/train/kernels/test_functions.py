@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from llama_pretrain.data.dataset import IGNORED
-from llama_pretrain.plan import memory
+from llama_pretrain.plan import activations
 from llama_pretrain.train.kernels import attention, cross_entropy
 from llama_pretrain.train.kernels.attention import blocked_attention, blocked_attention_backward
 from llama_pretrain.train.kernels.cross_entropy import linear_cross_entropy
@@ -106,7 +106,7 @@ def test_blocked_attention_is_an_operator() -> None:
 @pytest.mark.parametrize("tokens", [1, 7, 50, 130])
 def test_linear_cross_entropy(tokens: int, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With several chunks, whole and partial."""
-    monkeypatch.setattr(memory, "LOSS_CHUNK", 50)
+    monkeypatch.setattr(activations, "LOSS_CHUNK", 50)
     monkeypatch.setattr(cross_entropy, "LOGITS_PER_THREAD", 700)
     hidden, weight = torch.randn(tokens, 16), torch.randn(97, 16)
     targets = torch.randint(0, 97, (tokens,))
