@@ -195,13 +195,12 @@ def _read(found: Import, path: str, value: Any) -> None:
         ds.ZERO: ("zero.extra", rules.ZERO_EXTRA_KEYS, rules.REFUSED_ZERO_KEYS),
     }.get(section, ("", (), {}))
     if name in ds.known_paths():
-        if value == "auto" or name not in ("bf16.enabled", "fp16.enabled"):
+        if name not in ("bf16.enabled", "fp16.enabled"):
             found.want(setting_of(name), value, path)
     elif key in passed:
         found.want(f"{extra}.{key}", value, path)
     elif extra and (key in refused or key in rules.LAST_VERSION_WITH):
-        off = isinstance(value, Mapping) and value.get("enabled", not value) is False
-        neutral = off or value == ds.NEUTRAL.get(key, False)
+        neutral = value == ds.NEUTRAL.get(key, False) or value in ({}, {"enabled": False})
         if key in rules.LAST_VERSION_WITH or not neutral:
             for problem in rules.validate_key(key, path, passed, refused, {}):
                 found.lose(path, value, problem.message)
@@ -215,15 +214,23 @@ def _read(found: Import, path: str, value: Any) -> None:
 
 def _read_precision(found: Import, config: Mapping[str, Any]) -> None:
     sections = {"bf16": config.get("bf16", config.get("bfloat16")), "fp16": config.get("fp16")}
-    on = [
-        name
+    asked = {
+        name: ds.read_switch(section.get("enabled", False))
         for name, section in sections.items()
-        if isinstance(section, Mapping) and str(section.get("enabled")).lower() == "true"
-    ]
+        if isinstance(section, Mapping)
+    }
+    on = [name for name, value in asked.items() if value is True]
     if len(on) == 2:
         message = "bf16 and fp16 exclude each other, and both are enabled"
         raise UserError([Problem(path="bf16, fp16", message=message, hint="enable one of them")])
-    if on or "precision.name" not in found.open:
+    for name, value in asked.items():
+        if value == "auto":
+            chosen = asked.get("bf16") == "auto"
+            decides = "precision.name decides here" if chosen else "is read as false"
+            found.lose(f"{name}.enabled", value, decides, f"set precision={name} to choose it")
+        elif value is None:
+            found.lose(f"{name}.enabled", sections[name]["enabled"], "must be true or false")
+    if on or asked.get("bf16") != "auto":  # the precision that we choose is bf16 or fp32
         name = on[0] if on else "fp32"
         found.want("precision.name", name, f"{name}.enabled", given=False)
 

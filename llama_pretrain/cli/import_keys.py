@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from llama_pretrain.config.deepspeed import DeepSpeed
 from llama_pretrain.config.fields import walk_fields
 from llama_pretrain.config.precision import TorchAutocast
@@ -211,6 +213,14 @@ def known_paths() -> frozenset[str]:
     paths += [f"torch_autocast.{path}" for path, _ in walk_fields(TorchAutocast)]
     paths += [f"data_types.{key}" for key in ("grad_accum_dtype", "buffer_dtype")]
     return frozenset([*paths, *(f"bf16.{k}" for k in BF16_KEYS), *(f"fp16.{k}" for k in FP16_KEYS)])
+
+
+def read_switch(value: Any) -> Any:
+    """True or false as DeepSpeed reads it, "auto", or `None` for what it refuses."""
+    try:
+        return value if value == "auto" else TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        return None
 
 
 def walk_config(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

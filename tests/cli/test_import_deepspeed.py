@@ -193,6 +193,16 @@ def test_optimizer(case: dict[str, Any]) -> None:
     assert [str(problem) for problem in found.lost] == case.get("lost", [])
 
 
+PRECISIONS = yaml.safe_load((Path(__file__).parent / "imported_sections.yaml").read_text())
+
+
+@pytest.mark.parametrize("case", PRECISIONS, ids=lambda case: json.dumps(case["config"]))
+def test_section(case: dict[str, Any]) -> None:
+    found = import_ds_config(case["config"])
+    assert render_overrides(found.wanted) == case["words"]
+    assert [str(problem).partition(" ")[0] for problem in found.lost] == case.get("lost", [])
+
+
 def test_schedule_sets_the_peak_of_every_parameter() -> None:
     """DeepSpeed's schedule writes its own peak over the optimizer's, whatever the group."""
     optimizer = {"type": "Muon", "params": {"lr": 0.0003}}
