@@ -34,6 +34,9 @@ GLIBC_KEEPS = 96 * MIB
 32 MiB, since larger ones are returned (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD)."""
 STAGE_3_FACTOR = {Allocator.keep: 1.52, Allocator.plain: 1.40}
 """Stage 3: resident memory as a multiple of states, activations and reduction."""
+STAGE_3_GATHERED = 0.14
+"""What copies of gathered parameters add to that where freed memory is kept: with 58M parameters,
+memory grew by one embedding matrix after another until the 17th step."""
 STAGE_3_PASS = 0.14
 """What each micro batch of a step after the first adds to that, up to the fourth; it was seen in
 fp32, whose temporary tensors are twice as large, and not in bf16."""
@@ -93,6 +96,8 @@ def heap_bytes(run: ResolvedRun, demand: Demand) -> int:
     together = demand.states + demand.activations
     if stage == 3:
         factor = STAGE_3_FACTOR[run.kernels.allocator]
+        if kept and run.num_ranks > 1:
+            factor += STAGE_3_GATHERED
         if run.precision.name is PrecisionName.fp32:
             factor += STAGE_3_PASS * min(demand.micro_batches - 1, 3)
         return int((together + demand.reduction) * factor)
