@@ -4,7 +4,7 @@ A key that is absent counts too: where DeepSpeed's default is not ours, it is as
 """
 
 import json
-import re
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -15,71 +15,15 @@ from typing import Any
 
 from llama_pretrain import console
 from llama_pretrain.cli import import_keys as ds
-from llama_pretrain.cli.overrides import build_run, default_settings, render_overrides
+from llama_pretrain.cli.import_settings import Import
+from llama_pretrain.cli.overrides import render_overrides
 from llama_pretrain.config import deepspeed_keys as rules
-from llama_pretrain.config.ignored import find_ignored
 from llama_pretrain.config.problems import Problem, UserError, refuse
-from llama_pretrain.config.validate import validate_run
 from llama_pretrain.config.zero import Zero, stages_of
 from llama_pretrain.plan.ds_config import setting_of
 from llama_pretrain.plan.resolve import REASONS
 
 COMMAND = "import_deepspeed="
-
-
-class Import:
-    """What was understood of a file: the settings that it asks for, and what is lost."""
-
-    def __init__(self) -> None:
-        self.wanted: dict[str, Any] = {}
-        self.origins: dict[str, str] = {}
-        """The key and value behind each setting that was ever asked for, as a person reads it."""
-        self.open: set[str] = set()
-        """Settings that the file leaves to something else with "auto"."""
-        self.lost: list[Problem] = []
-
-    def want(
-        self, setting: str, value: Any, path: str, *, given: bool = True, seen: Any = None
-    ) -> None:
-        """Ask for a setting. The first to ask has it; what is not `given` asks in silence.
-
-        Args:
-            seen: the value at `path`, where that is another.
-        """
-        seen, text = value if seen is None else seen, str(value).lower().removeprefix("torch.")
-        value = ds.SPELLINGS.get(setting, {}).get(text, value)
-        if value == "auto":
-            self.open.add(setting)
-            chosen = f" ({REASONS[setting]})" if setting in REASONS else ""
-            decides = f"was filled in elsewhere; {setting} decides here{chosen}"
-            self.lose(path, value, ds.AUTO.get(setting, decides))
-        elif "${" in text:
-            self.lose(path, value, "would be interpolated here", f"set {setting}")
-        elif setting not in self.wanted:
-            self.wanted[setting], self.origins[setting] = (
-                value,
-                ds.show_key(path, seen, given=given),
-            )
-        elif given and self.wanted[setting] != value:
-            self.lose(path, seen, f"{self.origins[setting]} goes before it")
-
-    def lose(
-        self, path: str, value: Any, message: str, hint: str = "", *, given: bool = True
-    ) -> None:
-        """Note what is not carried over."""
-        where = ds.show_key(path, value, given=given)
-        self.lost.append(Problem(path=where, message=message, hint=hint))
-
-    def drop(self, setting: str, problem: Problem, *, default: Any) -> None:
-        """Take a setting back that our rules refuse."""
-        value = self.wanted.pop(setting)
-        if value != default:
-            whole = isinstance(value, float) and value.is_integer()
-            texts = {str(value), repr(value), str(int(value)) if whole else str(value)}
-            got = "|".join(re.escape(text) for text in texts)
-            message = re.sub(rf" \(got ({got})\)$", "", problem.message)
-            hint = re.sub(r"(, or )?(leave it out|set it to false)(, or .*)?$", "", problem.hint)
-            self.lost.append(Problem(path=self.origins[setting], message=message, hint=hint))
 
 
 def run_import(words: Sequence[str]) -> int:
@@ -101,11 +45,15 @@ def describe_import(words: Sequence[str]) -> str:
     word = next(word for word in words if word.startswith(COMMAND))
     if len(words) > 1:
         message = (
-            f"must be the only word (got {' '.join(other for other in words if other != word)})"
+            f"must be the only argument (got {' '.join(other for other in words if other != word)})"
         )
-        hint = "Add other words to the command that it prints"
+        hint = "Add other overrides to the command that it prints"
         raise UserError([Problem(path=COMMAND.rstrip("="), message=message, hint=hint)])
-    found = import_ds_config(read_ds_config(Path(word.removeprefix(COMMAND)).expanduser()))
+    path = Path(os.path.expanduser(word.removeprefix(COMMAND)))
+    try:
+        found = import_ds_config(read_ds_config(path))
+    except RecursionError as error:
+        raise UserError([Problem(path=str(path), message="is nested too deeply")]) from error
     lines = [shlex.join(["python", "run.py", *render_overrides(found.wanted)])]
     lines += ["not carried over:"] if found.lost else []
     return "\n".join([*lines, *(f"  {problem}" for problem in found.lost)])
@@ -121,13 +69,13 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         twice = [key for key in dict.fromkeys(keys) if keys.count(key) > 1]
-        message = "stands twice in one section, which DeepSpeed refuses"
-        refuse(Problem(path=f"{path}: {key}", message=message, hint="keep one") for key in twice)
+        message = "is a duplicate key, which DeepSpeed rejects"
+        refuse(Problem(path=f"{path}: {key}", message=message, hint="Keep one") for key in twice)
         return dict(pairs)
 
     if not path.is_file():
-        hint = f"give a DeepSpeed JSON: {COMMAND}ds_config.json"
-        raise UserError([Problem(path=str(path), message="there is no file here", hint=hint)])
+        hint = f"Give a DeepSpeed JSON: {COMMAND}ds_config.json"
+        raise UserError([Problem(path=str(path), message="no such file", hint=hint)])
     try:
         text = path.read_text(encoding="utf-8-sig")
         try:
@@ -140,7 +88,7 @@ def read_ds_config(path: Path) -> dict[str, Any]:
         message = f"cannot be read as JSON: {' '.join(str(error).split())}"
         raise UserError([Problem(path=str(path), message=message)]) from error
     if not isinstance(values, dict):
-        message = f"should hold an object (got a {type(values).__name__})"
+        message = f"must be an object (got a {type(values).__name__})"
         raise UserError([Problem(path=str(path), message=message)])
     return values
 
@@ -151,39 +99,30 @@ def import_ds_config(config: Mapping[str, Any]) -> Import:
     Raises:
         UserError: if it asks for bf16 and fp16 at once.
     """
-    found, config = Import(), _without_nulls(config)
-    sections = {name: config.pop(name, {}) for name in ("scheduler", "optimizer")}
+    found = Import()
+    config = {key: value for key, value in config.items() if key != "bf16" or value is not None}
+    sections = {name: config.pop(name, None) for name in ("scheduler", "optimizer")}
     forced = config.pop("zero_force_ds_cpu_optimizer", True)
-    for path, value in sorted(
-        ds.walk_config(config), key=lambda leaf: ds.present_name(leaf[0]) != leaf[0]
-    ):
+    if "bfloat16" in config and config.get("bf16") is not None:
+        found.lose("bfloat16", config.pop("bfloat16"), "is ignored because bf16 is given")
+    if "allgather_size" in config and config.get(ds.ZERO) is not True:
+        message = f"is only read with {ds.ZERO} = true"
+        found.lose("allgather_size", config.pop("allgather_size"), message)
+    leaves = sorted(ds.walk_config(config), key=lambda leaf: ds.present_name(leaf[0]) != leaf[0])
+    for path, value in leaves:
         _read(found, path, value)
     _read_precision(found, config)
     if "zero.stage" not in found.open:
         found.want("zero.stage", 0, "zero_optimization.stage", given=False)
-    _read_typed(found, "scheduler", sections["scheduler"])  # its peak goes before the optimizer's
+    _read_typed(found, "scheduler", sections["scheduler"])  # its peak overrides the optimizer's
     _read_typed(found, "optimizer", sections["optimizer"])
-    if not forced and found.wanted.get("optim.name") != "cpu_adagrad":
-        message = "what is offloaded is updated by DeepSpeed's own optimizers here"
+    if forced is not True and found.wanted.get("optim.name") != "cpu_adagrad":
+        message = "has no effect: offloaded state is updated by DeepSpeed's CPU optimizers here"
         found.lose("zero_force_ds_cpu_optimizer", forced, message)
-    accumulation = "batch.gradient_accumulation_steps"
-    sizes = {"batch.global_batch_size", "batch.micro_batch_size"} & found.wanted.keys()
-    if accumulation in found.wanted and not sizes:
-        message, hint = "says nothing without a batch size", "set batch.micro_batch_size too"
-        found.drop(accumulation, Problem(path="", message=message, hint=hint), default=None)
-    _drop_refused(found)
+    found.drop_refused()
     _add_defaults(found)
-    found.lost += _drop_refused(found)
+    found.drop_refused()
     return found
-
-
-def _without_nulls(config: Mapping[str, Any]) -> dict[str, Any]:
-    """To DeepSpeed a null is an absent key."""
-    return {
-        key: _without_nulls(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if value is not None
-    }
 
 
 def _read(found: Import, path: str, value: Any) -> None:
@@ -194,62 +133,74 @@ def _read(found: Import, path: str, value: Any) -> None:
         "": ("deepspeed.extra", rules.EXTRA_KEYS, rules.REFUSED_KEYS),
         ds.ZERO: ("zero.extra", rules.ZERO_EXTRA_KEYS, rules.REFUSED_ZERO_KEYS),
     }.get(section, ("", (), {}))
-    if name in ds.known_paths():
-        if name not in ("bf16.enabled", "fp16.enabled"):
-            found.want(setting_of(name), value, path)
+    is_section = any(known.startswith(f"{name}.") for known in ds.known_paths())
+    if value is None and path == "steps_per_print":
+        found.lose(path, value, "turns these lines off, which has no setting here")
+    elif value is None and (name in ds.known_paths() or is_section or key in {*passed, *refused}):
+        return  # the same as an absent key
+    elif name in ("bf16.enabled", "fp16.enabled"):
+        return  # _read_precision
+    elif name in ds.known_paths():
+        found.want(setting_of(name), value, path)
+    elif path == ds.ZERO and isinstance(value, bool):  # before there were stages
+        found.want("zero.stage", value, path)
     elif key in passed:
         found.want(f"{extra}.{key}", value, path)
-    elif extra and (key in refused or key in rules.LAST_VERSION_WITH):
-        neutral = value == ds.NEUTRAL.get(key, False) or value in ({}, {"enabled": False})
+    elif extra and key in {*refused, *rules.LAST_VERSION_WITH}:
+        off = key != "zenflow" and value in ({}, {"enabled": False})
+        neutral = off or value == ds.NEUTRAL.get(key, False)
         if key in rules.LAST_VERSION_WITH or not neutral:
             for problem in rules.validate_key(key, path, passed, refused, {}):
                 found.lose(path, value, problem.message)
-    elif any(known.startswith(f"{name}.") for known in ds.known_paths()):
-        found.lose(path, value, "should be an object")
-    elif path in ds.REASONS:
-        found.lose(path, value, ds.REASONS[path])
+    elif is_section:
+        found.lose(path, value, "must be an object")
     else:
-        found.lose(path, value, ds.NO_SETTING, ds.suggest_key(path))
+        found.lose(path, value, *ds.explain_key(path))
 
 
 def _read_precision(found: Import, config: Mapping[str, Any]) -> None:
-    sections = {"bf16": config.get("bf16", config.get("bfloat16")), "fp16": config.get("fp16")}
     asked = {
-        name: ds.read_switch(section.get("enabled", False))
-        for name, section in sections.items()
-        if isinstance(section, Mapping)
+        ds.present_name(name): (f"{name}.enabled", config[name].get("enabled"))
+        for name in ("bf16", "bfloat16", "fp16")
+        if isinstance(config.get(name), Mapping)
     }
-    on = [name for name, value in asked.items() if value is True]
+    on = [name for name, (_, value) in asked.items() if ds.read_switch(value)]
     if len(on) == 2:
-        message = "bf16 and fp16 exclude each other, and both are enabled"
-        raise UserError([Problem(path="bf16, fp16", message=message, hint="enable one of them")])
-    for name, value in asked.items():
+        message = "must not both be enabled"
+        raise UserError([Problem(path="bf16, fp16", message=message, hint="Enable one of them")])
+    # Where bf16 is left open, so is our choice, which is bf16 or fp32.
+    left_open = "bf16" in asked and asked["bf16"][1] == "auto"
+    name = on[0] if on else "auto" if left_open else "fp32"
+    for path, value in asked.values():
         if value == "auto":
-            chosen = asked.get("bf16") == "auto"
-            decides = "precision.name decides here" if chosen else "is read as false"
-            found.lose(f"{name}.enabled", value, decides, f"set precision={name} to choose it")
-        elif value is None:
-            found.lose(f"{name}.enabled", sections[name]["enabled"], "must be true or false")
-    if on or asked.get("bf16") != "auto":  # the precision that we choose is bf16 or fp32
-        name = on[0] if on else "fp32"
+            chosen = f" ({REASONS['precision.name']})" if name == "auto" else ""
+            message = f"is filled in by the training script; precision={name} here{chosen}"
+            found.lose(path, value, message)
+        elif value is not None and ds.read_switch(value) is None:
+            found.lose(path, value, "must be true or false")
+    if name == "auto":
+        found.open.add("precision.name")
+    else:
         found.want("precision.name", name, f"{name}.enabled", given=False)
 
 
 def _read_typed(found: Import, name: str, section: Any) -> None:
     """The optimizer or the scheduler: a type and its parameters."""
-    params = section.get("params", {}) if isinstance(section, Mapping) else None
-    if not isinstance(params, Mapping):
-        found.lose(name, section, "should be an object with type and params")
-    elif section:
-        kind = str(section.get("type", ""))
-        read = {"scheduler": _read_scheduler, "optimizer": _read_optimizer}[name]
-        reason = read(found, kind, dict(params))
-        if reason:
-            found.lose(f"{name}.type", kind, reason)
-            if params:
-                found.lose(f"{name}.params", params, f"belongs to {kind}")
-        for key in [key for key in section if key not in ("type", "params")]:
-            found.lose(f"{name}.{key}", section[key], ds.NO_SETTING)
+    section = {} if section is None else section
+    given = section.get("params") if isinstance(section, Mapping) else section
+    if not isinstance(section, Mapping) or not isinstance(given, Mapping | None):
+        found.lose(name, section, "must be an object with type and params")
+        return
+    kind = section.get("type")
+    params = {key: value for key, value in (given or {}).items() if value is not None}
+    read = {"scheduler": _read_scheduler, "optimizer": _read_optimizer}[name]
+    reason = read(found, str(kind), dict(params)) if kind is not None else "is absent"
+    if reason and kind is not None:
+        found.lose(f"{name}.type", kind, reason)
+    if reason and params:
+        found.lose(f"{name}.params", params, f"is not read, because {name}.type {reason}")
+    for key in [key for key in section if key not in ("type", "params")]:
+        found.lose(f"{name}.{key}", section[key], ds.NO_SETTING)
 
 
 def _read_scheduler(found: Import, kind: str, params: dict[str, Any]) -> str:
@@ -258,7 +209,7 @@ def _read_scheduler(found: Import, kind: str, params: dict[str, Any]) -> str:
         return "has no equivalent here"
     name, carried = ds.SCHEDULERS[kind]
     found.want("schedule.name", name, "scheduler.type", seen=kind)
-    message = f"DeepSpeed's takes its first two steps at a learning rate of 0, schedule={name} none"
+    message = f"takes its first two steps at a learning rate of 0; schedule={name} does not"
     found.lose("scheduler.type", kind, message)
     if name == "linear":
         found.want(ds.LEAST, 0.0, "scheduler.type")
@@ -275,28 +226,25 @@ def _read_optimizer(found: Import, kind: str, params: dict[str, Any]) -> str:
     name, prefix = kind.lower(), "optimizer.params"
     offloaded = found.wanted.get("zero.offload_optimizer.device", "none") != "none"
     if name in ds.REMOVED_OPTIMIZERS:
-        return "DeepSpeed 0.19.7 has removed it (the last with it is 0.19.6)"
+        return "was removed from DeepSpeed (last release with it: 0.19.6)"
     if name not in ds.OPTIMIZERS or (name == "adagrad" and not offloaded):
         where = " without offload" if name == "adagrad" else ""
         return f"has no equivalent here{where}"
     option, carried = ds.OPTIMIZERS[name]
+    torch_adam = name.startswith("adam") and ds.read_switch(params.get("torch_adam", False))
     if name.startswith("adam"):
         decoupled = name == "adamw" or params.get("adam_w_mode", True)
-        if params.get("torch_adam") is True and decoupled:
+        if torch_adam and decoupled:
             carried = {**carried, "weight_decay": ("optim.weight_decay", ds.TORCH_WEIGHT_DECAY)}
-        if params.get("torch_adam") is True and not offloaded:
+        if torch_adam and not offloaded:
             option = "torch_adamw"
             del params["torch_adam"]
         if decoupled or params.get("weight_decay", 0) == 0:  # without decay both are the same
             params.pop("adam_w_mode", None)
-    if name == "muon":
-        if "optim.learning_rate" in found.wanted:  # a schedule's peak is that of all parameters
-            peak = found.wanted["optim.learning_rate"]
-            found.want("optim.muon_learning_rate", peak, "")
-            found.origins["optim.muon_learning_rate"] = found.origins["optim.learning_rate"]
-        if "lr" in params:
-            params = dict.fromkeys(("adam_lr", "muon_lr"), params["lr"]) | params
-            del params["lr"]
+    if name == "muon" and "optim.learning_rate" in found.wanted:
+        # A schedule's peak is that of all parameters.
+        for values in (found.wanted, found.origins):
+            values["optim.muon_learning_rate"] = values["optim.learning_rate"]
     found.want("optim.name", option, "optimizer.type", seen=kind)
     _read_params(found, prefix, params, carried)
     return ""
@@ -305,11 +253,16 @@ def _read_optimizer(found: Import, kind: str, params: dict[str, Any]) -> str:
 def _read_params(
     found: Import, prefix: str, params: Mapping[str, Any], carried: ds.Parameters
 ) -> None:
+    read = set()
     for key, (setting, default) in carried.items():
-        if key in params or default is not None:
-            given = key in params
-            found.want(setting, params.get(key, default), f"{prefix}.{key}", given=given)
-    for key in [key for key in params if key not in carried]:
+        # Muon takes lr for each of its two learning rates that is absent.
+        name = "lr" if key in ("adam_lr", "muon_lr") and key not in params else key
+        name = name if name in params else key
+        read.add(name)
+        if name in params or default is not None:
+            given = name in params
+            found.want(setting, params.get(name, default), f"{prefix}.{name}", given=given)
+    for key in [key for key in params if key not in read]:
         fixed, message = ds.FIXED.get(key, (None, ds.NO_SETTING))
         if params[key] != fixed:
             found.lose(f"{prefix}.{key}", params[key], message)
@@ -328,35 +281,3 @@ def _add_defaults(found: Import) -> None:
             read = not section or on not in (None, False, "none")
         if read and setting_of(path) not in found.origins.keys() | found.open:
             found.want(setting_of(path), value, path, given=False)
-
-
-def _drop_refused(found: Import) -> list[Problem]:
-    """Take back what our rules refuse. Returns what they miss, which no setting is to blame for."""
-    defaults = default_settings()
-    while True:
-        problems = _check(defaults | found.wanted)
-        # An optimizer that cannot be: what it asks of other settings then is no problem of theirs.
-        first = [
-            problem
-            for problem in problems
-            if problem.path == "optim.name" and "optim.name" in found.wanted
-        ] or problems
-        blamed = {
-            setting: problem
-            for problem in first
-            for setting in found.wanted
-            if f"{problem.path}.".startswith(f"{setting}.")
-            or f"{setting}.".startswith(f"{problem.path}.")
-        }
-        if not blamed:
-            return problems
-        for setting, problem in blamed.items():
-            found.drop(setting, problem, default=defaults.get(setting))
-
-
-def _check(settings: Mapping[str, Any]) -> list[Problem]:
-    try:
-        run = build_run(settings)
-        return [*validate_run(run), *find_ignored(run, {})]
-    except UserError as error:
-        return error.problems

@@ -5,28 +5,28 @@ A table of parameters holds our setting and DeepSpeed's default, `None` where it
 
 import difflib
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from llama_pretrain.config.deepspeed import DeepSpeed
-from llama_pretrain.config.fields import walk_fields
+from llama_pretrain.config.fields import plain_value, type_of, walk_fields
 from llama_pretrain.config.precision import TorchAutocast
+from llama_pretrain.config.run import Run
+from llama_pretrain.config.secrets import find_secrets, redact_values
 from llama_pretrain.config.zero import Zero
 from llama_pretrain.plan.ds_config import BF16_KEYS, FP16_KEYS, SOURCES
 
 Parameters = Mapping[str, tuple[str, Any]]
 
-
 ZERO = "zero_optimization"
 
-
 FORMER = {
-    ZERO: f"{ZERO}.stage",  # true or false, before there were stages
     "allgather_size": f"{ZERO}.allgather_bucket_size",
     f"{ZERO}.cpu_offload": f"{ZERO}.offload_optimizer.device",
     f"{ZERO}.cpu_offload_param": f"{ZERO}.offload_param.device",
@@ -37,17 +37,15 @@ FORMER = {
 }
 """Former names of keys; `bfloat16` and names without their `stage3_` are understood as well."""
 
-
 DTYPES = {"float32": "fp32", "float": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
 
+OLD_SWITCHES = ("cpu_offload", "cpu_offload_param", "cpu_offload_params")
+"""Keys that DeepSpeed had in place of a device; they are true or false."""
 
-SWITCHED = {"true": "cpu", "false": "none"}
-
+READ_AS_TRUTH = ("activation_checkpointing", "aio", "flops_profiler", "torch_autocast", "")
+"""Sections, and the top level, where DeepSpeed takes any text for true."""
 
 SPELLINGS: Mapping[str, Mapping[str, Any]] = {
-    "zero.stage": {"true": 1, "false": 0},
-    "zero.offload_optimizer.device": SWITCHED,
-    "zero.offload_param.device": SWITCHED,
     "precision.grad_accum_dtype": DTYPES,
     "precision.buffer_dtype": DTYPES,
     "precision.torch_autocast.dtype": {
@@ -61,7 +59,6 @@ SPELLINGS: Mapping[str, Mapping[str, Any]] = {
     "zero.stage3_model_persistence_threshold": {str(sys.maxsize): None},
 }
 """Other ways to write a value, in lower case and without `torch.`."""
-
 
 DEFAULTS: Mapping[str, Any] = {
     "gradient_clipping": 1.0,
@@ -79,7 +76,6 @@ DEFAULTS: Mapping[str, Any] = {
 }
 """What DeepSpeed takes for an absent key where we take something else."""
 
-
 ADAM: Parameters = {
     "lr": ("optim.learning_rate", 1e-3),
     "betas": ("optim.betas", [0.9, 0.999]),
@@ -87,16 +83,13 @@ ADAM: Parameters = {
     "weight_decay": ("optim.weight_decay", 0.0),
 }
 
-
 LION: Parameters = {key: ADAM[key] for key in ("lr", "betas", "weight_decay")}
-
 
 ADAGRAD: Parameters = {
     "lr": ("optim.learning_rate", 1e-2),
     "eps": ("optim.eps", 1e-10),
     "weight_decay": ("optim.weight_decay", 0.0),
 }
-
 
 MUON: Parameters = {
     "adam_lr": ("optim.learning_rate", 3e-4),
@@ -106,7 +99,6 @@ MUON: Parameters = {
     "eps": ("optim.eps", 1e-10),
     "weight_decay": ("optim.weight_decay", 0.0),
 }
-
 
 OPTIMIZERS: Mapping[str, tuple[str, Parameters]] = {
     "adam": ("adamw", ADAM),
@@ -118,23 +110,17 @@ OPTIMIZERS: Mapping[str, tuple[str, Parameters]] = {
 }
 """DeepSpeed's type in lower case -> our option and its parameters."""
 
-
 REMOVED_OPTIMIZERS = ("onebitadam", "zerooneadam", "onebitlamb")
-"""Types that DeepSpeed 0.19.6 is the last to have."""
-
+"""Types whose last release is DeepSpeed 0.19.6."""
 
 TORCH_WEIGHT_DECAY = 0.01
-"""torch.optim.AdamW decays where it is told nothing."""
-
+"""Default of torch.optim.AdamW."""
 
 WARMUP: Parameters = {"warmup_num_steps": ("schedule.warmup_steps", 1000)}
 
-
 TOTAL: Parameters = {"total_num_steps": ("train.max_steps", None)}
 
-
 LEAST = "schedule.min_learning_rate_ratio"
-
 
 SCHEDULERS: Mapping[str, tuple[str, Parameters]] = {
     "WarmupLR": ("constant", {**WARMUP, "warmup_max_lr": ("optim.learning_rate", None)}),
@@ -146,39 +132,35 @@ SCHEDULERS: Mapping[str, tuple[str, Parameters]] = {
 }
 """DeepSpeed's type -> our option and its parameters."""
 
-
 NO_SETTING = "has no setting here"
 
-
 FIXED: Mapping[str, tuple[Any, str]] = {
-    "adam_w_mode": (True, "this is L2; weight decay is AdamW's here"),
+    "adam_w_mode": (True, "is L2 regularization; weight decay is decoupled here"),
     "amsgrad": (False, NO_SETTING),
     "bias_correction": (True, NO_SETTING),
     "eps_inside_sqrt": (False, NO_SETTING),
-    "fp32_optimizer_states": (True, "precision.bf16_optimizer_states is the setting for it"),
+    "fp32_optimizer_states": (True, "set precision.bf16_optimizer_states instead"),
     "max_coeff": (10.0, NO_SETTING),
-    "max_grad_norm": (0, "DeepSpeed 0.19.8 refuses it here; train.gradient_clipping is for it"),
+    "max_grad_norm": (0, "is rejected by DeepSpeed 0.19.8; set train.gradient_clipping instead"),
     "min_coeff": (0.01, NO_SETTING),
     "ns_method": ("gram", NO_SETTING),
     "set_grad_none": (True, NO_SETTING),
-    "torch_adam": (False, "DeepSpeed's CPUAdam updates what is offloaded"),
-    "warmup_min_lr": (0, "the warm-up starts at 0 here"),
-    "warmup_min_ratio": (0, "the warm-up starts at 0 here"),
-    "warmup_type": ("linear", "the warm-up is linear here"),
+    "torch_adam": (False, "has no effect: DeepSpeed's CPUAdam updates offloaded state"),
+    "warmup_min_lr": (0, "has no setting here: warm-up starts at 0"),
+    "warmup_min_ratio": (0, "has no setting here: warm-up starts at 0"),
+    "warmup_type": ("linear", "has no setting here: warm-up is linear"),
 }
-"""Parameters that have one value here, and what to say of another."""
-
+"""Parameters that have one value here, and the message for any other."""
 
 REASONS = {
-    "aio.thread_count": "DeepSpeed 0.19.8 reads deepspeed.aio.intra_op_parallelism instead",
-    "data_types.param_dtype": "precision decides the type of weights",
+    "aio.thread_count": "is not read; set deepspeed.aio.intra_op_parallelism instead",
+    "data_types.param_dtype": "has no setting here: precision sets the type of weights",
     f"{ZERO}.cpu_offload_use_pin_memory": (
-        "DeepSpeed 0.19.8 ignores it; zero.offload_optimizer.pin_memory and"
-        " zero.offload_param.pin_memory are for it"
+        "is ignored by DeepSpeed 0.19.8; set zero.offload_optimizer.pin_memory or"
+        " zero.offload_param.pin_memory instead"
     ),
 }
-"""Why a key that a setting could stand for has none."""
-
+"""Keys that DeepSpeed knows and that have no setting here, with the reason."""
 
 NEUTRAL = {
     "compute_grad_norm": True,
@@ -187,18 +169,18 @@ NEUTRAL = {
 }
 """Values of refused keys that ask for nothing, where that is not `false`."""
 
-
 AUTO = {
-    "zero.reduce_bucket_size": "transformers' hidden_size^2 is our null at stage 3, else it is 5e8",
-    "zero.stage3_prefetch_bucket_size": "our null is transformers' 0.9 * hidden_size^2 too",
-    "zero.stage3_param_persistence_threshold": "our null is transformers' 10 * hidden_size too",
+    "zero.reduce_bucket_size": "is hidden_size^2 at stage 3, as in transformers, else 5e8",
+    "zero.stage3_prefetch_bucket_size": "is 0.9 * hidden_size^2, as in transformers",
+    "zero.stage3_param_persistence_threshold": "is 10 * hidden_size, as in transformers",
 }
-"""What to say of an "auto" that transformers derives from the model, as we do."""
+"""Messages for an "auto" that transformers derives from the model, as we do."""
 
+KEY = re.compile(r"(?!(?:null|true|false|inf|nan)$)[A-Za-z_][A-Za-z0-9_.-]*")
+"""Keys of a mapping that Hydra's grammar can express as text."""
 
-SECRET = re.compile(r"(api_?key|token|secret|password)$", re.IGNORECASE)
-"""Keys whose values are not shown."""
-
+MAX_DEPTH = 20
+"""Levels of a value; Hydra's parser is recursive."""
 
 MAX_SHOWN = 70
 """Characters of a value that are shown."""
@@ -215,18 +197,86 @@ def known_paths() -> frozenset[str]:
     return frozenset([*paths, *(f"bf16.{k}" for k in BF16_KEYS), *(f"fp16.{k}" for k in FP16_KEYS)])
 
 
-def read_switch(value: Any) -> Any:
-    """True or false as DeepSpeed reads it, "auto", or `None` for what it refuses."""
+def read_switch(value: Any) -> bool | None:
+    """True or false as DeepSpeed reads it; `None` for what it rejects."""
     try:
-        return value if value == "auto" else TypeAdapter(bool).validate_python(value)
+        return TypeAdapter(bool).validate_python(value)
     except ValidationError:
         return None
+
+
+def parse_setting(setting: str, value: Any, path: str) -> Any:
+    """A value of the JSON as a plain value of a setting.
+
+    Args:
+        path: the key that holds it.
+
+    Raises:
+        ValueError: if the setting cannot have this value; the text is a message.
+    """
+    section, _, key = path.rpartition(".")
+    if key in OLD_SWITCHES:
+        switch = read_switch(value)
+        if switch is None:
+            raise ValueError("must be true or false")
+        return "cpu" if switch else "none"
+    _check_texts(value)
+    if any(find_secrets(value, setting)):
+        raise ValueError("looks like a secret, and would be written to the run's files")
+    if setting == "zero.stage" and isinstance(value, bool):
+        return int(value)
+    value = SPELLINGS.get(setting, {}).get(str(value).lower().removeprefix("torch."), value)
+    if setting not in _types():
+        return value
+    kind, adapter = _types()[setting]
+    kinds = get_args(kind) or (kind,)
+    if isinstance(value, bool) and {int, float} & set(kinds):
+        raise ValueError("must be a number")
+    try:
+        parsed = plain_value(adapter.validate_python(value))
+    except ValidationError as error:
+        message = str(error.errors()[0]["msg"])
+        raise ValueError(re.sub("^(Input|Value|List) should", "must", message)) from None
+    if parsed is False and isinstance(value, str) and section in READ_AS_TRUTH:
+        raise ValueError("is read as true by DeepSpeed 0.19.8, as any text is")
+    return parsed
+
+
+@cache
+def _types() -> dict[str, tuple[Any, TypeAdapter[Any]]]:
+    types: list[tuple[str, Any, Any]] = [
+        (path, type_of(item), item.type)
+        for path, item in walk_fields(Run)
+        if not path.endswith("extra")
+    ]
+    config = ConfigDict(allow_inf_nan=False)
+    return {path: (kind, TypeAdapter(marked, config=config)) for path, kind, marked in types}
+
+
+def _check_texts(value: Any, depth: int = 0) -> None:
+    """Refuse what the grammar of overrides or a snapshot cannot hold."""
+    if depth > MAX_DEPTH:
+        raise ValueError("is nested too deeply")
+    if isinstance(value, Mapping):
+        wrong = [key for key in value if not KEY.fullmatch(key)]
+        if wrong:
+            raise ValueError(f"has a key that an override cannot express ({json.dumps(wrong[0])})")
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            _check_texts(item, depth + 1)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("must be finite")
+    elif isinstance(value, str) and ("${" in value or value == "???"):
+        raise ValueError("would be an interpolation here")
+    elif isinstance(value, str) and not value.isprintable():
+        raise ValueError("contains a character that cannot be printed")
 
 
 def walk_config(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Values with their paths; a section that we do not know is one value."""
     for key, value in config.items():
-        path = f"{prefix}{key}"
+        path = f"{prefix}{json.dumps(key) if '.' in key else key}"
         section = path if path == ZERO else present_name(path)
         if isinstance(value, Mapping) and any(n.startswith(f"{section}.") for n in known_paths()):
             yield from walk_config(value, f"{path}.")
@@ -243,8 +293,10 @@ def present_name(path: str) -> str:
     return FORMER.get(path, re.sub(r"^bfloat16\b", "bf16", path))
 
 
-def suggest_key(path: str) -> str:
-    """The nearest key of the section, or the same name in another."""
+def explain_key(path: str) -> tuple[str, str]:
+    """Why a key has no setting, and the nearest key of its section, or its name in another."""
+    if path in REASONS:
+        return REASONS[path], ""
     section, _, key = path.rpartition(".")
     prefix = f"{section}." if section else ""
     inside = [name.removeprefix(prefix) for name in known_paths() if name.startswith(prefix)]
@@ -252,20 +304,12 @@ def suggest_key(path: str) -> str:
     close = difflib.get_close_matches(key, sorted(near), n=1, cutoff=0.8)
     names = [prefix + name for name in close]
     names += [name for name in sorted(known_paths()) if name.endswith(f".{key}")]
-    return f"did you mean {names[0]}?" if names else ""
+    return NO_SETTING, f"Did you mean {names[0]}?" if names else ""
 
 
 def show_key(path: str, value: Any, *, given: bool = True) -> str:
     """A key with its value, in one printable line."""
     path = path if path.isprintable() else json.dumps(path)
-    text = json.dumps(_mask(path, value))
+    text = json.dumps(redact_values({path: value}, known=())[path])
     text = text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
     return f"{path} = {text}" if given else f"{path} (absent: {text})"
-
-
-def _mask(key: str, value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _mask(name, item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_mask(key, item) for item in value]
-    return "***" if SECRET.search(key) else value

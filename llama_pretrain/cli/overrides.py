@@ -1,7 +1,8 @@
-"""The words of a command line that give a set of settings: the nearest options, then the rest."""
+"""The words of a command line that give a set of settings: options by name, then the rest."""
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +15,32 @@ from llama_pretrain.config.validate import flatten, parse_values
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
-
-GROUPS = ("zero", "precision", "optim", "schedule")
-"""Groups of which the nearest option is named; in the others settings are."""
-
-
-WRONG = 100
-"""What an option costs that is another thing altogether, in settings to write."""
-
-
 EXTRAS = ("zero.extra", "deepspeed.extra")
 """Open mappings: keys are added to them."""
 
-
-WORD = re.compile(r"[A-Za-z_/.][\w/.-]*")
+WORD = re.compile(r"[A-Za-z_/.][A-Za-z0-9_/.-]*")
 """Text that Hydra reads as text without quotes, if it is none of these:"""
-
-
 LITERALS = ("null", "true", "false", "inf", "nan")
 
+OFFLOADS = {
+    (2, "cpu", "none"): "_offload",
+    (3, "cpu", "cpu"): "_offload",
+    (3, "nvme", "nvme"): "_nvme",
+}
+"""What follows the stage in the name of an option, by stage and devices of the offload."""
 
-def default_settings() -> dict[str, Any]:
-    """Every setting of plain `python run.py` with its value, without Hydra."""
+
+def default_settings(options: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Every setting of `python run.py` with these options by group, without Hydra."""
     settings = dict(flatten(to_plain(Run())))
-    for group, option in _default_options().items():
-        settings |= _read_option(group, option)
-    return _follow(settings | _own_settings())
+    for group, option in (_default_options() | dict(options or {})).items():
+        settings |= flatten(_load(f"{group}/{option}"), f"{group}.")
+    own = {key: value for key, value in _load("config").items() if key not in ("defaults", "hydra")}
+    settings |= flatten(own)
+    return {  # references such as ${model.vocab_size} are followed once
+        path: settings.get(value[2:-1], value) if str(value).startswith("${") else value
+        for path, value in settings.items()
+    }
 
 
 def build_run(settings: Mapping[str, Any]) -> Run:
@@ -64,27 +65,28 @@ def render_overrides(wanted: Mapping[str, Any]) -> list[str]:
     Raises:
         UserError: if they do not fit the schema.
     """
-    default = default_settings()
-    run = build_run(default | dict(wanted))
-    target = {
-        path: value
-        for path, value in flatten(to_plain(run))
-        if not path.startswith(EXTRAS)  # written below
-    }
+    run = build_run(default_settings() | dict(wanted))
+    options = _choose_options(run)
+    given = default_settings(options)
+    target = {path: v for path, v in flatten(to_plain(run)) if not path.startswith(EXTRAS)}
     target |= {path: None for path, value in _meant_by_null(run) if target[path] == value}
-    options, given = [], default
-    for group in GROUPS:
-        option, settings = _nearest(group, target)
-        options += [f"{group}={option}"] if option != _default_options()[group] else []
-        given = given | settings
-    # A value of an option may refer to one that is set by itself.
-    given = _follow(given, target)
-    words = [
-        f"{path}={render_value(value)}" for path, value in target.items() if given[path] != value
-    ]
-    added = [("zero.extra", run.zero.extra), ("deepspeed.extra", run.deepspeed.extra)]
-    words += [f"+{p}.{k}={render_value(v)}" for p, extra in added for k, v in extra.items()]
-    return options + words
+    pairs = [pair for pair in options.items() if _default_options()[pair[0]] != pair[1]]
+    pairs += [(p, render_value(value)) for p, value in target.items() if given[p] != value]
+    pairs += [(f"+zero.extra.{k}", render_value(v)) for k, v in run.zero.extra.items()]
+    pairs += [(f"+deepspeed.extra.{k}", render_value(v)) for k, v in run.deepspeed.extra.items()]
+    return [f"{path}={value}" for path, value in pairs]
+
+
+def _choose_options(run: Run) -> dict[str, str]:
+    zero, precision = run.zero, run.precision
+    devices = (zero.offload_optimizer.device.value, zero.offload_param.device.value)
+    autocast = precision.torch_autocast.enabled and precision.name.value == "fp32"
+    return {
+        "zero": f"stage{zero.stage}{OFFLOADS.get((zero.stage, *devices), '')}",
+        "precision": "bf16_autocast" if autocast else precision.name.value,
+        "optim": run.optim.name.value,
+        "schedule": run.schedule.name.value,
+    }
 
 
 def _meant_by_null(run: Run) -> Iterator[tuple[str, Any]]:
@@ -94,33 +96,6 @@ def _meant_by_null(run: Run) -> Iterator[tuple[str, Any]]:
     yield "zero.reduce_scatter", not (muon and stage == 3)
     if stage < 3:
         yield "zero.reduce_bucket_size", 500_000_000
-
-
-def _nearest(group: str, target: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The option of a group that leaves the fewest settings to write, and all that it gives."""
-    prefix = f"{group}."
-    schema = {p: v for p, v in flatten(to_plain(Run())) if p.startswith(prefix)}
-    own = {p: v for p, v in _own_settings().items() if p.startswith(prefix)}
-    found: list[tuple[float, int, str, dict[str, Any]]] = []
-    for file in sorted((CONF / group).glob("*.yaml")):
-        says = _read_option(group, file.stem)
-        given = schema | says | own
-        followed = _follow(given, target)
-        missed = [path for path in target if path in given and followed[path] != target[path]]
-        cost = len(missed) + (0 if file.stem == _default_options()[group] else 0.5)
-        cost += WRONG if {f"{group}.stage", f"{group}.name"} & set(missed) else 0
-        found.append((cost, -len(says), file.stem, given))
-    _, _, option, given = min(found)
-    return option, given
-
-
-def _follow(settings: Mapping[str, Any], target: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """References such as ${model.vocab_size}, followed once."""
-    values = settings if target is None else target
-    return {
-        path: values.get(value[2:-1], value) if str(value).startswith("${") else value
-        for path, value in settings.items()
-    }
 
 
 def _default_options() -> dict[str, str]:
@@ -133,16 +108,7 @@ def _default_options() -> dict[str, str]:
     }
 
 
-def _own_settings() -> dict[str, Any]:
-    """What conf/config.yaml says itself."""
-    own = {key: value for key, value in _load("config").items() if key not in ("defaults", "hydra")}
-    return dict(flatten(own))
-
-
-def _read_option(group: str, option: str) -> dict[str, Any]:
-    return dict(flatten(_load(f"{group}/{option}"), f"{group}."))
-
-
+@cache
 def _load(name: str) -> dict[str, Any]:
     values = yaml.safe_load((CONF / f"{name}.yaml").read_text(encoding="utf-8"))
     return values if isinstance(values, dict) else {}
@@ -157,8 +123,7 @@ def render_value(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(render_value(item) for item in value)}]"
     if isinstance(value, dict):
-        pairs = [f"{render_value(key)}:{render_value(item)}" for key, item in value.items()]
-        return f"{{{','.join(pairs)}}}"
+        return f"{{{','.join(f'{key}:{render_value(item)}' for key, item in value.items())}}}"
     if not isinstance(value, str) or (WORD.fullmatch(value) and value.lower() not in LITERALS):
         return str(value)
     # In quotes a backslash counts only before a quote.
