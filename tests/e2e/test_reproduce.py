@@ -227,6 +227,7 @@ def test_a_run_in_an_environment_of_secrets_writes_none(runner: Runner, tmp_path
     assert kept["NCCL_NET_PLUGIN"] == "has [redacted] in it"
 
 
+@pytest.mark.filterwarnings("ignore:Callback SweepCallback:UserWarning")  # Hydra's, before ours
 @pytest.mark.parametrize(
     "words",
     [
