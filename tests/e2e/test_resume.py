@@ -11,7 +11,12 @@ from shlex import split
 import pytest
 from safetensors import safe_open
 
-from llama_pretrain.checkpoint.manifest import find_fault, read_manifest, write_manifest
+from llama_pretrain.checkpoint.manifest import (
+    find_fault,
+    list_folders,
+    read_manifest,
+    write_manifest,
+)
 from llama_pretrain.cli.listing import list_runs
 from llama_pretrain.config.snapshot import config_hash, load_snapshot
 from llama_pretrain.runs.layout import RunDir
@@ -75,7 +80,7 @@ def forget_after(done: Command, *, step: int) -> None:
     kept = [line for line in lines if json.loads(line)["step"] <= step and "finished" not in line]
     # A kill also cuts the line that is being written.
     done.run_dir.metrics.write_text("".join(kept) + lines[-1][:20])
-    for folder in done.run_dir.checkpoints.glob("step-*"):
+    for folder in list_folders(done.run_dir.checkpoints):
         if int(folder.name[5:]) > step:
             (folder / "manifest.json").unlink()
 
