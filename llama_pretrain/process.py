@@ -67,7 +67,9 @@ class LossyStream:
 def ignore_lost_output() -> None:
     """From here on output that cannot be written is dropped, and nothing else happens."""
     for name in ("stdout", "stderr"):
-        setattr(sys, name, LossyStream(getattr(sys, name)))
+        # Without the descriptor, as after `>&-`, the interpreter has no stream at all.
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115  # until the exit
+        setattr(sys, name, LossyStream(stream))
 
 
 class StopRequest:

@@ -13,16 +13,8 @@ from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.runs.metrics import Row, SummaryRow, evaluations, last, last_value, read_tail
 from llama_pretrain.runs.status import CRASHED, read_state
 
-INSIDE = {
-    "checkpoints",
-    "export",
-    "profile",
-    "ranks",
-    "tensorboard",
-    "tokenizer",
-    "wandb",
-}
-"""Folders of a run that contain no other run."""
+EVALUATIONS = ("evaluations",)
+"""The only folders of a run that hold others."""
 HEAD_BYTES = 4096
 """Bytes at the beginning of a snapshot that hold its task and its model."""
 WITHOUT_STATUS = ("evaluate", "verify_resume")
@@ -69,7 +61,7 @@ def _find_runs(root: Path) -> Iterator[Path]:
         if is_run:
             yield Path(folder)
         names[:] = [
-            name for name in names if not name.startswith(".") and not (is_run and name in INSIDE)
+            name for name in names if name in EVALUATIONS or not (is_run or name.startswith("."))
         ]
     for fault in faults:
         if not isinstance(fault, FileNotFoundError):  # deleted meanwhile

@@ -13,6 +13,7 @@ from typing import Any
 
 from llama_pretrain.config.command_line import CommandLine
 from llama_pretrain.config.compose import CONF, list_groups
+from llama_pretrain.config.fields import divisors_near
 from llama_pretrain.config.origins import settings_of_option
 from llama_pretrain.config.ownership import validate_ownership
 from llama_pretrain.config.problems import Problem, UserError, refuse
@@ -257,7 +258,7 @@ def _batch_anew(
     if not known or whole is None or before is None or whole % math.prod(map(int, sizes)):
         return {accumulation: None}
     share = whole // math.prod(map(int, sizes))
-    size = max(n for n in range(1, min(before, share) + 1) if share % n == 0)
+    size = divisors_near(share, before)[0]
     return {micro: size, accumulation: share // size}
 
 

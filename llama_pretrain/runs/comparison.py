@@ -246,7 +246,7 @@ def first_at(run: RunContents, loss: float) -> tuple[EvaluationRow | None, float
     """The first evaluation at or below a loss, and the seconds of the steps up to it, if known."""
     row = next((row for row in evaluations(run.rows) if row.eval_loss <= loss), None)
     known = run.seconds_by_step
-    if row is None or not {*range(1, row.step + 1)} <= {*known}:
+    if row is None or row.step > len(known) or not {*range(1, row.step + 1)} <= {*known}:
         return row, None
     return row, math.fsum(known[number] for number in range(1, row.step + 1))
 

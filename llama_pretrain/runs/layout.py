@@ -86,6 +86,8 @@ def is_held(run_dir: RunDir) -> bool:
     """Whether a process holds the run: its lock is tried as one of many readers, for a moment."""
     try:
         lock = open_regular(run_dir.lock)
+    except PermissionError:  # it may be held
+        raise
     except OSError:
         return False
     try:

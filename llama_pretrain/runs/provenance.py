@@ -265,10 +265,11 @@ def _list_untracked(root: Path) -> Iterator[str]:
     """Untracked files that git does not ignore, without those of run directories."""
     runs: dict[Path, bool] = {}
     for name in _paths(root, "ls-files", "-z", "--others", "--exclude-standard"):
-        for folder in [*Path(name).parents][:-1]:
+        folders = [*Path(name).parents][:-1]  # the last is the root
+        for folder in folders:
             if folder not in runs:
                 runs[folder] = (root / folder / "snapshot.yaml").is_file()
-        if not any(runs[folder] for folder in [*Path(name).parents][:-1]):
+        if not any(runs[folder] for folder in folders):
             yield name
 
 
