@@ -192,4 +192,4 @@ def test_a_few_kills_of_the_benchmark() -> None:
     values = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=values, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "with the weights of the uninterrupted run, to the bit" in done.stdout
+    assert "losses of the uninterrupted run, to the bit" in done.stdout
