@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llama_pretrain.cli.plot import plot
-from llama_pretrain.cli.terminal import say, say_problems, table_lines, terminal_width
+from llama_pretrain.cli.terminal import Columns, say, say_problems, table_lines, terminal_width
 from llama_pretrain.config.problems import UserError
 from llama_pretrain.files import write_text
 from llama_pretrain.runs.comparison import Comparison, group, load_runs
@@ -98,11 +98,10 @@ def render_text(comparison: Comparison, *, width: int | None) -> Iterator[str]:
                 [f"    {texts[0]}", *(text[:MAX_LENGTH] for text in texts[1:])]
                 for texts in differences
             ]
-        yield from table_lines([title, *letters], rows, fold=letters, width=width)
+        yield from table_lines(Columns([title, *letters], fold=letters), rows, width=width)
     yield ""
-    yield from table_lines(
-        ["numbers", *letters], comparison.numbers(), numbers=letters, fold=letters, width=width
-    )
+    columns = Columns(["numbers", *letters], numbers=letters, fold=letters)
+    yield from table_lines(columns, comparison.numbers(), width=width)
     for title, name in (("evaluation loss", "eval_loss"), ("training loss", "loss")):
         curves = {run.letter: curve(run.contents.rows, name) for run in comparison.runs}
         drawn = plot(curves, width=min(width or PLOT_WIDTH, PLOT_WIDTH), height=PLOT_HEIGHT)

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from llama_pretrain.cli.listing import Listed, list_runs
-from llama_pretrain.cli.terminal import say, table_lines, terminal_width
+from llama_pretrain.cli.terminal import Columns, say, table_lines, terminal_width
 from llama_pretrain.runs.status import CRASHED
 from llama_pretrain.runs.units import printable
 
@@ -60,7 +60,7 @@ def list_command(arguments: argparse.Namespace) -> int:
 
 def render_list(runs: Sequence[Listed], *, root: Path, width: int | None) -> list[str]:
     """The table, a count by status, and how to continue each crashed run."""
-    columns = {
+    cells = {
         "run": [_place(run, root) for run in runs],
         "started (UTC)": [_time(run.started) for run in runs],
         "status": [run.status for run in runs],
@@ -70,10 +70,9 @@ def render_list(runs: Sequence[Listed], *, root: Path, width: int | None) -> lis
         "eval loss": [_number(run.eval_loss, ".4f") for run in runs],
         "tokens/s": [_number(run.tokens_per_s, ",.0f") for run in runs],
     }
-    rows = list(zip(*columns.values(), strict=True))
-    lines = table_lines(
-        list(columns), rows, numbers=NUMBERS, optional=OPTIONAL, fold=("run",), width=width
-    )
+    rows = list(zip(*cells.values(), strict=True))
+    columns = Columns(list(cells), NUMBERS, path="run", optional=OPTIONAL)
+    lines = table_lines(columns, rows, width=width)
     counts = Counter(run.status for run in runs)
     total = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
     return [*lines, "", total, *_hints(runs)]

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from llama_pretrain.cli.terminal import say, table_lines, terminal_width
+from llama_pretrain.cli.terminal import Columns, say, table_lines, terminal_width
 
 MARKS = {"pass": "ok", "fail": "FAIL", "absent": "-"}
 
@@ -43,7 +43,8 @@ def verify_command(arguments: argparse.Namespace) -> int:
         say(json.dumps([asdict(check) for check in checks], indent=2))
         return 1 if failures else 0
     rows = [(MARKS[check.result.value], check.name, check.text) for check in checks]
-    for line in table_lines(("", "what", "found"), rows, fold=("found",), width=terminal_width()):
+    columns = Columns(("", "what", "found"), fold=("found",))
+    for line in table_lines(columns, rows, width=terminal_width()):
         say(line)
     say("")
     fail = "fails" if len(failures) == 1 else "fail"

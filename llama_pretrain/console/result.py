@@ -15,7 +15,9 @@ from llama_pretrain.runs.metrics import (
     last,
     steps,
 )
-from llama_pretrain.runs.units import format_size
+from llama_pretrain.runs.units import elide, format_size
+
+WIDEST_NAME = len("run directory  ")
 
 
 def show_result(rows: Sequence[Row], run_dir: RunDir) -> None:
@@ -39,14 +41,14 @@ def show_result(rows: Sequence[Row], run_dir: RunDir) -> None:
     if sample.is_file():
         text = " ".join(sample.read_text(encoding="utf-8").split())
         table.add_row("sample", text if len(text) < 300 else text[:297] + "...")
+    table.add_row("run directory", str(run_dir.path))
     for name, path in (
-        ("run directory", run_dir.path),
         ("checkpoints", run_dir.checkpoints),
         ("export", run_dir.export),
         ("report", run_dir.report),
     ):
         if path.exists():
-            table.add_row(name, str(path))
+            table.add_row(name, elide(str(path), out.width - WIDEST_NAME))
     if run_dir.tensorboard.exists():
         table.add_row("curves", shlex.join(["tensorboard", "--logdir", str(run_dir.tensorboard)]))
     out.print(table)

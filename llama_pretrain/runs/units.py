@@ -29,6 +29,14 @@ def printable(text: str, *, keep: str = "") -> str:
     return "".join(each if each.isprintable() or each in keep else "?" for each in text)
 
 
+def elide(text: str, width: int) -> str:
+    """A path in so many columns: its middle goes first, its end stays longest."""
+    if len(text) <= width:
+        return text
+    head = max(0, (width - 3) // 3)
+    return f"{text[:head]}...{text[len(text) - max(0, width - 3 - head) :]}"
+
+
 def format_value(value: Any, *, max_length: int | None = None) -> str:
     """A value of a file on one printable line; a hash by its first 12 digits."""
     if value is None or isinstance(value, bool):

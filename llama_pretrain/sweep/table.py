@@ -14,6 +14,7 @@ from llama_pretrain import console
 from llama_pretrain.config.sweep import Objective
 from llama_pretrain.runs.metrics import EvaluationRow, StepRow, last, read_tail
 from llama_pretrain.runs.status import FINISHED
+from llama_pretrain.runs.units import elide
 from llama_pretrain.sweep.directory import (
     JobRecord,
     Row,
@@ -246,7 +247,8 @@ def show_leaderboard(record: SweepRecord, rows: Sequence[Row], folder: SweepDir)
             cells = [str(place), *settings, measure(row, objective)]
             if wide:
                 cells += [measure(row, key) for key in extra]
-                cells += ["" if row["status"] == "completed" else row["status"], row["run_dir"]]
+                cells += ["" if row["status"] == "completed" else row["status"]]
+                cells.append(elide(row["run_dir"], out.width // 2))
             table.add_row(*cells, style=style)
         out.print(table)
     left = [row for row in rows if row["objective"] is None]

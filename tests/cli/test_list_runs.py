@@ -180,6 +180,9 @@ def test_a_narrow_terminal_gets_narrow_lines(tmp_path: Path) -> None:
         assert max(map(len, lines[: lines.index("")])) <= width
         assert lines[0].startswith("run")
         assert "status" in lines[0]
+    assert lines[0].endswith("tokens/s")  # the middle of a path goes before a column
+    assert lines[2].startswith("sweeps/")
+    assert "...9" in lines[2]
     whole = render_list(runs, root=tmp_path, width=None)
     assert any("9" * 90 in line and "1,234" in line for line in whole)
 
