@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -74,8 +75,9 @@ def disk_problems(cache_dir: str) -> Iterator[None]:
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
         message = f"{error.strerror or error}{place}"
-        cache = str(Path(cache_dir).expanduser().resolve())
-        if str(error.filename or cache).startswith(cache):
+        cache = Path(cache_dir).expanduser().resolve()
+        failed = Path(os.fsdecode(error.filename or cache))
+        if failed.is_relative_to(cache) or cache.is_relative_to(failed):  # a parent to be made
             hint = "Choose a directory that can be written, with room: data.cache_dir=DIR"
             raise data_error("data.cache_dir", message, hint) from error
         raise data_error("data", message) from error
