@@ -23,10 +23,12 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks.record import run_ours
+from llama_pretrain.plan.machine import detect_machine
 from llama_pretrain.runs.metrics import Row, last_value
 
 TOLERANCE = 0.10
@@ -115,6 +117,7 @@ def draw_run(draw: random.Random) -> list[str]:
 def compare_random(count: int, seed: int, target: Path | None) -> int:
     """Plan and measure random configurations; the exit code."""
     draw, errors, runs = random.Random(seed), [], []
+    cpu = {name: value for name, value in asdict(detect_machine()).items() if "cpu_" in name}
     print(f"{'planned':>8} {'measured':>9} {'difference':>10}  configuration", flush=True)
     for number in range(count):
         words = draw_run(draw)
@@ -122,7 +125,8 @@ def compare_random(count: int, seed: int, target: Path | None) -> int:
         planned = last_value(rows, "planned_memory_bytes") or 0
         measured = last_value(rows, "peak_memory_bytes") or 1
         errors.append(planned / measured - 1)
-        runs.append({"name": f"{seed}-{number:02d}", "words": words, "peak_bytes": int(measured)})
+        name = f"{seed}-{number:02d}"
+        runs.append({"name": name, "words": words, "peak_bytes": int(measured), "cpu": cpu})
         shown = " ".join(word.rpartition(".")[2] for word in words[len(SHORT) :])
         sizes = f"{planned / MIB:>8,.0f} {measured / MIB:>9,.0f}"
         print(f"{sizes} {errors[-1]:>+10.1%}  {shown}", flush=True)

@@ -95,10 +95,7 @@ def estimate_memory(run: ResolvedRun, batch: BatchPlan) -> MemoryPlan:
         peak = max(phases, key=lambda phase: phase.total)
         live = peak.total - peak.framework
         return changed(peak, allocator=int(live * GPU_ALLOCATOR_SHARE))
-    if batch.gradient_accumulation_steps > 1 and _offloads(run) and run.zero.stage < 3:
-        # Gradients are summed in buffers of their own, in the model's precision, that stay.
-        summed = _shard(count_parameters(run.model).total * number_width(run), run.num_ranks)
-        states = changed(states, gradients=states.gradients + summed)
+    states = changed(states, gradients=states.gradients + _summed_bytes(run, batch))
     phases = list(list_phases(run, batch, states))
     peak = max(phases, key=lambda phase: phase.total)
     if run.launch.malloc_mmap_threshold is not None:  # freed memory is returned at once
@@ -127,7 +124,15 @@ def _demand(
         reduction=reduction,
         step=after,
         micro_batches=batch.gradient_accumulation_steps,
+        summed=_summed_bytes(run, batch),
     )
+
+
+def _summed_bytes(run: ResolvedRun, batch: BatchPlan) -> int:
+    """Buffers, in the model's precision, in which offloaded gradients are accumulated."""
+    if batch.gradient_accumulation_steps == 1 or not _offloads(run) or run.zero.stage == 3:
+        return 0
+    return _shard(count_parameters(run.model).total * number_width(run), run.num_ranks)
 
 
 def states_memory(run: ResolvedRun) -> MemoryPlan:

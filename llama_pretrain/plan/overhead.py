@@ -21,7 +21,7 @@ FRESH = (397 * MIB, 50 * MIB)
 """The same of a fresh interpreter, which has touched its libraries when it has imported them (torch
 2.13, transformers 5, DeepSpeed 0.19, Python 3.11)."""
 
-SMALL_BLOCKS = 32 * MIB
+SMALL_BLOCKS = 40 * MIB
 """Temporary tensors and holes between them that no term of the plan counts."""
 ACTIVATION_SHARE = 0.12
 """Stage 0: holes between activations of different sizes."""
@@ -32,12 +32,12 @@ ONE_RANK_MOVING_SHARE = 0.8
 GLIBC_KEEPS = 96 * MIB
 """The most that glibc keeps by default: 64 MiB at the end of the heap, and a freed block of at most
 32 MiB, since larger ones are returned (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD)."""
-STAGE_3_FACTOR = {Allocator.keep: 1.52, Allocator.plain: 1.40}
-"""Stage 3: resident memory as a multiple of states, activations and reduction."""
-STAGE_3_GATHERED = 0.14
-"""What copies of gathered parameters add to that where freed memory is kept: with 58M parameters,
-memory grew by one embedding matrix after another until the 17th step."""
-STAGE_3_PASS = 0.14
+STAGE_3_FACTORS = (1.55, 1.26, 1.0)
+"""Stage 3: resident memory as multiples of states, activations and reduction."""
+STAGE_3_GATHERED = 0.32
+"""What copies of parameters that are gathered from other ranks add to that where freed memory is
+kept: with 58M parameters, memory grew by one embedding matrix after another until the 17th step."""
+STAGE_3_PASS = 0.16
 """What each micro batch of a step after the first adds to that, up to the fourth; it was seen in
 fp32, whose temporary tensors are twice as large, and not in bf16."""
 
@@ -80,6 +80,8 @@ class Demand:
     """Gradients in the optimizer's step, and the copies that it makes."""
     micro_batches: int
     """Micro batches of a step."""
+    summed: int
+    """Of the states: buffers in which offloaded gradients are accumulated."""
 
 
 def heap_bytes(run: ResolvedRun, demand: Demand) -> int:
@@ -95,12 +97,13 @@ def heap_bytes(run: ResolvedRun, demand: Demand) -> int:
     stage, kept = run.zero.stage, run.kernels.allocator is Allocator.keep
     together = demand.states + demand.activations
     if stage == 3:
-        factor = STAGE_3_FACTOR[run.kernels.allocator]
-        if kept and run.num_ranks > 1:
-            factor += STAGE_3_GATHERED
+        share = STAGE_3_GATHERED if kept and run.num_ranks > 1 else 0.0
         if run.precision.name is PrecisionName.fp32:
-            factor += STAGE_3_PASS * min(demand.micro_batches - 1, 3)
-        return int((together + demand.reduction) * factor)
+            share += STAGE_3_PASS * min(demand.micro_batches - 1, 3)
+        sizes = (demand.states, demand.activations, demand.reduction)
+        factors = (factor + share for factor in STAGE_3_FACTORS)
+        return int(sum(size * factor for size, factor in zip(sizes, factors, strict=True)))
+    together += demand.summed  # written between gradients that are freed: as much is torn
     together += max(demand.reduction, demand.step) + SMALL_BLOCKS
     if stage == 0:
         return together + int(demand.activations * ACTIVATION_SHARE)
