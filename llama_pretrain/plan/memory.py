@@ -178,7 +178,7 @@ def _offload(run: ResolvedRun, phase: MemoryPlan, states: MemoryPlan) -> MemoryP
             part: int(getattr(states, part) * zero.offload_optimizer.ratio)
             for part in ("master_weights", "optimizer")
         }
-        low = _accumulation_width(run) * zero.stage // 3  # kept on the device by stage 3
+        low = _accumulation_width(run) * (zero.stage // 3)  # kept on the device by stage 3
         moved["gradients"] = states.gradients * 4 // (4 + low)
         if zero.stage < 3:
             moved["buffers"] = states.buffers - _largest(size) * number_width(run)
