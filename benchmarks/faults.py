@@ -108,7 +108,7 @@ class Case:
             complete = manifest.newest_complete(self.run_dir.checkpoints)[0] is not None
             words = [f"resume={self.run_dir.path}"] if complete else [*words, "resume=auto"]
             self.counts[words[-1].replace(str(self.run_dir.path), "DIR")] += 1
-        self.run_dir.heartbeats.unlink(missing_ok=True)  # it shows the killed ranks
+        self.run_dir.heartbeats().unlink(missing_ok=True)  # it shows the killed ranks
         log = self.run_dir.path.with_suffix(".log")
         with log.open("ab") as output:
             return subprocess.Popen(
@@ -178,7 +178,7 @@ class Case:
         return found
 
     def _beats(self) -> list[Beat]:
-        return read_beats(self.run_dir.heartbeats, world_size=RANKS)
+        return read_beats(self.run_dir.heartbeats(), ranks=RANKS)
 
     def _check_gone(self, since: float, sockets: set[str]) -> None:
         """No process and no port may be left."""

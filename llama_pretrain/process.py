@@ -173,12 +173,12 @@ class Beat:
 
 
 class Heartbeat:
-    """One rank's slot in the file of heartbeats."""
+    """One rank's slot in the file of its node's heartbeats."""
 
-    def __init__(self, path: Path, rank: int):
+    def __init__(self, path: Path, slot: int):
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open_regular(path, os.O_RDWR | os.O_CREAT)
-        self._offset, self._count = rank * SLOT.size, 0
+        self._offset, self._count = slot * SLOT.size, 0
         self.beat()
 
     def beat(self) -> None:
@@ -194,8 +194,8 @@ class Heartbeat:
         os.pwrite(self._file, SLOT.pack(os.getpid(), self._count, at), self._offset)
 
 
-def read_beats(path: Path, *, world_size: int) -> list[Beat]:
-    """Read the last heartbeat of each rank."""
+def read_beats(path: Path, *, ranks: int) -> list[Beat]:
+    """Read the last heartbeat of each rank of a node."""
     content = path.read_bytes() if path.is_file() else b""
-    content = content.ljust(world_size * SLOT.size, b"\0")
-    return [Beat(*SLOT.unpack_from(content, rank * SLOT.size)) for rank in range(world_size)]
+    content = content.ljust(ranks * SLOT.size, b"\0")
+    return [Beat(*SLOT.unpack_from(content, slot * SLOT.size)) for slot in range(ranks)]

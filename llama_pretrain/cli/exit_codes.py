@@ -9,7 +9,7 @@ from llama_pretrain import console
 from llama_pretrain.config.compose import describe_compose_error
 from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.launch.signals import PREEMPTED_CODE, Preempted, Requests, Stopped
-from llama_pretrain.launch.watch import RankError
+from llama_pretrain.launch.watch import NodeError, RankError
 from llama_pretrain.runs.agreement import DivergedError
 from llama_pretrain.tasks.pretrain import UnsavedError
 
@@ -18,7 +18,7 @@ DISK_ERRORS = (
     errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.EINVAL,
 )  # fmt: skip
 """Of a file of the run that cannot be written or is something else."""
-EXPECTED = (UserError, RankError, DivergedError, UnsavedError)
+EXPECTED = (UserError, NodeError, RankError, DivergedError, UnsavedError)
 
 
 def print_error(error: Exception) -> None:

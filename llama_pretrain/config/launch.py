@@ -1,8 +1,10 @@
 """The config group `launch`: device, ranks, threads."""
 
+from dataclasses import field
 from enum import Enum
+from typing import Annotated
 
-from llama_pretrain.config.fields import NonNegativeInt, PositiveInt, schema
+from llama_pretrain.config.fields import IsPath, NonNegativeInt, PositiveInt, UsedWhen, schema
 
 
 class Device(str, Enum):
@@ -11,16 +13,51 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
+class Launcher(str, Enum):
+    local = "local"
+    torchrun = "torchrun"
+    ssh = "ssh"
+    slurm = "slurm"
+
+
+BETWEEN_NODES = UsedWhen(".name", ("torchrun", "ssh", "slurm"))
+JOINING = UsedWhen(".name", ("torchrun",))
+BY_SSH = UsedWhen(".name", ("ssh",))
+
+
 @schema
 class Launch:
     """Nodes, ranks and their threads."""
+
+    name: Launcher = Launcher.local
+    """What starts the ranks of other nodes: `local` = there are none; `torchrun` = whatever has
+    started this command on every node; `ssh`; `slurm` = srun, inside an allocation."""
 
     device: Device = Device.auto
     """`auto` = CUDA if torch supports it and a GPU is present, else the CPU."""
     num_processes: PositiveInt | None = None
     """Ranks on each node; `null` = one a GPU, or two on a CPU with at least two cores."""
-    nodes: PositiveInt = 1
-    """Number of nodes. More than one can be planned, but not launched yet."""
+    nodes: PositiveInt | None = None
+    """Number of nodes; `null` = those of `hosts` or `hostfile`, of the Slurm allocation, or of the
+    environment that a platform sets on each node, else 1."""
+    node_rank: Annotated[NonNegativeInt | None, JOINING] = None
+    """Which node this is, from 0; `null` = what the platform's environment says."""
+    master: Annotated[str | None, BETWEEN_NODES] = None
+    """Address of node 0 for the others, as HOST or HOST:PORT; `null` = what the platform's
+    environment says, or the address that leads to the other hosts."""
+    interface: Annotated[str | None, BETWEEN_NODES] = None
+    """Network interface of this node for traffic between nodes; `null` = the one that leads to node
+    0, or from there to the others."""
+    hosts: Annotated[list[str], BY_SSH] = field(default_factory=list)
+    """Hosts to train on, among them this machine, which becomes node 0."""
+    hostfile: Annotated[str | None, IsPath(), BY_SSH] = None
+    """A file of hosts in DeepSpeed's format, a line each: `host slots=8`."""
+    ssh: Annotated[str, BY_SSH] = "ssh"
+    """The command that reaches another host, with its options."""
+    join_timeout_s: Annotated[PositiveInt, BETWEEN_NODES] = 1800
+    """How long nodes wait for each other at a start."""
+    allow_node_drift: Annotated[bool, BETWEEN_NODES] = False
+    """Train although code or package versions differ between nodes."""
     device_memory: str | None = None
     """Memory of one rank's device to plan for, as in 80GiB; `null` = that of the GPU, 80GiB when
     GPUs are planned that are not present, and a rank's share of the host's memory on a CPU."""
@@ -35,7 +72,7 @@ class Launch:
     a step takes up to 25% longer; `null` = glibc's own choice."""
     fork: bool = True
     """Fork ranks from a preloaded process that has imported torch, transformers and DeepSpeed
-    (Linux only); `false` = a fresh interpreter for each rank, through torch's elastic agent."""
+    (Linux only); `false` = a fresh interpreter for each rank."""
     timeout_s: PositiveInt = 1800
     """A rank that makes no progress for this many seconds ends the run, with the stacks of all
     ranks in their logs."""

@@ -14,6 +14,7 @@ from llama_pretrain.config.zero import Zero
 class ResolvedLaunch(Launch):
     """`Launch` without open settings."""
 
+    nodes: PositiveInt = field()
     num_processes: PositiveInt = field()
     device_memory: str = field()
     threads_per_process: PositiveInt = field()

@@ -42,13 +42,13 @@ class Failure:
 
 
 def describe(
-    failure: Failure, rank: int, spec: LaunchSpec, *, stopping: bool, early_logs: Path
+    failure: Failure, rank: int, spec: LaunchSpec, *, stopping: bool, node: str = ""
 ) -> RankError:
     """Turn the failure of a rank into the error of its run.
 
     Args:
         stopping: whether a signal had asked the run to stop.
-        early_logs: holds what ranks printed before they opened their logs.
+        node: names its node, if there are several.
     """
     text, code, log = failure.text, failure.exitcode, spec.run_dir.rank_log(rank)
     advice = ""
@@ -60,14 +60,12 @@ def describe(
     elif not text and log.exists():  # it could not write its error down
         lines = log.read_text(errors="replace").splitlines()
         text = next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
-    elif not text:
-        early = [path.read_text(errors="replace") for path in early_logs.rglob("stderr.log")]
-        text = "\n".join(content[-2000:] for content in early) or f"exit code {code}"
+    text = text or f"exit code {code}"
     if is_out_of_memory(text):
         advice = advise_memory(spec.run, spec.plan)
     elif may_be_out_of_memory(text):
         advice = advise_memory(spec.run, spec.plan, certain=False)
-    return RankError(rank=rank, error=text, log=log, advice=advice, stopping=stopping)
+    return RankError(rank=rank, error=text, log=log, advice=advice, stopping=stopping, node=node)
 
 
 def find_first(failures: Mapping[int, Failure], *, killed: Collection[int]) -> int:

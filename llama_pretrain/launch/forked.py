@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import threading
 import time
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,35 +22,53 @@ from llama_pretrain.launch.environment import worker_environment
 from llama_pretrain.launch.failures import Failure
 from llama_pretrain.launch.server import LIBRARIES, READ_AT_IMPORT
 from llama_pretrain.launch.spec import LaunchSpec
-from llama_pretrain.launch.supervisor import POLL_S, WORKER, Supervisor
 from llama_pretrain.process import PARENT, STORE_FD, kill_session
 from llama_pretrain.train.worker import begin
 
+WORKER = "llama_pretrain.train.worker"
+POLL_S = 0.1
 LAST_WORDS_S = 2.0
 """What the other ranks have after a failure to exit by themselves."""
 SERVER_DIED = 255
 """multiprocessing's exit code of a process whose server has died."""
 
 
-class ForkSupervisor(Supervisor):
-    """Has ranks forked, and waits for them."""
+class Supervisor(threading.Thread):
+    """Has the ranks of this node forked, and waits until all have ended.
+
+    It is a thread of its own, which receives no signals: the main thread decides what they mean.
+    """
 
     def __init__(self, spec: LaunchSpec, *, error_dir: Path):
-        super().__init__()
+        super().__init__(name="supervisor", daemon=True)
+        self.failures: dict[int, Failure] = {}
+        """By rank."""
+        self.error: BaseException | None = None
+        """Why the ranks could not be supervised."""
         self._spec = spec
-        self._error_files = [error_dir / f"{rank}.json" for rank in range(spec.plan.world_size)]
+        self._error_files = [error_dir / f"{rank}.json" for rank in spec.ranks]
         self._processes: list[BaseProcess] = []
 
     def pids(self) -> list[int]:
+        """The process ids of ranks that have not ended, with or without a heartbeat."""
         return [each.pid for each in self._processes if each.pid and each.exitcode is None]
 
-    def supervise(self) -> None:
+    def run(self) -> None:
+        """Supervise, and leave no rank when that fails."""
+        try:
+            self._supervise()
+        except BaseException as error:
+            self.error = error
+            for pid in self.pids():
+                kill_session(pid)
+
+    def _supervise(self) -> None:
         try:
             self._fork()
         except (EOFError, ConnectionError):  # by now the server has died
-            self._note(len(self._processes), SERVER_DIED)
+            self._note(self._spec.ranks[len(self._processes)], SERVER_DIED)
         failed_at: float | None = None
-        running = dict(enumerate(self._processes))
+        running = dict(zip(self._spec.ranks, self._processes, strict=False))
         while running:
             wait([process.sentinel for process in running.values()], timeout=POLL_S)
             for rank, process in list(running.items()):
@@ -65,40 +84,48 @@ class ForkSupervisor(Supervisor):
     def _fork(self) -> None:
         cores = os.sched_getaffinity(0)
         context = multiprocessing.get_context("forkserver")
+        fresh = not self._spec.run.launch.fork
         with socket.create_server(("127.0.0.1", 0)) as store, _plain_process():
-            for rank in range(len(self._error_files)):
+            for rank in self._spec.ranks:
                 environment = self._environment(rank, port=store.getsockname()[1])
-                hosted = store if rank == 0 else None
-                arguments = (self._spec.worker_args, environment, cores, hosted)
+                hosted = store if rank == 0 and self._spec.place.store is None else None
+                arguments = (self._spec.worker_args, environment, cores, hosted, fresh)
                 process = context.Process(target=run_rank, args=arguments)
                 process.start()
                 self._processes.append(process)
 
     def _environment(self, rank: int, *, port: int) -> dict[str, str]:
         """The environment of a rank, with what torch's elastic agent would set."""
-        size = str(len(self._error_files))
-        return {
+        launch, place = self._spec.run.launch, self._spec.place
+        host, port = place.store or ("127.0.0.1", port)
+        values = {
             **os.environ,
             **worker_environment(self._spec.run),
             "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": size,
-            "LOCAL_WORLD_SIZE": size,
-            "GROUP_RANK": "0",
-            "GROUP_WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
+            "LOCAL_RANK": str(rank % launch.num_processes),
+            "WORLD_SIZE": str(self._spec.plan.world_size),
+            "LOCAL_WORLD_SIZE": str(launch.num_processes),
+            "GROUP_RANK": str(place.node),
+            "GROUP_WORLD_SIZE": str(launch.nodes),
+            "MASTER_ADDR": host,
             "MASTER_PORT": str(port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 hosts it before it joins
-            "TORCHELASTIC_RESTART_COUNT": "0",
-            "TORCHELASTIC_ERROR_FILE": str(self._error_files[rank]),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # it is hosted before the ranks join
+            "TORCHELASTIC_RESTART_COUNT": str(place.attempt),
+            "TORCHELASTIC_ERROR_FILE": str(self._error_file(rank)),
         }
+        if place.store is not None:
+            values["GLOO_SOCKET_IFNAME"] = values["NCCL_SOCKET_IFNAME"] = place.interface
+        return values
+
+    def _error_file(self, rank: int) -> Path:
+        return self._error_files[rank - self._spec.ranks.start]
 
     def _note(self, rank: int, code: int) -> None:
         if code == SERVER_DIED:
             text = "the server that ranks are forked from has died"
             self.failures[rank] = Failure(code, int(time.time()), text)
         elif code != 0:
-            self.failures[rank] = Failure.of(code, self._error_files[rank])
+            self.failures[rank] = Failure.of(code, self._error_file(rank))
 
 
 @contextmanager
@@ -120,12 +147,13 @@ def run_rank(
     environment: Mapping[str, str],
     cores: set[int],
     store: socket.socket | None,
+    fresh: bool,
 ) -> NoReturn:
     """Turn a fork of the server into a rank, as if it had been started in this environment."""
     os.setsid()  # so that everything it starts can be found
     os.sched_setaffinity(0, cores)
     same = all(os.environ.get(name) == environment.get(name) for name in READ_AT_IMPORT)
-    can_serve = same and LIBRARIES in sys.modules and not _has_touched_cuda()
+    can_serve = not fresh and same and LIBRARIES in sys.modules and not _has_touched_cuda()
     parent = os.environ[PARENT]
     os.environ.clear()
     os.environ.update(environment)

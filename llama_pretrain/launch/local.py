@@ -1,19 +1,50 @@
-"""Launch ranks on this machine, and wait for them."""
+"""Launch the ranks of this machine, and wait for them and for those of other nodes."""
 
 import signal
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Protocol
 
 from llama_pretrain.config.resolved import ResolvedRun
-from llama_pretrain.launch.failures import describe, find_first
-from llama_pretrain.launch.forked import ForkSupervisor
+from llama_pretrain.launch.failures import Failure, describe, find_first
+from llama_pretrain.launch.forked import POLL_S, Supervisor
 from llama_pretrain.launch.server import start_server
-from llama_pretrain.launch.signals import Preempted, receive_signals
+from llama_pretrain.launch.signals import Preempted, Requests, receive_signals
 from llama_pretrain.launch.spec import LaunchSpec
-from llama_pretrain.launch.supervisor import POLL_S, Supervisor
-from llama_pretrain.launch.watch import Watch
+from llama_pretrain.launch.watch import LAST_WORDS_S, Watch
+from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.runs.metrics import EventRow, read_metrics
+
+
+class OtherNodes(Protocol):
+    """What node 0 needs of the other nodes (launch/group.py, which imports torch)."""
+
+    def begin(self, spec: LaunchSpec, requests: Requests) -> LaunchSpec:
+        """Start an attempt on all nodes. Returns the launch of this one."""
+
+    def have_failed(self) -> bool:
+        """Whether a rank of theirs has failed, or one of them is lost."""
+
+    def end(self) -> tuple[dict[int, Failure], set[int]]:
+        """End the attempt. Returns failures, and ranks that were killed because of others."""
+
+    def name_of(self, node: int) -> str:
+        """A node by its index, host name and ranks."""
+
+
+def other_nodes(
+    run: ResolvedRun, run_dir: RunDir, *, report: Callable[[str], None]
+) -> AbstractContextManager[OtherNodes | None]:
+    """The other nodes of a run while it trains; `None` if there are none."""
+    if run.launch.nodes == 1:
+        return nullcontext()
+    # torch takes seconds to import, which a run on one node need not pay
+    from llama_pretrain.launch.group import open_group
+
+    return open_group(run, run_dir, report=report)
 
 
 def preload(run: ResolvedRun) -> None:
@@ -21,8 +52,7 @@ def preload(run: ResolvedRun) -> None:
 
     Call it in the main thread, as soon as it is known that the run will be launched.
     """
-    if run.launch.fork:
-        start_server()
+    start_server(libraries=run.launch.fork)
 
 
 def launch(
@@ -30,6 +60,7 @@ def launch(
     *,
     report: Callable[[str], None] = print,
     poll: Callable[[], None] = lambda: None,
+    others: OtherNodes | None = None,
 ) -> int:
     """Start the ranks of a run directory and wait for all of them.
 
@@ -39,6 +70,7 @@ def launch(
     Args:
         report: prints a line to the user.
         poll: called a few times a second; what it raises ends the ranks.
+        others: the other nodes of the run.
 
     Returns:
         A signal that came when nothing was left to do but to finish; 0 for none.
@@ -49,32 +81,38 @@ def launch(
         Stopped: after a second one.
     """
     run_dir = spec.run_dir
-    run_dir.heartbeats.unlink(missing_ok=True)  # the ids of an earlier launch may be others' now
+    run_dir.heartbeats().unlink(missing_ok=True)  # the ids of an earlier launch may be others' now
     preload(spec.run)
     with tempfile.TemporaryDirectory() as folder, receive_signals() as requests:
-        supervisor: Supervisor
-        if spec.run.launch.fork:
-            supervisor = ForkSupervisor(spec, error_dir=Path(folder))
-        else:
-            # torch takes seconds to import, which forked ranks and plans need not pay
-            from llama_pretrain.launch.elastic import ElasticSupervisor
-
-            supervisor = ElasticSupervisor(spec, log_dir=Path(folder))
+        if others is not None:
+            spec = others.begin(spec, requests)
+        supervisor = Supervisor(spec, error_dir=Path(folder))
         watch = Watch(spec, requests=requests, report=report, pids=supervisor.pids)
         supervisor.start()
+        theirs, killed = dict[int, Failure](), set[int]()
+        failed_at: float | None = None
         try:
             while supervisor.is_alive():
                 supervisor.join(POLL_S)
                 watch.check()
                 poll()
+                if others is not None and failed_at is None and others.have_failed():
+                    failed_at = time.monotonic()
+                if failed_at is not None and time.monotonic() - failed_at > LAST_WORDS_S:
+                    watch.kill()
         finally:
             while supervisor.is_alive():  # it ends when all ranks have
                 watch.kill()
                 supervisor.join(POLL_S)
-        if supervisor.failures:
-            cause = find_first(supervisor.failures, killed=watch.killed)
-            failure, stopping = supervisor.failures[cause], watch.signal > 0
-            raise describe(failure, cause, spec, stopping=stopping, early_logs=Path(folder))
+            if others is not None:
+                theirs, killed = others.end()
+        if supervisor.failures or failed_at is not None:
+            failures = supervisor.failures | theirs
+            cause = find_first(failures, killed=watch.killed | killed)
+            node = cause // spec.run.launch.num_processes
+            name = "" if others is None else others.name_of(node)
+            stopping = watch.signal > 0
+            raise describe(failures[cause], cause, spec, stopping=stopping, node=name)
     if supervisor.error is not None:
         raise supervisor.error
     last = read_metrics(run_dir.metrics)[-1]  # ranks that succeed have written one

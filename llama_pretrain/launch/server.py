@@ -77,13 +77,16 @@ def may_train(argv: list[str]) -> bool:
     return not any(word.startswith(NOT_TRAINING) for word in argv)
 
 
-def start_server() -> None:
+def start_server(*, libraries: bool = True) -> None:
     """Start the server, unless it is running. It dies with this process, and with this thread.
 
     Nothing in it depends on a config: a rank's environment, cores and threads are set after the
     fork.
+
+    Args:
+        libraries: whether it imports what ranks need; without, they become fresh interpreters.
     """
-    multiprocessing.set_forkserver_preload([ISOLATE, LIBRARIES])
+    multiprocessing.set_forkserver_preload([ISOLATE, *([LIBRARIES] if libraries else [])])
     on_gpu = count_gpus() > 0
     values = import_environment(on_gpu=on_gpu, keep_memory=not on_gpu)
     # Libraries must not start threads, which a fork would lose.

@@ -20,16 +20,28 @@ PERMANENT = ("NonFiniteError", "CheckpointError")
 """Errors that a restart would only repeat."""
 
 
+class NodeError(Exception):
+    """The nodes of a run cannot train together."""
+
+
 class RankError(Exception):
     """A rank failed or hung, and the others were killed."""
 
     def __init__(
-        self, *, rank: int, error: str, log: Path, advice: str = "", stopping: bool = False
+        self,
+        *,
+        rank: int,
+        error: str,
+        log: Path,
+        advice: str = "",
+        stopping: bool = False,
+        node: str = "",
     ):
         self.rank, self.error, self.log = rank, error, log
         self.may_pass = not stopping and not error.startswith(PERMANENT)
         """Whether a restart may help; not when a signal had asked the run to stop."""
-        text = f"rank {rank} failed: {error}\n  its log: {log}"
+        where = f" on {node}" if node else ""
+        text = f"rank {rank}{where} failed: {error}\n  its log: {log}"
         super().__init__(f"{text}\n{advice}" if advice else text)
 
 
@@ -44,7 +56,7 @@ class Watch:
         report: Callable[[str], None],
         pids: Callable[[], Iterable[int]] = tuple,
     ):
-        self._run_dir, self._world_size = spec.run_dir, spec.plan.world_size
+        self._run_dir, self._ranks, self._node = spec.run_dir, spec.ranks, spec.place.node
         self._timeout_s = spec.run.launch.timeout_s
         self._requests, self._report, self._pids = requests, report, pids
         self._began = time.monotonic()
@@ -80,12 +92,13 @@ class Watch:
     def kill(self) -> None:
         """Kill all ranks, and what they have started."""
         beats = self._read_beats()
-        self.killed |= {rank for rank, beat in enumerate(beats) if beat.pid and is_alive(beat.pid)}
+        living = zip(self._ranks, beats, strict=True)
+        self.killed |= {rank for rank, beat in living if beat.pid and is_alive(beat.pid)}
         for pid in {beat.pid for beat in beats if beat.pid} | set(self._pids()):
             kill_session(pid)  # each rank leads its own session
 
     def _read_beats(self) -> list[Beat]:
-        return read_beats(self._run_dir.heartbeats, world_size=self._world_size)
+        return read_beats(self._run_dir.heartbeats(self._node), ranks=len(self._ranks))
 
     def _ask_to_stop(self, beats: Sequence[Beat]) -> None:
         name = signal.Signals(self.signal).name
@@ -110,23 +123,24 @@ class Watch:
         silence = [now - (beat.at if beat.pid else self._began) for beat in beats]
         if max(silence) <= self._timeout_s:
             return
-        rank = next((rank for rank, beat in enumerate(beats) if not beat.pid), None)
+        slot = next((slot for slot, beat in enumerate(beats) if not beat.pid), None)
         error = f"it did not start within {self._timeout_s} s (launch.timeout_s)"
-        if rank is None:
+        if slot is None:
             stacks = self._request_stacks(beats)
-            rank = find_hanging(stacks, [beat.count for beat in beats])
+            slot = find_hanging(stacks, [beat.count for beat in beats])
             where = "it wrote no stack: it is stopped, or in a system call"
-            if stacks[rank]:
-                where = f"it is in {describe_stack(stacks[rank][-1])}"
+            if stacks[slot]:
+                where = f"it is in {describe_stack(stacks[slot][-1])}"
             error = (
-                f"no heartbeat for {silence[rank]:.0f} s (launch.timeout_s={self._timeout_s});"
+                f"no heartbeat for {silence[slot]:.0f} s (launch.timeout_s={self._timeout_s});"
                 f" {where}\n  stacks of all ranks are at the end of {self._run_dir.ranks}/rank*.log"
             )
+        rank = self._ranks[slot]
         log = self._run_dir.rank_log(rank)
         raise RankError(rank=rank, error=error, log=log, stopping=self.signal > 0)
 
     def _request_stacks(self, beats: Sequence[Beat]) -> dict[int, Stacks]:
-        logs = [self._run_dir.rank_log(rank) for rank in range(len(beats))]
+        logs = [self._run_dir.rank_log(rank) for rank in self._ranks]
         sizes = [log.stat().st_size for log in logs]
         for beat in beats:
             with contextlib.suppress(ProcessLookupError):
@@ -137,5 +151,5 @@ class Watch:
             for log, size in zip(logs, sizes, strict=True)
         ]
         return {
-            rank: read_stacks(texts[rank]) for rank, beat in enumerate(beats) if not beat.finished
+            slot: read_stacks(texts[slot]) for slot, beat in enumerate(beats) if not beat.finished
         }

@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Iterator
 
-from llama_pretrain.config.launch import Device
+from llama_pretrain.config.launch import Device, Launcher
 from llama_pretrain.config.optim import OptimName
 from llama_pretrain.config.precision import AutocastDtype, PrecisionName
 from llama_pretrain.config.problems import Problem
@@ -12,6 +12,7 @@ from llama_pretrain.config.tasks import Task
 from llama_pretrain.config.zero import OffloadDevice
 from llama_pretrain.plan.kernels import validate_kernels
 from llama_pretrain.plan.machine import Machine
+from llama_pretrain.plan.nodes import validate_nodes
 
 COMPILED_ON_CPU = (
     OptimName.cpu_adam,
@@ -43,11 +44,18 @@ def validate_machine(run: ResolvedRun, machine: Machine) -> Iterator[Problem]:
 
 def _validate_processes(run: ResolvedRun, machine: Machine) -> Iterator[Problem]:
     launch, gpus = run.launch, machine.num_gpus
-    if launch.nodes > 1:
+    yield from validate_nodes(run.launch)
+    if launch.nodes > 1 and launch.name is Launcher.local:
         yield Problem(
             path="launch.nodes",
-            message=f"several nodes can be planned, but not launched yet (got {launch.nodes})",
-            hint="" if run.task is Task.plan else "Add task=plan, or set launch.nodes=1",
+            message=f"launch=local starts ranks on this machine only (got {launch.nodes})",
+            hint="Add launch=torchrun, launch=ssh or launch=slurm, task=plan, or launch.nodes=1",
+        )
+    elif launch.nodes > 1 and run.task not in (Task.pretrain, Task.probe, Task.plan):
+        yield Problem(
+            path="launch.nodes",
+            message=f"task={run.task.value} runs on one node (got {launch.nodes})",
+            hint="Add launch=local launch.nodes=1",
         )
     if launch.device is Device.cuda and launch.num_processes > gpus:
         hint = f"Set launch.num_processes={gpus}" if gpus else ""

@@ -33,6 +33,7 @@ from llama_pretrain.plan.kernels import choose_kernels
 from llama_pretrain.plan.machine import Machine
 from llama_pretrain.plan.memory import estimate_memory
 from llama_pretrain.plan.model_size import count_parameters
+from llama_pretrain.plan.nodes import count_nodes, list_hosts
 from llama_pretrain.plan.pretrained import read_shape
 
 AnySection = TypeVar("AnySection", bound=Any)
@@ -45,6 +46,7 @@ ABSENT_GPU_BYTES = 80 << 30
 
 REASONS = {
     "launch.device": "chosen: cuda if torch has it and a GPU is present, or a cluster is planned",
+    "launch.nodes": "chosen: the hosts, the allocation, or what the platform has set",
     "launch.num_processes": "chosen: one a GPU, two on a CPU",
     "launch.threads_per_process": "chosen: cores / ranks",
     "launch.bind_cores": "chosen: true if ranks use all cores",
@@ -237,12 +239,14 @@ def _absolute(path: str, mark: IsPath) -> str:
 
 def _resolve_launch(run: Run, machine: Machine) -> ResolvedLaunch:
     launch = run.launch
-    device = launch.device
+    device, nodes = launch.device, _count_nodes(launch)
     if device is Device.auto:
         # Several nodes, and no GPU here: a cluster is planned from a laptop.
-        elsewhere = run.task is Task.plan and launch.nodes > 1
+        elsewhere = run.task is Task.plan and nodes > 1
         device = Device.cuda if machine.num_gpus or elsewhere else Device.cpu
     processes = launch.num_processes
+    if processes is None and launch.hostfile is not None and nodes > 1:
+        processes = list_hosts(launch)[0].slots
     if processes is None:
         # On a CPU two ranks with half the cores each are faster than one (docs/log.md).
         processes = max(machine.num_gpus, 1) if device is Device.cuda else min(2, machine.cores)
@@ -264,12 +268,20 @@ def _resolve_launch(run: Run, machine: Machine) -> ResolvedLaunch:
         **given
         | {
             "device": device,
+            "nodes": nodes,
             "num_processes": processes,
             "threads_per_process": threads,
             "bind_cores": bind,
             "device_memory": memory,
         }
     )
+
+
+def _count_nodes(launch: Launch) -> int:
+    try:
+        return count_nodes(launch)
+    except UserError:  # the machine's rules report it
+        return 1
 
 
 def _choose_precision(run: Run, machine: Machine) -> PrecisionName:

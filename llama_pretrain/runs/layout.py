@@ -51,11 +51,13 @@ class RunDir:
     checkpoints = _Inside("checkpoints")
     export = _Inside("export")
     ranks = _Inside("ranks")
-    heartbeats = _Inside("ranks/heartbeats")
-    """Progress of each rank while it lives."""
     report = _Inside("report.html")
     lock = _Inside(".lock")
     """Held by the process that trains here."""
+
+    def heartbeats(self, node: int = 0) -> Path:
+        """Progress of each rank of a node while it lives."""
+        return self.ranks / (f"heartbeats.node{node}" if node else "heartbeats")
 
     def rank_log(self, rank: int) -> Path:
         """What a rank and its libraries print."""

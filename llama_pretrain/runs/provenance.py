@@ -128,6 +128,16 @@ def hash_code(root: Path) -> dict[str, str]:
     return {file.relative_to(root).as_posix(): hash_file(file) for file in files if file.is_file()}
 
 
+def describe_installation() -> dict[str, dict[str, str | None]]:
+    """What must be equal on all nodes of a run: the code, Python, and the main packages."""
+    packages = list_packages()
+    return {
+        "code": dict(hash_code(Path(__file__).resolve().parents[2])),
+        "packages": {name: packages[name] for name in PACKAGES},
+        "interpreter": {"python": platform.python_version()},
+    }
+
+
 def list_packages() -> dict[str, str | None]:
     """The version of every installed distribution, by normalized name.
 

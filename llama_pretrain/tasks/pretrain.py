@@ -14,7 +14,7 @@ from llama_pretrain.config.secrets import redact
 from llama_pretrain.config.snapshot import without_command
 from llama_pretrain.config.tasks import DriftPolicy, Generate
 from llama_pretrain.files import write_text
-from llama_pretrain.launch.local import launch
+from llama_pretrain.launch.local import OtherNodes, launch, other_nodes
 from llama_pretrain.launch.operators import build_operators, describe_operators
 from llama_pretrain.launch.signals import Preempted, Stopped, describe_resume
 from llama_pretrain.launch.spec import LaunchSpec
@@ -119,24 +119,23 @@ def _train(
         build_operators(run, log=run_dir.ranks / "build.log", taking_time=console.taking_time)
         add_provenance(run_dir, operators=describe_operators(run))
         phases = context.phases
-        while True:
-            try:
-                phases.end("plan")
-                phases.write(run_dir)
-                timings = run.monitor.timings
-                with console.follow_metrics(run_dir, plan, first_step=start.step, timings=timings):
+        with other_nodes(run, run_dir, report=console.say) as others:
+            while True:
+                try:
                     spec = LaunchSpec(run, plan, run_dir, start.checkpoint)
-                    late_signal = launch(spec, report=console.say, poll=context.poll)
-                break
-            except RankError as error:
-                if restarts == run.launch.max_restarts or not error.may_pass:
-                    raise
-                restarts, phases = restarts + 1, Phases()
-                console.say(f"{error}\nrestart {restarts} of {run.launch.max_restarts}")
-                start = restart(run_dir)
-                rewind(run_dir, start)
-                note_start(run_dir, start, restarted=redact(str(error)).splitlines()[0])
-                write_status(run_dir, Status.running, Outcome(restarts=restarts))
+                    late_signal = _launch(
+                        spec, context, phases, first_step=start.step, others=others
+                    )
+                    break
+                except RankError as error:
+                    if restarts == run.launch.max_restarts or not error.may_pass:
+                        raise
+                    restarts, phases = restarts + 1, Phases()
+                    console.say(f"{error}\nrestart {restarts} of {run.launch.max_restarts}")
+                    start = restart(run_dir)
+                    rewind(run_dir, start)
+                    note_start(run_dir, start, restarted=redact(str(error)).splitlines()[0])
+                    write_status(run_dir, Status.running, Outcome(restarts=restarts))
         _add_initial_weights(run_dir)
         objective = _last_eval_loss(run_dir)
         unsaved = _describe_failed_save(run_dir)
@@ -167,6 +166,22 @@ def _train(
     if unsaved:
         raise UnsavedError(f"all steps are done, but {unsaved}")
     return objective
+
+
+def _launch(
+    spec: LaunchSpec,
+    context: TaskContext,
+    phases: Phases,
+    *,
+    first_step: int,
+    others: OtherNodes | None,
+) -> int:
+    """Launch ranks and show their progress. Returns what `launch` does."""
+    phases.end("plan")
+    phases.write(spec.run_dir)
+    timings = spec.run.monitor.timings
+    with console.follow_metrics(spec.run_dir, spec.plan, first_step=first_step, timings=timings):
+        return launch(spec, report=console.say, poll=context.poll, others=others)
 
 
 def _last_eval_loss(run_dir: RunDir) -> float | None:

@@ -1,8 +1,10 @@
 """Run the task that the config names."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from llama_pretrain import console
 from llama_pretrain.config.ignored import find_ignored
@@ -14,6 +16,7 @@ from llama_pretrain.config.tasks import Task
 from llama_pretrain.config.validate import flatten
 from llama_pretrain.launch.local import preload
 from llama_pretrain.plan.ds_config import get_train_ds_config, trace_ds_config
+from llama_pretrain.plan.nodes import master_of, node_rank
 from llama_pretrain.plan.plan import (
     Corpus,
     build_plan,
@@ -79,11 +82,27 @@ def run_task(run: Run, context: TaskContext) -> float | None:
     refuse(validate_memory(resolved, build_plan(resolved)))
     if resolved.task.trains:
         preload(resolved)
+        if node := node_rank(resolved.launch):
+            join(resolved, node)
     corpus = prepare_data(resolved, context.run_dir)
     if not resolved.task.trains:
         console.show_corpus(resolved, build_training_plan(resolved, corpus))
         return None
     return train(resolved, corpus, context)
+
+
+def join(run: ResolvedRun, node: int) -> NoReturn:
+    """Be a node other than node 0 of a run that is started by the same command on every node.
+
+    Raises:
+        SystemExit: with the code of node 0.
+    """
+    from llama_pretrain.launch.agent import serve  # imports torch
+
+    host, port = master_of(run.launch)
+    if host is None:
+        raise ValueError("the rules of launch.master let this pass")
+    sys.exit(serve(node, (host, port), run.launch, report=console.say))
 
 
 def train(run: ResolvedRun, corpus: Corpus, context: TaskContext) -> float | None:

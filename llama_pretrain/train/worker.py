@@ -32,7 +32,8 @@ def begin(arguments: Sequence[str]) -> NoReturn:
     checkpoint = Path(arguments[1]) if len(arguments) > 1 else None
     redirect_output(run_dir.rank_log(index))
     ignore_lost_output()  # a full disk must not end the training
-    heartbeat = Heartbeat(run_dir.heartbeats, index)
+    node, slot = int(os.environ["GROUP_RANK"]), int(os.environ["LOCAL_RANK"])
+    heartbeat = Heartbeat(run_dir.heartbeats(node), slot)
     code = 1
     try:
         # Imports torch, which takes a second: after the handlers and the log are in place.

@@ -75,7 +75,7 @@ def train(
     trainer = Trainer(corpus, cache_dir, tmp_path)
     yield trainer
     files = tmp_path.glob("*/ranks/heartbeats")
-    left = [beat.pid for file in files for beat in read_beats(file, world_size=2)]
+    left = [beat.pid for file in files for beat in read_beats(file, ranks=2)]
     assert not any(is_alive(pid) for pid in left if pid)
 
 
@@ -87,7 +87,7 @@ class Once:
         self.done_at = 0.0
 
     def __call__(self, run_dir: RunDir) -> None:
-        beats = read_beats(run_dir.heartbeats, world_size=2)
+        beats = read_beats(run_dir.heartbeats(), ranks=2)
         if not self.done_at and all(beat.count >= self._after for beat in beats):
             self._act(beats)
             self.done_at = time.monotonic()

@@ -146,11 +146,11 @@ time.sleep(60)
 
 def test_the_first_signal_is_forwarded_once_and_the_second_ends_the_run(tmp_path: Path) -> None:
     watch, requests, lines = build_watch(tmp_path)
-    heartbeats = RunDir(tmp_path).heartbeats
+    heartbeats = RunDir(tmp_path).heartbeats()
     command = [sys.executable, "-c", BEAT, str(heartbeats)]
     with subprocess.Popen(command, start_new_session=True) as process:
         deadline = time.monotonic() + 20
-        while read_beats(heartbeats, world_size=1)[0].count <= STARTED:
+        while read_beats(heartbeats, ranks=1)[0].count <= STARTED:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         watch.check()
@@ -176,7 +176,7 @@ def test_a_rank_that_does_not_start_is_reported_unless_it_is_done(tmp_path: Path
     watch._began -= 11
     with pytest.raises(RankError, match=r"rank 0 failed: it did not start within 10 s"):
         watch.check()
-    Heartbeat(RunDir(tmp_path).heartbeats, 0).finish()
+    Heartbeat(RunDir(tmp_path).heartbeats(), 0).finish()
     watch.check()
 
 

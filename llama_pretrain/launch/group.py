@@ -1,0 +1,333 @@
+"""The nodes of a run: they meet at torch's elastic rendezvous, and watch each other in its store.
+
+Node 0 hosts the store on the one address that leads to the other nodes; torch's stores have no
+authentication. Ranks use the same store, so that nothing else listens.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from torch import distributed as dist
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
+    DynamicRendezvousHandler,
+    RendezvousTimeout,
+)
+
+from llama_pretrain.config.launch import Launch, Launcher
+from llama_pretrain.config.problems import Problem, UserError
+from llama_pretrain.config.resolved import ResolvedRun
+from llama_pretrain.files import write_json
+from llama_pretrain.launch.failures import Failure
+from llama_pretrain.launch.forked import POLL_S
+from llama_pretrain.launch.network import choose_address
+from llama_pretrain.launch.signals import PREEMPTED_CODE, Preempted, Requests
+from llama_pretrain.launch.spec import LaunchSpec, Place
+from llama_pretrain.launch.starters import Agent, other_hosts, start_agents
+from llama_pretrain.launch.watch import NodeError
+from llama_pretrain.plan.nodes import master_of
+from llama_pretrain.runs.layout import RunDir
+from llama_pretrain.runs.provenance import describe_installation
+
+BEAT_S = 0.5
+LOST_S = 15.0
+"""Silence after which a node is given up, if launch.timeout_s is not less."""
+REPORT_S = 20.0
+"""What the other nodes have to report how their ranks ended."""
+GOODBYE_S = 5.0
+NODES = "nodes.json"
+
+
+def host_store(address: str, port: int) -> Any:
+    """A store that listens on one address only; port 0 = any."""
+    listener = socket.create_server((address, port))
+    host, port = listener.getsockname()
+    return dist.TCPStore(  # type: ignore[attr-defined]  # torch does not list it
+        host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+
+
+def connect_store(host: str, port: int, *, timeout_s: float) -> Any:
+    """A connection to the store of node 0, which may not listen yet.
+
+    Raises:
+        RuntimeError: if it does not answer in time.
+    """
+    limit = timedelta(seconds=timeout_s)
+    store = dist.TCPStore(host, port, is_master=False, timeout=limit)  # type: ignore[attr-defined]
+    store.set_timeout(timedelta(seconds=LOST_S))
+    return store
+
+
+def meet(store: Any, *, token: str, attempt: int, node: int, launch: Launch) -> None:
+    """Wait at torch's rendezvous until all nodes of an attempt are there.
+
+    Raises:
+        RendezvousTimeoutError: after launch.join_timeout_s.
+    """
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else it hosts another store
+    nodes, name = launch.nodes or 1, f"{token}.{attempt}"
+    handler = DynamicRendezvousHandler.from_backend(
+        name,
+        store,
+        C10dRendezvousBackend(store, name),
+        min_nodes=nodes,
+        max_nodes=nodes,
+        local_addr=f"{node:06d}",  # torch numbers nodes in the order of their addresses
+        timeout=RendezvousTimeout(join=timedelta(seconds=launch.join_timeout_s)),
+    )
+    info = handler.next_rendezvous()
+    if info.rank != node:
+        raise RuntimeError(f"node {node} has become node {info.rank} of {info.world_size}")
+
+
+class Pulse(threading.Thread):
+    """Shows the other nodes that this one lives, and sees which of them do."""
+
+    def __init__(self, master: tuple[str, int], *, node: int, others: list[int]):
+        super().__init__(name="pulse", daemon=True)
+        self._store = connect_store(*master, timeout_s=LOST_S)
+        self._node, self._closed = node, threading.Event()
+        now = time.monotonic()
+        self._seen = dict.fromkeys(others, (b"", now))
+        self._contact = now
+
+    def run(self) -> None:
+        """Beat until closed."""
+        count = 0
+        while not self._closed.wait(BEAT_S):
+            with contextlib.suppress(RuntimeError, ValueError):  # the store does not answer
+                count += 1
+                self._store.set(f"beat/{self._node}", str(count))
+                now = time.monotonic()
+                for node, (before, _) in list(self._seen.items()):
+                    key = f"beat/{node}"
+                    value = self._store.get(key) if self._store.check([key]) else b""
+                    if value != before:
+                        self._seen[node] = (value, now)
+                self._contact = now
+
+    def silence_of(self, node: int) -> float:
+        """Seconds since another node was last seen alive."""
+        return time.monotonic() - self._seen[node][1]
+
+    def silence(self) -> float:
+        """Seconds since the store has answered."""
+        return time.monotonic() - self._contact
+
+    def forgive(self) -> None:
+        """Begin anew to count the silence of the other nodes."""
+        self._seen = dict.fromkeys(self._seen, (b"", time.monotonic()))
+
+    def close(self) -> None:
+        """Stop beating."""
+        self._closed.set()
+
+
+class Group:
+    """What node 0 knows of the other nodes of a run, over all attempts."""
+
+    def __init__(self, run: ResolvedRun, run_dir: RunDir, *, report: Callable[[str], None]):
+        self._run, self._run_dir, self._report = run, run_dir, report
+        launch = run.launch
+        host, port = master_of(launch)
+        if launch.name is Launcher.torchrun:
+            towards = host
+        else:
+            port = 0 if launch.master is None else port
+            towards = other_hosts(launch)[0]
+        address, interface = choose_address(interface=launch.interface, towards=towards)
+        try:
+            self._store = host_store(address, port)
+        except OSError as error:
+            message = f"node 0 cannot listen on {address}:{port}: {error.strerror}"
+            raise UserError([Problem(path="launch.master", message=message)]) from error
+        self._token = secrets.token_hex(8)
+        self._master = (self._store.host, self._store.port)
+        self._place = Place(
+            node=0, address=address, interface=interface, store=self._master, attempt=-1
+        )
+        self._others = list(range(1, launch.nodes))
+        self._reports: dict[int, Any] = {}
+        self._agents: dict[int, Agent] = {}
+        written = {"token": self._token, **describe_installation()}
+        write_json(run_dir.path / NODES, written)
+        self._store.set("token", self._token)
+        self._store.set("run_dir", str(run_dir.path))
+        self._pulse = Pulse(self._master, node=0, others=self._others)
+        self._pulse.start()
+
+    def begin(self, spec: LaunchSpec, requests: Requests) -> LaunchSpec:
+        """Start the agents that are not running, and wait for all nodes.
+
+        Raises:
+            NodeError: if a node cannot join, or not in time.
+            Preempted: after a signal.
+        """
+        self._place = replace(self._place, attempt=self._place.attempt + 1)
+        self._reports, attempt = {}, self._place.attempt
+        checkpoint = None if spec.checkpoint is None else str(spec.checkpoint)
+        self._store.set(f"attempt/{attempt}", json.dumps({"checkpoint": checkpoint}))
+        missing = [n for n in self._others if n not in self._agents or self._agents[n].has_ended()]
+        self._agents |= start_agents(self._run, self._run_dir, missing, self._master)
+        errors: list[BaseException] = []
+
+        def wait() -> None:
+            try:
+                launch = self._run.launch
+                meet(self._store, token=self._token, attempt=attempt, node=0, launch=launch)
+            except BaseException as error:
+                errors.append(error)
+
+        self._report(
+            f"waiting for {self._count(self._others)} at {':'.join(map(str, self._master))}"
+        )
+        thread = threading.Thread(target=wait, name="rendezvous", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL_S)
+            if requests.numbers:
+                raise Preempted(requests.numbers[0])
+            self._check_joining()
+        if errors:
+            there = [node for node in self._others if self._key(f"joined/{attempt}/{node}")]
+            absent = [node for node in self._others if node not in there]
+            limit = f"{self._run.launch.join_timeout_s} s (launch.join_timeout_s)"
+            text = f"{self._count(absent)} did not join within {limit}: {errors[0]}"
+            raise NodeError(text) from errors[0]
+        self._pulse.forgive()
+        return replace(spec, place=self._place)
+
+    def _check_joining(self) -> None:
+        for node in self._others:
+            if (refusal := self._key(f"refused/{node}")) is not None:
+                raise NodeError(f"{self.name_of(node)} cannot join: {refusal}")
+            agent = self._agents.get(node)
+            if agent is not None and agent.has_ended():
+                raise NodeError(f"{self.name_of(node)} did not start: {agent.describe_end()}")
+
+    def have_failed(self) -> bool:
+        """Whether a rank of another node has failed, or a node is lost."""
+        reported = [node for node in self._others if self._has_reported(node)]
+        failed = any(self._reports[node]["failures"] for node in reported)
+        return failed or any(self.is_lost(node) for node in self._others)
+
+    def _has_reported(self, node: int) -> bool:
+        if node not in self._reports:
+            text = self._key(f"report/{self._place.attempt}/{node}")
+            if text is not None:
+                self._reports[node] = json.loads(text)
+        return node in self._reports
+
+    def is_lost(self, node: int) -> bool:
+        """Whether a node that has not reported has been silent for too long, or its agent ended."""
+        if node in self._reports:
+            return False
+        agent = self._agents.get(node)
+        if agent is not None and agent.has_ended():
+            return True
+        return self._pulse.silence_of(node) > min(LOST_S, self._run.launch.timeout_s)
+
+    def end(self) -> tuple[dict[int, Failure], set[int]]:
+        """End the attempt on all nodes.
+
+        Returns:
+            The failures of ranks of other nodes, where a lost node is one of its first rank, and
+            the ranks that were killed there because of others.
+        """
+        self._store.set(f"end/{self._place.attempt}", "1")
+        failures: dict[int, Failure] = {}
+        killed: set[int] = set()
+        deadline = time.monotonic() + REPORT_S
+        for node in self._others:
+            while not self._has_reported(node) and not self.is_lost(node):
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(POLL_S)
+            report = self._reports.get(node)
+            if report is None:
+                first = node * self._run.launch.num_processes
+                failures[first] = Failure(1, int(time.time()), self._describe_loss(node))
+                continue
+            failures |= {int(rank): Failure(**each) for rank, each in report["failures"].items()}
+            killed |= set(report["killed"])
+        return failures, killed
+
+    def _describe_loss(self, node: int) -> str:
+        agent = self._agents.get(node)
+        if agent is not None and agent.has_ended():
+            return f"the node is lost: {agent.describe_end()}"
+        return f"the node is lost: no sign of life for {self._pulse.silence_of(node):.0f} s"
+
+    def close(self, code: int) -> None:
+        """Let the other nodes exit, with a code."""
+        self._store.set("exit", str(code))
+        deadline = time.monotonic() + GOODBYE_S
+        while time.monotonic() < deadline:
+            if all(self._key(f"bye/{n}") or self.is_gone(n) for n in self._others):
+                break
+            time.sleep(POLL_S)
+        self._pulse.close()
+        for agent in self._agents.values():
+            agent.close()
+
+    def is_gone(self, node: int) -> bool:
+        """Whether nothing is to be expected of a node any more."""
+        agent = self._agents.get(node)
+        silent = self._pulse.silence_of(node) > GOODBYE_S
+        return silent or (agent is not None and agent.has_ended())
+
+    def name_of(self, node: int) -> str:
+        """A node by its index, host name and ranks."""
+        count = self._run.launch.num_processes
+        first, last = node * count, (node + 1) * count - 1
+        ranks = f"rank {first}" if count == 1 else f"ranks {first} to {last}"
+        host = self._key(f"host/{node}")
+        return f"node {node} ({host + ', ' if host else ''}{ranks})"
+
+    def _count(self, nodes: list[int]) -> str:
+        return self.name_of(nodes[0]) if len(nodes) == 1 else f"{len(nodes)} nodes"
+
+    def _key(self, key: str) -> str | None:
+        return str(self._store.get(key).decode()) if self._store.check([key]) else None
+
+
+@contextmanager
+def open_group(
+    run: ResolvedRun, run_dir: RunDir, *, report: Callable[[str], None]
+) -> Iterator[Group]:
+    """The nodes of a run, while it trains; all have exited afterwards."""
+    group, code = Group(run, run_dir, report=report), 1
+    try:
+        yield group
+        code = 0
+    except Preempted:
+        code = PREEMPTED_CODE
+        raise
+    finally:
+        group.close(code)
+
+
+def report_of(failures: Mapping[int, Failure], killed: set[int]) -> str:
+    """How the ranks of a node ended, for node 0."""
+    failed = {rank: asdict(failure) for rank, failure in failures.items()}
+    return json.dumps({"failures": failed, "killed": sorted(killed)})
+
+
+def same_directory(run_dir: Path, token: str) -> bool:
+    """Whether a path leads to the run directory that node 0 has written."""
+    try:
+        return bool(json.loads((run_dir / NODES).read_text(encoding="utf-8"))["token"] == token)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
