@@ -17,6 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.elastic.rendezvous.api import RendezvousError
+
 from llama_pretrain.config.launch import Launch
 from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.snapshot import load_snapshot
@@ -31,6 +33,7 @@ from llama_pretrain.launch.group import (
     meet,
     report_of,
     same_directory,
+    wait_for,
 )
 from llama_pretrain.launch.network import choose_address
 from llama_pretrain.launch.server import start_server
@@ -139,7 +142,7 @@ class _Member:
     ):
         self._node, self._master, self._store = node, master, store
         self._token, self._run_dir, self._run = token, run_dir, run
-        self._pulse = Pulse(master, node=node, others=[])
+        self._pulse = Pulse(master, node=node)
 
     def serve(self, requests: Requests, report: Callable[[str], None]) -> int:
         """Take part in attempts until node 0 ends the run, or is lost."""
@@ -148,18 +151,13 @@ class _Member:
         address, interface = choose_address(interface=launch.interface, towards=self._master[0])
         self._pulse.start()
         while True:
-            announced = self._wait(attempt, requests)
+            announced = self._wait(attempt, requests, report)
             if isinstance(announced, int):
                 return announced
             checkpoint = announced["checkpoint"]
-            self._store.set(f"joined/{attempt}/{self._node}", "1")
-            meet(
-                self._store,
-                token=self._token,
-                attempt=attempt,
-                node=self._node,
-                launch=launch,
-            )
+            self._pulse.send(f"joined/{attempt}/{self._node}", "1")
+            if not self._join(attempt, requests):
+                return 1
             place = Place(
                 node=self._node,
                 address=address,
@@ -175,25 +173,40 @@ class _Member:
                 place,
             )
             ended = self._run_ranks(spec, requests, report)
-            with contextlib.suppress(RuntimeError):  # node 0 may be lost
-                self._store.set(f"report/{attempt}/{self._node}", report_of(*ended))
+            self._pulse.send(f"report/{attempt}/{self._node}", report_of(*ended))
             attempt += 1
 
-    def _wait(self, attempt: int, requests: Requests) -> Any:
+    def _wait(self, attempt: int, requests: Requests, report: Callable[[str], None]) -> Any:
         """The announcement of the next attempt, or the code to exit with."""
-        while True:
-            try:
-                if self._store.check(["exit"]):
-                    code = int(self._store.get("exit"))
-                    self._store.set(f"bye/{self._node}", "1")
-                    return code
-                if self._store.check([f"attempt/{attempt}"]):
-                    return json.loads(self._store.get(f"attempt/{attempt}"))
-            except RuntimeError:  # DistNetworkError: node 0 has ended, or cannot be reached
-                return PREEMPTED_CODE if requests.numbers else 1
-            if self._pulse.silence() > LOST_S:
-                return 1
+        while self._pulse.silence() < LOST_S:
+            if (code := self._pulse.receive("exit")) is not None:
+                self._pulse.send(f"bye/{self._node}", "1")
+                self._pulse.flush(timeout_s=1)
+                return int(code)
+            if (text := self._pulse.receive(f"attempt/{attempt}")) is not None:
+                return json.loads(text)
             time.sleep(POLL_S)
+        if not requests.numbers:
+            report(f"error: node 0 is lost: no answer for {self._pulse.silence():.0f} s")
+        return PREEMPTED_CODE if requests.numbers else 1
+
+    def _join(self, attempt: int, requests: Requests) -> bool:
+        """Wait for all nodes of an attempt. Returns whether it has begun."""
+
+        def join() -> None:
+            launch = self._run.launch
+            meet(self._store, token=self._token, attempt=attempt, node=self._node, launch=launch)
+
+        def check() -> None:
+            requests.check()
+            if self._pulse.silence() > LOST_S:
+                raise RuntimeError("node 0 is lost")
+
+        try:
+            wait_for(join, check)
+        except (RendezvousError, RuntimeError):
+            return False
+        return True
 
     def _run_ranks(
         self, spec: LaunchSpec, requests: Requests, report: Callable[[str], None]
@@ -225,12 +238,8 @@ class _Member:
 
     def _is_over(self, attempt: int, limit_s: float) -> bool:
         """Whether node 0 has ended the attempt, or is lost."""
-        if self._pulse.silence() > limit_s:
-            return True
-        try:
-            return bool(self._store.check([f"end/{attempt}"]))
-        except RuntimeError:
-            return True
+        ended = self._pulse.receive(f"end/{attempt}") is not None
+        return ended or self._pulse.silence() > limit_s
 
 
 def main(arguments: Sequence[str]) -> int:

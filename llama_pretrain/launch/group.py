@@ -11,7 +11,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import distributed as dist
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
     DynamicRendezvousHandler,
@@ -40,7 +41,7 @@ from llama_pretrain.plan.nodes import master_of
 from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.runs.provenance import describe_installation
 
-BEAT_S = 0.5
+BEAT_S = 0.2
 LOST_S = 15.0
 """Silence after which a node is given up, if launch.timeout_s is not less."""
 REPORT_S = 20.0
@@ -93,15 +94,20 @@ def meet(store: Any, *, token: str, attempt: int, node: int, launch: Launch) -> 
 
 
 class Pulse(threading.Thread):
-    """Shows the other nodes that this one lives, and sees which of them do."""
+    """Talks to the store for a node that must go on when the store does not answer.
 
-    def __init__(self, master: tuple[str, int], *, node: int, others: list[int]):
+    It shows the other nodes that this one lives, sees which of them do, and carries messages.
+    """
+
+    def __init__(self, master: tuple[str, int], *, node: int, others: Sequence[int] = ()):
         super().__init__(name="pulse", daemon=True)
         self._store = connect_store(*master, timeout_s=LOST_S)
         self._node, self._closed = node, threading.Event()
         now = time.monotonic()
-        self._seen = dict.fromkeys(others, (b"", now))
+        self._seen: dict[int, tuple[str | None, float]] = dict.fromkeys(others, (None, now))
         self._contact = now
+        self._outbox: dict[str, str] = {}
+        self._wanted: dict[str, str | None] = {}
 
     def run(self) -> None:
         """Beat until closed."""
@@ -112,11 +118,29 @@ class Pulse(threading.Thread):
                 self._store.set(f"beat/{self._node}", str(count))
                 now = time.monotonic()
                 for node, (before, _) in list(self._seen.items()):
-                    key = f"beat/{node}"
-                    value = self._store.get(key) if self._store.check([key]) else b""
+                    value = read_key(self._store, f"beat/{node}")
                     if value != before:
                         self._seen[node] = (value, now)
+                for key, text in list(self._outbox.items()):
+                    self._store.set(key, text)
+                    del self._outbox[key]
+                for key in [key for key, value in self._wanted.items() if value is None]:
+                    self._wanted[key] = read_key(self._store, key)
                 self._contact = now
+
+    def send(self, key: str, text: str) -> None:
+        """Set a key of the store soon."""
+        self._outbox[key] = text
+
+    def receive(self, key: str) -> str | None:
+        """The value of a key, once it has one; it is looked up from the first call on."""
+        return self._wanted.setdefault(key, None)
+
+    def flush(self, *, timeout_s: float) -> None:
+        """Wait until everything has been sent."""
+        deadline = time.monotonic() + timeout_s
+        while self._outbox and time.monotonic() < deadline:
+            time.sleep(POLL_S)
 
     def silence_of(self, node: int) -> float:
         """Seconds since another node was last seen alive."""
@@ -128,11 +152,35 @@ class Pulse(threading.Thread):
 
     def forgive(self) -> None:
         """Begin anew to count the silence of the other nodes."""
-        self._seen = dict.fromkeys(self._seen, (b"", time.monotonic()))
+        self._seen = dict.fromkeys(self._seen, (None, time.monotonic()))
 
     def close(self) -> None:
         """Stop beating."""
         self._closed.set()
+
+
+def read_key(store: Any, key: str) -> str | None:
+    """The value of a key of a store; `None` if it has none."""
+    return str(store.get(key).decode()) if store.check([key]) else None
+
+
+def wait_for(work: Callable[[], None], check: Callable[[], None]) -> None:
+    """Do in a thread what may block for long, and call `check` meanwhile; raise what it raises."""
+    errors: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=guarded, name="rendezvous", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_S)
+        check()
+    if errors:
+        raise errors[0]
 
 
 class Group:
@@ -181,31 +229,25 @@ class Group:
         self._store.set(f"attempt/{attempt}", json.dumps({"checkpoint": checkpoint}))
         missing = [n for n in self._others if n not in self._agents or self._agents[n].has_ended()]
         self._agents |= start_agents(self._run, self._run_dir, missing, self._master)
-        errors: list[BaseException] = []
+        host, port = self._master
+        self._report(f"waiting for {self._count(self._others)} at {host}:{port}")
 
-        def wait() -> None:
-            try:
-                launch = self._run.launch
-                meet(self._store, token=self._token, attempt=attempt, node=0, launch=launch)
-            except BaseException as error:
-                errors.append(error)
+        def join() -> None:
+            launch = self._run.launch
+            meet(self._store, token=self._token, attempt=attempt, node=0, launch=launch)
 
-        self._report(
-            f"waiting for {self._count(self._others)} at {':'.join(map(str, self._master))}"
-        )
-        thread = threading.Thread(target=wait, name="rendezvous", daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(POLL_S)
+        def check() -> None:
             if requests.numbers:
                 raise Preempted(requests.numbers[0])
             self._check_joining()
-        if errors:
-            there = [node for node in self._others if self._key(f"joined/{attempt}/{node}")]
-            absent = [node for node in self._others if node not in there]
+
+        try:
+            wait_for(join, check)
+        except (RendezvousError, RuntimeError) as error:
+            absent = [n for n in self._others if self._key(f"joined/{attempt}/{n}") is None]
             limit = f"{self._run.launch.join_timeout_s} s (launch.join_timeout_s)"
-            text = f"{self._count(absent)} did not join within {limit}: {errors[0]}"
-            raise NodeError(text) from errors[0]
+            text = f"{self._count(absent)} did not join within {limit}: {error}"
+            raise NodeError(text) from error
         self._pulse.forgive()
         return replace(spec, place=self._place)
 
@@ -300,7 +342,7 @@ class Group:
         return self.name_of(nodes[0]) if len(nodes) == 1 else f"{len(nodes)} nodes"
 
     def _key(self, key: str) -> str | None:
-        return str(self._store.get(key).decode()) if self._store.check([key]) else None
+        return read_key(self._store, key)
 
 
 @contextmanager

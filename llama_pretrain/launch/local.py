@@ -1,10 +1,11 @@
 """Launch the ranks of this machine, and wait for them and for those of other nodes."""
 
+import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +18,8 @@ from llama_pretrain.launch.spec import LaunchSpec
 from llama_pretrain.launch.watch import LAST_WORDS_S, Watch
 from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.runs.metrics import EventRow, read_metrics
+
+LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
 
 
 class OtherNodes(Protocol):
@@ -35,14 +38,26 @@ class OtherNodes(Protocol):
         """A node by its index, host name and ranks."""
 
 
+@contextmanager
+def quiet_torch() -> Iterator[None]:
+    """Import torch without its warnings in C++, as of each host whose address has no name."""
+    before = os.environ.get(LOG_LEVEL)
+    os.environ[LOG_LEVEL] = before or "ERROR"
+    try:
+        yield
+    finally:
+        if before is None:  # ranks are to log as they would
+            del os.environ[LOG_LEVEL]
+
+
 def other_nodes(
     run: ResolvedRun, run_dir: RunDir, *, report: Callable[[str], None]
 ) -> AbstractContextManager[OtherNodes | None]:
     """The other nodes of a run while it trains; `None` if there are none."""
     if run.launch.nodes == 1:
         return nullcontext()
-    # torch takes seconds to import, which a run on one node need not pay
-    from llama_pretrain.launch.group import open_group
+    with quiet_torch():  # it takes seconds to import, which a run on one node need not pay
+        from llama_pretrain.launch.group import open_group
 
     return open_group(run, run_dir, report=report)
 

@@ -14,7 +14,7 @@ from llama_pretrain.config.run import Run
 from llama_pretrain.config.snapshot import load_snapshot, to_plain
 from llama_pretrain.config.tasks import Task
 from llama_pretrain.config.validate import flatten
-from llama_pretrain.launch.local import preload
+from llama_pretrain.launch.local import preload, quiet_torch
 from llama_pretrain.plan.ds_config import get_train_ds_config, trace_ds_config
 from llama_pretrain.plan.nodes import master_of, node_rank
 from llama_pretrain.plan.plan import (
@@ -97,7 +97,8 @@ def join(run: ResolvedRun, node: int) -> NoReturn:
     Raises:
         SystemExit: with the code of node 0.
     """
-    from llama_pretrain.launch.agent import serve  # imports torch
+    with quiet_torch():
+        from llama_pretrain.launch.agent import serve
 
     host, port = master_of(run.launch)
     if host is None:

@@ -18,7 +18,7 @@ KUBEFLOW_TRAINER = {
 PYTORCH_JOB = {
     "WORLD_SIZE": "2",
     "RANK": "1",
-    "MASTER_ADDR": "job-master-0",
+    "MASTER_ADDR": "job-0",
     "MASTER_PORT": "23456",
 }
 SKYPILOT = {
