@@ -7,7 +7,6 @@ and reports how they ended.
 import contextlib
 import json
 import os
-import signal
 import socket
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from llama_pretrain.files import read_json
 from llama_pretrain.launch.failures import Failure
 from llama_pretrain.launch.forked import POLL_S, Supervisor
 from llama_pretrain.launch.group import (
+    HANGING,
     LOST_S,
     NODES,
     Pulse,
@@ -224,12 +224,14 @@ class _Member:
                 while supervisor.is_alive():
                     supervisor.join(POLL_S)
                     watch.check()
+                    if self._pulse.receive(f"end/{spec.place.attempt}") == HANGING:
+                        raise watch.blame()
                     if end_at is None and self._is_over(spec.place.attempt, limit_s):
                         end_at = time.monotonic() + LAST_WORDS_S
                     if end_at is not None and time.monotonic() > end_at:
                         watch.kill()
             except RankError as error:
-                hung[error.rank] = Failure(-signal.SIGSTOP, int(time.time()), error.error)
+                hung[error.rank] = Failure(1, int(time.time()), error.error, error.suspicion)
             finally:
                 while supervisor.is_alive():
                     watch.kill()

@@ -4,7 +4,7 @@ import json
 import re
 import signal
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,8 @@ class Failure:
     """Seconds since 1970."""
     text: str = ""
     """The error that it wrote down; empty if it could not."""
+    suspicion: Sequence[int] | None = None
+    """Of a rank that its node found hanging: as `suspect` has it."""
 
     @classmethod
     def of(cls, exitcode: int, error_file: Path) -> "Failure":

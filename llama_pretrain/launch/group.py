@@ -47,6 +47,8 @@ LOST_S = 15.0
 REPORT_S = 20.0
 """What the other nodes have to report how their ranks ended."""
 GOODBYE_S = 5.0
+HANGING = "hanging"
+"""How an attempt ends in which ranks make no progress."""
 NODES = "nodes.json"
 
 
@@ -281,14 +283,17 @@ class Group:
             return True
         return self._pulse.silence_of(node) > min(LOST_S, self._run.launch.timeout_s)
 
-    def end(self) -> tuple[dict[int, Failure], set[int]]:
+    def end(self, *, hanging: bool = False) -> tuple[dict[int, Failure], set[int]]:
         """End the attempt on all nodes.
+
+        Args:
+            hanging: ask the other nodes first which of their ranks hangs.
 
         Returns:
             The failures of ranks of other nodes, where a lost node is one of its first rank, and
             the ranks that were killed there because of others.
         """
-        self._store.set(f"end/{self._place.attempt}", "1")
+        self._store.set(f"end/{self._place.attempt}", HANGING if hanging else "now")
         failures: dict[int, Failure] = {}
         killed: set[int] = set()
         deadline = time.monotonic() + REPORT_S

@@ -4,7 +4,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +15,7 @@ from llama_pretrain.launch.forked import POLL_S, Supervisor
 from llama_pretrain.launch.server import start_server
 from llama_pretrain.launch.signals import Preempted, Requests, receive_signals
 from llama_pretrain.launch.spec import LaunchSpec
-from llama_pretrain.launch.watch import LAST_WORDS_S, Watch
+from llama_pretrain.launch.watch import LAST_WORDS_S, RankError, Watch
 from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.runs.metrics import EventRow, read_metrics
 
@@ -31,7 +31,7 @@ class OtherNodes(Protocol):
     def have_failed(self) -> bool:
         """Whether a rank of theirs has failed, or one of them is lost."""
 
-    def end(self) -> tuple[dict[int, Failure], set[int]]:
+    def end(self, *, hanging: bool = False) -> tuple[dict[int, Failure], set[int]]:
         """End the attempt. Returns failures, and ranks that were killed because of others."""
 
     def name_of(self, node: int) -> str:
@@ -106,6 +106,7 @@ def launch(
         supervisor.start()
         theirs, killed = dict[int, Failure](), set[int]()
         failed_at: float | None = None
+        hang: RankError | None = None
         try:
             while supervisor.is_alive():
                 supervisor.join(POLL_S)
@@ -115,19 +116,24 @@ def launch(
                     failed_at = time.monotonic()
                 if failed_at is not None and time.monotonic() - failed_at > LAST_WORDS_S:
                     watch.kill()
+        except RankError as error:
+            hang = error
+            if others is not None:  # before ranks are killed for which those of others wait
+                theirs, killed = others.end(hanging=True)
         finally:
             while supervisor.is_alive():  # it ends when all ranks have
                 watch.kill()
                 supervisor.join(POLL_S)
-            if others is not None:
+            if others is not None and hang is None:
                 theirs, killed = others.end()
+        stopping = watch.signal > 0
+        if hang is not None:
+            raise _find_hanging(hang, theirs, spec, others=others, stopping=stopping)
         if supervisor.failures or failed_at is not None:
             failures = supervisor.failures | theirs
-            cause = find_first(failures, killed=watch.killed | killed)
-            node = cause // spec.run.launch.num_processes
-            name = "" if others is None else others.name_of(node)
-            stopping = watch.signal > 0
-            raise describe(failures[cause], cause, spec, stopping=stopping, node=name)
+            rank = find_first(failures, killed=watch.killed | killed)
+            node = _name_node(rank, spec, others)
+            raise describe(failures[rank], rank, spec, stopping=stopping, node=node)
     if supervisor.error is not None:
         raise supervisor.error
     last = read_metrics(run_dir.metrics)[-1]  # ranks that succeed have written one
@@ -136,3 +142,25 @@ def launch(
     if watch.signal and not getattr(last, "finished", False):
         raise Preempted(watch.signal)
     return watch.signal
+
+
+def _find_hanging(
+    ours: RankError,
+    theirs: Mapping[int, Failure],
+    spec: LaunchSpec,
+    *,
+    others: OtherNodes | None,
+    stopping: bool,
+) -> RankError:
+    """The error of the rank for which all others wait: the most suspect one of any node."""
+    found = {rank: tuple(each.suspicion) for rank, each in theirs.items() if each.suspicion}
+    rank = min(found, key=lambda rank: found[rank], default=ours.rank)
+    if rank == ours.rank or tuple(ours.suspicion or ()) <= found[rank]:
+        return ours
+    log, node = spec.run_dir.rank_log(rank), _name_node(rank, spec, others)
+    return RankError(rank=rank, error=theirs[rank].text, log=log, stopping=stopping, node=node)
+
+
+def _name_node(rank: int, spec: LaunchSpec, others: OtherNodes | None) -> str:
+    node = rank // spec.run.launch.num_processes
+    return "" if others is None else others.name_of(node)

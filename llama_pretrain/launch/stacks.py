@@ -37,22 +37,31 @@ def read_stacks(text: str) -> list[list[Frame]]:
     return stacks
 
 
+Suspicion = tuple[bool, int, bool]
+"""What tells a rank that hangs from those that wait for it: the least does."""
+
+
+def suspect(stacks: Stacks, count: int) -> Suspicion:
+    """Order ranks: first one that could write no stack, because it is stopped or blocked in a
+    system call, then the one with the fewest heartbeats, then one of which no thread waits for
+    other ranks.
+
+    Args:
+        count: its heartbeats.
+    """
+    files = [frame.file for stack in stacks for frame in stack]
+    waits = any(name in file for file in files for name in WAITING)  # autograd has own threads
+    return bool(stacks), count, waits
+
+
 def find_hanging(stacks: Mapping[int, Stacks], counts: Sequence[int]) -> int:
-    """Find the rank that the others wait for: first one that could write no stack, because it is
-    stopped or blocked in a system call, then the one with the fewest heartbeats, then one of which
-    no thread waits for other ranks.
+    """Find the rank that the others wait for.
 
     Args:
         stacks: by rank, without those that have done their work.
         counts: the heartbeats of every rank.
     """
-
-    def order(rank: int) -> tuple[bool, int, bool, int]:
-        files = [frame.file for stack in stacks[rank] for frame in stack]
-        waits = any(name in file for file in files for name in WAITING)  # autograd has own threads
-        return bool(stacks[rank]), counts[rank], waits, rank
-
-    return min(stacks, key=order)
+    return min(stacks, key=lambda rank: (suspect(stacks[rank], counts[rank]), rank))
 
 
 def describe_stack(frames: Sequence[Frame], *, limit: int = 4) -> str:

@@ -9,7 +9,14 @@ from pathlib import Path
 
 from llama_pretrain.launch.signals import Preempted, Requests, Stopped
 from llama_pretrain.launch.spec import LaunchSpec
-from llama_pretrain.launch.stacks import Stacks, describe_stack, find_hanging, read_stacks
+from llama_pretrain.launch.stacks import (
+    Stacks,
+    Suspicion,
+    describe_stack,
+    find_hanging,
+    read_stacks,
+    suspect,
+)
 from llama_pretrain.process import DUMP, STARTED, Beat, is_alive, kill_session, read_beats
 
 LAST_WORDS_S = 1.0
@@ -36,7 +43,10 @@ class RankError(Exception):
         advice: str = "",
         stopping: bool = False,
         node: str = "",
+        suspicion: Suspicion | None = None,
     ):
+        self.suspicion = suspicion
+        """Of a rank that hangs: as `suspect` has it."""
         self.rank, self.error, self.log = rank, error, log
         self.may_pass = not stopping and not error.startswith(PERMANENT)
         """Whether a restart may help; not when a signal had asked the run to stop."""
@@ -121,13 +131,20 @@ class Watch:
     def _look_for_hang(self, beats: Sequence[Beat]) -> None:
         now = time.monotonic()
         silence = [now - (beat.at if beat.pid else self._began) for beat in beats]
-        if max(silence) <= self._timeout_s:
-            return
+        if max(silence) > self._timeout_s:
+            raise self.blame()
+
+    def blame(self) -> RankError:
+        """The error of the rank that most likely hangs; all write their stacks."""
+        beats, now = self._read_beats(), time.monotonic()
+        silence = [now - (beat.at if beat.pid else self._began) for beat in beats]
+        suspicion: Suspicion = (False, 0, False)
         slot = next((slot for slot, beat in enumerate(beats) if not beat.pid), None)
         error = f"it did not start within {self._timeout_s} s (launch.timeout_s)"
         if slot is None:
             stacks = self._request_stacks(beats)
             slot = find_hanging(stacks, [beat.count for beat in beats])
+            suspicion = suspect(stacks[slot], beats[slot].count)
             where = "it wrote no stack: it is stopped, or in a system call"
             if stacks[slot]:
                 where = f"it is in {describe_stack(stacks[slot][-1])}"
@@ -137,7 +154,9 @@ class Watch:
             )
         rank = self._ranks[slot]
         log = self._run_dir.rank_log(rank)
-        raise RankError(rank=rank, error=error, log=log, stopping=self.signal > 0)
+        return RankError(
+            rank=rank, error=error, log=log, stopping=self.signal > 0, suspicion=suspicion
+        )
 
     def _request_stacks(self, beats: Sequence[Beat]) -> dict[int, Stacks]:
         logs = [self._run_dir.rank_log(rank) for rank in self._ranks]
