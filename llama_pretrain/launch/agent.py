@@ -147,7 +147,9 @@ class _Member:
     def serve(self, requests: Requests, report: Callable[[str], None]) -> int:
         """Take part in attempts until node 0 ends the run, or is lost."""
         start_server(libraries=self._run.launch.fork)
-        launch, attempt = self._run.launch, 0
+        launch, attempt = self._run.launch, int(self._store.get("current"))
+        if self._store.check([f"joined/{attempt}/{self._node}"]):  # before it was lost
+            attempt += 1
         address, interface = choose_address(interface=launch.interface, towards=self._master[0])
         self._pulse.start()
         while True:
@@ -162,7 +164,7 @@ class _Member:
                 node=self._node,
                 address=address,
                 interface=interface,
-                store=self._master,
+                store=tuple(announced["store"]),
                 attempt=attempt,
             )
             spec = LaunchSpec(

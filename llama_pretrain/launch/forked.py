@@ -12,7 +12,7 @@ import threading
 import time
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -85,19 +85,23 @@ class Supervisor(threading.Thread):
         cores = os.sched_getaffinity(0)
         context = multiprocessing.get_context("forkserver")
         fresh = not self._spec.run.launch.fork
-        with socket.create_server(("127.0.0.1", 0)) as store, _plain_process():
+        place = self._spec.place
+        listener = place.listener
+        if place.store is None:
+            listener = socket.create_server((place.address, 0))
+        with listener or nullcontext(), _plain_process():
+            store = place.store or (listener.getsockname() if listener else ("", 0))
             for rank in self._spec.ranks:
-                environment = self._environment(rank, port=store.getsockname()[1])
-                hosted = store if rank == 0 and self._spec.place.store is None else None
+                hosted = listener if rank == 0 else None
+                environment = self._environment(rank, store)
                 arguments = (self._spec.worker_args, environment, cores, hosted, fresh)
                 process = context.Process(target=run_rank, args=arguments)
                 process.start()
                 self._processes.append(process)
 
-    def _environment(self, rank: int, *, port: int) -> dict[str, str]:
+    def _environment(self, rank: int, store: tuple[str, int]) -> dict[str, str]:
         """The environment of a rank, with what torch's elastic agent would set."""
         launch, place = self._spec.run.launch, self._spec.place
-        host, port = place.store or ("127.0.0.1", port)
         values = {
             **os.environ,
             **worker_environment(self._spec.run),
@@ -107,13 +111,13 @@ class Supervisor(threading.Thread):
             "LOCAL_WORLD_SIZE": str(launch.num_processes),
             "GROUP_RANK": str(place.node),
             "GROUP_WORLD_SIZE": str(launch.nodes),
-            "MASTER_ADDR": host,
-            "MASTER_PORT": str(port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",  # it is hosted before the ranks join
+            "MASTER_ADDR": store[0],
+            "MASTER_PORT": str(store[1]),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 hosts it before it joins
             "TORCHELASTIC_RESTART_COUNT": str(place.attempt),
             "TORCHELASTIC_ERROR_FILE": str(self._error_file(rank)),
         }
-        if place.store is not None:
+        if launch.nodes > 1:
             values["GLOO_SOCKET_IFNAME"] = values["NCCL_SOCKET_IFNAME"] = place.interface
         return values
 

@@ -1,7 +1,8 @@
 """The nodes of a run: they meet at torch's elastic rendezvous, and watch each other in its store.
 
 Node 0 hosts the store on the one address that leads to the other nodes; torch's stores have no
-authentication. Ranks use the same store, so that nothing else listens.
+authentication. Each attempt to train has another store, of its ranks, on the same address: keys of
+an attempt that failed would mislead the next.
 """
 
 import contextlib
@@ -205,9 +206,7 @@ class Group:
             raise UserError([Problem(path="launch.master", message=message)]) from error
         self._token = secrets.token_hex(8)
         self._master = (self._store.host, self._store.port)
-        self._place = Place(
-            node=0, address=address, interface=interface, store=self._master, attempt=-1
-        )
+        self._place = Place(node=0, address=address, interface=interface, attempt=-1)
         self._others = list(range(1, launch.nodes))
         self._reports: dict[int, Any] = {}
         self._agents: dict[int, Agent] = {}
@@ -228,7 +227,11 @@ class Group:
         self._place = replace(self._place, attempt=self._place.attempt + 1)
         self._reports, attempt = {}, self._place.attempt
         checkpoint = None if spec.checkpoint is None else str(spec.checkpoint)
-        self._store.set(f"attempt/{attempt}", json.dumps({"checkpoint": checkpoint}))
+        listener = socket.create_server((self._place.address, 0))
+        self._place = replace(self._place, store=listener.getsockname(), listener=listener)
+        announced = {"checkpoint": checkpoint, "store": self._place.store}
+        self._store.set(f"attempt/{attempt}", json.dumps(announced))
+        self._store.set("current", str(attempt))
         missing = [n for n in self._others if n not in self._agents or self._agents[n].has_ended()]
         self._agents |= start_agents(self._run, self._run_dir, missing, self._master)
         host, port = self._master

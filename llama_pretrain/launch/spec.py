@@ -1,5 +1,6 @@
 """What a launch needs to know."""
 
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,9 @@ class Place:
     interface: str = "lo"
     """The network interface that has it."""
     store: tuple[str, int] | None = None
-    """Host and port of the store of several nodes; without it rank 0 hosts one."""
+    """Host and port of the store of the ranks, which rank 0 hosts; `None` = choose a port."""
+    listener: socket.socket | None = None
+    """On node 0: the socket of that port."""
     attempt: int = 0
     """Launches of the same nodes before this one."""
 
