@@ -184,3 +184,87 @@ def ssh_between(machines: Sequence[Host], folder: Path) -> Iterator[str]:
                 assert time.monotonic() < deadline, "sshd does not listen"
                 time.sleep(0.05)
         yield f"ssh -F {folder}/ssh_config"
+
+
+SLURM = """
+ClusterName=test
+SlurmctldHost={first}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/ctld.pid
+SlurmdPidFile={folder}/%n.pid
+SlurmctldLogFile={folder}/ctld.log
+SlurmdLogFile={folder}/%n.log
+ProctrackType={tracking}
+TaskPlugin=task/none
+MpiDefault=none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=0,batch_sched_delay=0
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+JobRequeue=1
+KillWait=10
+ReturnToService=2
+SlurmdTimeout=10
+RequeueExit=75
+SlurmdParameters=config_overrides
+{nodes}
+PartitionName=low Nodes={names} Default=YES PriorityTier=1 GraceTime=10 State=UP
+PartitionName=high Nodes={names} PriorityTier=10 PreemptMode=OFF State=UP
+"""
+
+
+@contextmanager
+def slurm_on(
+    machines: Sequence[Host], folder: Path, *, tracking: str = "proctrack/linuxproc"
+) -> Iterator[dict[str, str]]:
+    """A real Slurm of these hosts; the first one has the controller. Yields its environment."""
+    for program in ("slurmctld", "slurmd", "munged"):
+        if shutil.which(program) is None:
+            pytest.skip(f"several hosts: needs {program}")
+    conf, socket = folder / "slurm.conf", folder / "munge.socket"
+    nodes = [f"NodeName={h.name} NodeAddr={h.address} CPUs=2 RealMemory=4000" for h in machines]
+    names = ",".join(host.name for host in machines)
+    first = f"{machines[0].name}({machines[0].address})"
+    text = SLURM.format(
+        first=first, folder=folder, nodes="\n".join(nodes), names=names, tracking=tracking
+    )
+    conf.write_text(text)
+    for name in ("state", "spool"):
+        (folder / name).mkdir()
+    folder.chmod(0o755)
+    key = folder / "munge.key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o600)
+    munged = ["munged", "--foreground", "--force", f"--socket={socket}", f"--key-file={key}"]
+    munged += [f"--pid-file={folder}/munged.pid", f"--seed-file={folder}/munged.seed"]
+    env = {"SLURM_CONF": str(conf)}
+    with ExitStack() as stack:
+
+        def daemon(host: Host, words: Sequence[str]) -> None:
+            process = host.start(words, output=folder / "daemons.out", env=env)
+            stack.callback(process.wait, 20)
+            stack.callback(process.terminate)
+
+        daemon(machines[0], [*munged, f"--log-file={folder}/munged.log"])
+        daemon(machines[0], ["slurmctld", "-D", "-c"])
+        for host in machines:
+            daemon(host, ["slurmd", "-D", "-N", host.name])
+        deadline = time.monotonic() + 20
+        shown = ["env", f"SLURM_CONF={conf}", "sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D"]
+        while True:
+            try:
+                if machines[0].run(*shown).split() == [str(len(machines))]:
+                    break
+            except subprocess.CalledProcessError:  # the controller is not up
+                pass
+            assert time.monotonic() < deadline, (folder / "daemons.out").read_text()[-3000:]
+            time.sleep(0.1)
+        yield env

@@ -308,7 +308,8 @@ class Group:
             report = self._reports.get(node)
             if report is None:
                 first = node * self._run.launch.num_processes
-                failures[first] = Failure(1, int(time.time()), self._describe_loss(node))
+                text, most_suspect = self._describe_loss(node), (False, -1, False)
+                failures[first] = Failure(1, int(time.time()), text, most_suspect)
                 continue
             failures |= {int(rank): Failure(**each) for rank, each in report["failures"].items()}
             killed |= set(report["killed"])
