@@ -125,6 +125,7 @@ def _demand(
         step=after,
         micro_batches=batch.gradient_accumulation_steps,
         summed=_summed_bytes(run, batch),
+        recomputed=activation_bytes(run, batch)[1] if run.train.gradient_checkpointing else 0,
     )
 
 

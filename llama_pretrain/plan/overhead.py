@@ -32,14 +32,18 @@ ONE_RANK_MOVING_SHARE = 0.8
 GLIBC_KEEPS = 96 * MIB
 """The most that glibc keeps by default: 64 MiB at the end of the heap, and a freed block of at most
 32 MiB, since larger ones are returned (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD)."""
-STAGE_3_FACTORS = (1.55, 1.26, 1.0)
-"""Stage 3: resident memory as multiples of states, activations and reduction."""
-STAGE_3_GATHERED = 0.32
-"""What copies of parameters that are gathered from other ranks add to that where freed memory is
-kept: with 58M parameters, memory grew by one embedding matrix after another until the 17th step."""
-STAGE_3_PASS = 0.16
-"""What each micro batch of a step after the first adds to that, up to the fourth; it was seen in
-fp32, whose temporary tensors are twice as large, and not in bf16."""
+STAGE_3_FACTORS = (1.37, 1.61, 0.52, 2.3)
+"""Stage 3: resident memory as multiples of states, activations, reduction, and the tensors that are
+recomputed for a layer."""
+STAGE_3_GATHERED = 0.37
+"""What copies of parameters that are gathered from other ranks add to the first three where freed
+memory is kept: with 58M parameters, memory grew by one embedding matrix after another until the
+17th step."""
+STAGE_3_BLOCKS = 32 * MIB
+"""What gathering takes besides, on several ranks."""
+STAGE_3_PASS = 0.12
+"""What each micro batch of a step after the first adds to the first three, up to the fourth; it was
+seen in fp32, whose temporary tensors are twice as large, and not in bf16."""
 
 
 def framework_bytes(run: ResolvedRun) -> int:
@@ -82,6 +86,8 @@ class Demand:
     """Micro batches of a step."""
     summed: int
     """Of the states: buffers in which offloaded gradients are accumulated."""
+    recomputed: int
+    """Activations of one layer, if they are recomputed; else 0."""
 
 
 def heap_bytes(run: ResolvedRun, demand: Demand) -> int:
@@ -95,17 +101,17 @@ def heap_bytes(run: ResolvedRun, demand: Demand) -> int:
     are allocated and freed again and again. The shares were fitted to measured runs (docs/plan.md).
     """
     stage, kept = run.zero.stage, run.kernels.allocator is Allocator.keep
-    together = demand.states + demand.activations
     if stage == 3:
+        sizes = (demand.states, demand.activations, demand.reduction, demand.recomputed)
         share = STAGE_3_GATHERED if kept and run.num_ranks > 1 else 0.0
         if run.precision.name is PrecisionName.fp32:
             share += STAGE_3_PASS * min(demand.micro_batches - 1, 3)
-        sizes = (demand.states, demand.activations, demand.reduction)
-        factors = (factor + share for factor in STAGE_3_FACTORS)
-        return int(sum(size * factor for size, factor in zip(sizes, factors, strict=True)))
-    together += demand.summed  # written between gradients that are freed: as much is torn
-    together += max(demand.reduction, demand.step) + SMALL_BLOCKS
+        resident = sum(size * factor for size, factor in zip(sizes, STAGE_3_FACTORS, strict=True))
+        blocks = STAGE_3_BLOCKS if run.num_ranks > 1 else 0
+        return int(resident + share * sum(sizes[:3])) + blocks
+    tensors = demand.states + demand.activations + max(demand.reduction, demand.step) + SMALL_BLOCKS
     if stage == 0:
-        return together + int(demand.activations * ACTIVATION_SHARE)
+        return tensors + int(demand.activations * ACTIVATION_SHARE)
+    tensors += demand.summed  # written between gradients that are freed: as much is torn
     moved = int(demand.reduction * (MOVING_SHARE if run.num_ranks > 1 else ONE_RANK_MOVING_SHARE))
-    return together + (moved if kept else min(moved + SMALL_BLOCKS // 2, GLIBC_KEEPS))
+    return tensors + (moved if kept else min(moved + SMALL_BLOCKS // 2, GLIBC_KEEPS))
