@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -98,11 +99,18 @@ def why_not() -> str:
     return "" if done.returncode == 0 else f"cannot make namespaces: {done.stderr.strip()}"
 
 
+def skip(reason: str) -> NoReturn:
+    """Skip a test, unless this machine is one that must run it."""
+    if os.environ.get("LLAMA_PRETRAIN_NEED_HOSTS"):
+        pytest.fail(f"several hosts: {reason}")
+    pytest.skip(f"several hosts: {reason}")
+
+
 @contextmanager
 def hosts(count: int) -> Iterator[list[Host]]:
     """Hosts `a`, `b`, ... on one network, with one file system."""
     if reason := why_not():
-        pytest.skip(f"several hosts: {reason}")
+        skip(reason)
     names = [chr(ord("a") + index) for index in range(count)]
     bridge = f"br{os.getpid() % 100_000}"
     with ExitStack() as stack:
@@ -159,7 +167,7 @@ def ssh_between(machines: Sequence[Host], folder: Path) -> Iterator[str]:
     """A real sshd on every host, with keys made for it. Yields the command that reaches them."""
     for program in ("sshd", "ssh-keygen", "ssh"):
         if shutil.which(program) is None:
-            pytest.skip(f"several hosts: needs {program}")
+            skip(f"needs {program}")
     Path("/run/sshd").mkdir(exist_ok=True)
     for name in ("host", "user"):
         words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)]
@@ -228,7 +236,7 @@ def slurm_on(
     """A real Slurm of these hosts; the first one has the controller. Yields its environment."""
     for program in ("slurmctld", "slurmd", "munged"):
         if shutil.which(program) is None:
-            pytest.skip(f"several hosts: needs {program}")
+            skip(f"needs {program}")
     conf, socket = folder / "slurm.conf", folder / "munge.socket"
     nodes = [f"NodeName={h.name} NodeAddr={h.address} CPUs=2 RealMemory=4000" for h in machines]
     names = ",".join(host.name for host in machines)
