@@ -43,9 +43,8 @@ class RankError(Exception):
         advice: str = "",
         stopping: bool = False,
         node: str = "",
-        suspicion: Suspicion | None = None,
     ):
-        self.suspicion = suspicion
+        self.suspicion: Suspicion | None = None
         """Of a rank that hangs: as `suspect` has it."""
         self.rank, self.error, self.log = rank, error, log
         self.may_pass = not stopping and not error.startswith(PERMANENT)
@@ -154,9 +153,9 @@ class Watch:
             )
         rank = self._ranks[slot]
         log = self._run_dir.rank_log(rank)
-        return RankError(
-            rank=rank, error=error, log=log, stopping=self.signal > 0, suspicion=suspicion
-        )
+        found = RankError(rank=rank, error=error, log=log, stopping=self.signal > 0)
+        found.suspicion = suspicion
+        return found
 
     def _request_stacks(self, beats: Sequence[Beat]) -> dict[int, Stacks]:
         logs = [self._run_dir.rank_log(rank) for rank in self._ranks]
