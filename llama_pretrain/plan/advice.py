@@ -35,7 +35,7 @@ ON_THE_HOST = {
     OptimName.fused_lion: OptimName.cpu_lion,
 }
 """The same update rule with offloaded state, for optimizers that have one."""
-WORTH = 0.97
+WORTH = 0.98
 """Advice that does not lower the estimate to this share is left out."""
 
 

@@ -48,8 +48,9 @@ def _validate_processes(run: ResolvedRun, machine: Machine) -> Iterator[Problem]
     if launch.nodes > 1 and launch.name is Launcher.local:
         yield Problem(
             path="launch.nodes",
-            message=f"launch=local starts ranks on this machine only (got {launch.nodes})",
-            hint="Add launch=torchrun, launch=ssh or launch=slurm, task=plan, or launch.nodes=1",
+            message="launch=local starts ranks on this machine only; ssh, slurm and torchrun reach"
+            f" others (got {launch.nodes})",
+            hint="Add task=plan, or set launch.nodes=1",
         )
     elif launch.nodes > 1 and run.task not in (Task.pretrain, Task.probe, Task.plan):
         yield Problem(

@@ -54,14 +54,14 @@ def validate_nodes(launch: Launch, environ: Mapping[str, str] | None = None) -> 
     try:
         nodes = count_nodes(launch, environ)
         if launch.name is Launcher.ssh and len(list_hosts(launch)) != nodes:
-            message = f"differs from the number of hosts, {len(list_hosts(launch))} (got {nodes})"
-            yield Problem(path="launch.nodes", message=message, hint="Leave it out")
+            hosts = len(list_hosts(launch))
+            message = f"differs from the number of hosts, {hosts} (got {nodes})"
+            yield Problem(path="launch.nodes", message=message, hint=f"Set launch.nodes={hosts}")
         if nodes > 1 and launch.name is Launcher.torchrun:
             node_rank(launch, environ)
             if master_of(launch, environ)[0] is None:
-                message = "is required: no platform has set the address of node 0"
-                hint = "Write launch.master=HOST:PORT"
-                yield Problem(path="launch.master", message=message, hint=hint)
+                message = "is required, as HOST or HOST:PORT: no platform has set it"
+                yield Problem(path="launch.master", message=message)
     except UserError as error:
         yield from error.problems
 
@@ -118,9 +118,8 @@ def list_hosts(launch: Launch) -> Sequence[Host]:
             raise UserError([Problem(path="launch.hosts, launch.hostfile", message=message)])
         hosts = _read_hostfile(launch.hostfile)
     if not hosts:
-        hint = "Write launch.hosts=[a,b]"
-        message = "is required by launch=ssh, or launch.hostfile (got neither)"
-        raise UserError([Problem(path="launch.hosts", message=message, hint=hint)])
+        message = "is required by launch=ssh, as a list of names, or launch.hostfile (got neither)"
+        raise UserError([Problem(path="launch.hosts", message=message)])
     names = [host.name for host in hosts]
     if len({*names}) < len(names):
         message = f"names a host twice (got {', '.join(names)})"
