@@ -46,8 +46,8 @@ class Launch:
     """Address of node 0 for the others, as HOST or HOST:PORT; `null` = what the platform's
     environment says, or the address that leads to the other hosts."""
     interface: Annotated[str | None, BETWEEN_NODES] = None
-    """Network interface of this node for traffic between nodes; `null` = the one that leads to node
-    0, or from there to the others."""
+    """Network interface of every node for traffic between nodes; `null` = the one that leads to
+    node 0, or from there to the others."""
     hosts: Annotated[list[str], BY_SSH] = field(default_factory=list)
     """Hosts to train on, among them this machine, which becomes node 0."""
     hostfile: Annotated[str | None, IsPath(), BY_SSH] = None

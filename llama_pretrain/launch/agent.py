@@ -158,7 +158,8 @@ class _Member:
                 return announced
             checkpoint = announced["checkpoint"]
             self._pulse.send(f"joined/{attempt}/{self._node}", "1")
-            if not self._join(attempt, requests):
+            if (fault := self._join(attempt, requests)) is not None:
+                report(f"error: not all nodes have joined: {fault}")
                 return 1
             place = Place(
                 node=self._node,
@@ -192,8 +193,8 @@ class _Member:
             report(f"error: node 0 is lost: no answer for {self._pulse.silence():.0f} s")
         return PREEMPTED_CODE if requests.numbers else 1
 
-    def _join(self, attempt: int, requests: Requests) -> bool:
-        """Wait for all nodes of an attempt. Returns whether it has begun."""
+    def _join(self, attempt: int, requests: Requests) -> Exception | None:
+        """Wait for all nodes of an attempt. Returns why it cannot begin."""
 
         def join() -> None:
             launch = self._run.launch
@@ -206,9 +207,9 @@ class _Member:
 
         try:
             wait_for(join, check)
-        except (RendezvousError, RuntimeError):
-            return False
-        return True
+        except (RendezvousError, RuntimeError) as error:
+            return error
+        return None
 
     def _run_ranks(
         self, spec: LaunchSpec, requests: Requests, report: Callable[[str], None]
@@ -238,7 +239,11 @@ class _Member:
                 while supervisor.is_alive():
                     watch.kill()
                     supervisor.join(POLL_S)
-        return {**supervisor.failures, **hung}, watch.killed - set(hung)
+        failures = {**supervisor.failures, **hung}
+        if supervisor.error is not None:  # its ranks could not be started, or not be watched
+            text = f"{type(supervisor.error).__name__}: {supervisor.error}"
+            failures.setdefault(spec.ranks.start, Failure(1, int(time.time()), text))
+        return failures, watch.killed - set(hung)
 
     def _is_over(self, attempt: int, limit_s: float) -> bool:
         """Whether node 0 has ended the attempt, or is lost."""
