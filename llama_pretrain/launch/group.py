@@ -319,7 +319,10 @@ class Group:
         agent = self._agents.get(node)
         if agent is not None and agent.has_ended():
             return f"the node is lost: {agent.describe_end()}"
-        return f"the node is lost: no sign of life for {self._pulse.silence_of(node):.0f} s"
+        silence = self._pulse.silence_of(node)
+        if silence < BEAT_S * 10:
+            return "the node is lost: its command has ended, and was started again"
+        return f"the node is lost: no sign of life for {silence:.0f} s"
 
     def close(self, code: int) -> None:
         """Let the other nodes exit, with a code."""
