@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from llama_pretrain.cli.checkpoint import add_checkpoint
 from llama_pretrain.cli.compare import add_compare
 from llama_pretrain.cli.leaderboard import add_leaderboard
 from llama_pretrain.cli.list_runs import add_list
@@ -15,13 +16,15 @@ def build_parser() -> argparse.ArgumentParser:
     """All subcommands; each sets `do`, a function of the arguments that returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m llama_pretrain",
-        description="Look at existing runs. To train: python run.py --help.",
+        description="Look at existing runs, and ask running ones for a checkpoint. To train:"
+        " python run.py --help.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_list(commands)
     add_compare(commands)
     add_leaderboard(commands)
     add_verify(commands)
+    add_checkpoint(commands)
     return parser
 
 

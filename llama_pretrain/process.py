@@ -20,6 +20,8 @@ from llama_pretrain.files import open_regular
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 DUMP = signal.SIGUSR2
 """Makes a rank write the stacks of all its threads to its log, even inside a collective."""
+SAVE = signal.SIGUSR2
+"""Asks the launching process, or the agent of another node, for a checkpoint."""
 PARENT = "LLAMA_PRETRAIN_PARENT"
 """The environment variable with the process id that a worker's parent must have."""
 STORE_FD = "LLAMA_PRETRAIN_STORE_FD"

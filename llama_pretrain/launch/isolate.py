@@ -6,12 +6,12 @@ The server imports this first: its interface is that a module does its work when
 import os
 import signal
 
-from llama_pretrain.process import PARENT, STOPPING, die_with_parent
+from llama_pretrain.process import PARENT, SAVE, STOPPING, die_with_parent
 
 die_with_parent()
 os.environ[PARENT] = str(os.getpid())  # for ranks
 os.setsid()  # a terminal's Ctrl-C is for the launcher, which tells the ranks
-for number in STOPPING:
+for number in (*STOPPING, SAVE):  # a scheduler may send them to every process
     signal.signal(number, signal.SIG_IGN)
 null = os.open(os.devnull, os.O_RDWR)
 for descriptor in (0, 1, 2):  # a rank has its own log

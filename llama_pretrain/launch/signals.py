@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from llama_pretrain.process import STOPPING
+from llama_pretrain.process import SAVE, STOPPING
 
 PREEMPTED_CODE = 75
 """EX_TEMPFAIL of sysexits.h: try again. Slurm's RequeueExit acts on it."""
@@ -46,6 +46,8 @@ class Requests:
 
     def __init__(self) -> None:
         self.numbers: list[int] = []
+        self.save = False
+        """Whether a checkpoint is asked for."""
         self._last = 0.0
 
     def add(self, number: int) -> bool:
@@ -79,6 +81,7 @@ def leave_at_signals() -> None:
         os._exit(PREEMPTED_CODE)
 
     _handle(leave)
+    signal.signal(SAVE, signal.SIG_IGN)  # there is nothing to save before ranks run
 
 
 def catch_signals(requests: Requests) -> None:
@@ -100,7 +103,7 @@ def catch_signals(requests: Requests) -> None:
 
 def ignore_signals() -> None:
     """From here on signals are ignored: the interpreter's exit would restore handlers that kill."""
-    for number in STOPPING:
+    for number in (*STOPPING, SAVE):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -114,10 +117,12 @@ def receive_signals(on_request: Callable[[int], None] = lambda number: None) -> 
     requests = Requests()
 
     def record(number: int, _frame: FrameType | None) -> None:
-        if requests.add(number):
+        if number == SAVE:
+            requests.save = True
+        elif requests.add(number):
             on_request(number)
 
-    before = _handle(record)
+    before = _handle(record) | {SAVE: signal.signal(SAVE, record)}
     try:
         yield requests
     finally:

@@ -49,6 +49,8 @@ class RunDir:
     inspection = _Inside("data.html")
     """The page of task=inspect."""
     checkpoints = _Inside("checkpoints")
+    request = _Inside("checkpoint.request")
+    """Whoever creates it asks for a checkpoint; rank 0 deletes it when it saves."""
     export = _Inside("export")
     ranks = _Inside("ranks")
     report = _Inside("report.html")

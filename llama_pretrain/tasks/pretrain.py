@@ -114,6 +114,8 @@ def _train(
     run_dir = context.run_dir
     restarts = 0
     status, verdict = Status.completed, ""
+    with contextlib.suppress(OSError):
+        run_dir.request.unlink()  # of an earlier launch
     write_status(run_dir, Status.running)
     try:
         build_operators(run, log=run_dir.ranks / "build.log", taking_time=console.taking_time)

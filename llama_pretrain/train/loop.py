@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from llama_pretrain.train.evaluate import probe_logits, sum_losses
 from llama_pretrain.train.generation import generate_with_engine
 from llama_pretrain.train.metrics import MetricsWriter
 from llama_pretrain.train.progress import MAX_ROLLBACKS, Progress
-from llama_pretrain.train.step import NonFiniteError, StepResult, Training, train_step
+from llama_pretrain.train.step import Flags, NonFiniteError, StepResult, Training, train_step
 
 UNTRAINED_TOKENS = 8
 """Maximum length of the generation before the first step, in tokens."""
@@ -102,7 +102,10 @@ def train(training: Training, writer: MetricsWriter, progress: Progress) -> bool
                 writer.write_all(saver.finish())
             if _evaluates(training, progress.step) and not stopping:
                 stopping = not _evaluate(training, writer, progress)
-            if stopping or _saves(training, progress.step, minutes=result.flags.minutes):
+            if stopping or _saves(training, progress.step, result.flags):
+                if rank.is_first:
+                    with suppress(OSError):
+                        training.run_dir.request.unlink()
                 _save(saver, training, progress, writer, sample_hash=result.sample_hash)
                 saved_at = time.monotonic()
 
@@ -145,9 +148,11 @@ def _evaluates(training: Training, step: int) -> bool:
     return due or step in (0, training.plan.steps.last)
 
 
-def _saves(training: Training, step: int, *, minutes: float) -> bool:
+def _saves(training: Training, step: int, flags: Flags) -> bool:
     """Whether a checkpoint follows a step."""
-    settings = training.run.checkpoint
+    settings, minutes = training.run.checkpoint, flags.minutes
+    if flags.requested:
+        return True
     if step == training.plan.steps.last:
         return settings.at_end or settings.export  # an export requires a checkpoint
     by_steps = settings.every_steps is not None and step % settings.every_steps == 0

@@ -84,6 +84,8 @@ class Flags:
     """Whether every rank has written its files of the pending checkpoint."""
     minutes: float
     """Time since the last checkpoint, by rank 0's clock."""
+    requested: bool
+    """Whether somebody has asked for a checkpoint, as rank 0 sees it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,9 +202,11 @@ def _share(
     """
     rank = training.rank
     minutes = (time.monotonic() - saved_at) / 60 if rank.is_first else 0.0
+    requested = rank.is_first and training.run_dir.request.is_file()
     signals = [0.0] * rank.world_size
     signals[rank.index] = rank.stop.number
-    flags = torch.tensor([sample_hash, float(written), minutes, *signals], dtype=torch.float64)
+    values = [sample_hash, written, minutes, requested, *signals]
+    flags = torch.tensor(values, dtype=torch.float64)
     shared = torch.cat([loss_sum[None], flags.to(rank.device, non_blocking=True)])
     dist.all_reduce(shared)
     return shared
@@ -211,9 +215,14 @@ def _share(
 def _read(training: Training, shared: Tensor) -> tuple[float, int, Flags]:
     """The mean loss, the hash of the global batch, and the flags of all ranks."""
     size = training.rank.world_size
-    loss, sample_hash, written, minutes, *signals = shared.tolist()
+    loss, sample_hash, written, minutes, requested, *signals = shared.tolist()
     mean = loss / (training.plan.batch.gradient_accumulation_steps * size)
-    flags = Flags(stop=int(max(signals)), written=written == size, minutes=minutes)
+    flags = Flags(
+        stop=int(max(signals)),
+        written=written == size,
+        minutes=minutes,
+        requested=requested > 0,
+    )
     return mean, int(sample_hash), flags
 
 

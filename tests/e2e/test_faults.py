@@ -17,7 +17,8 @@ from shlex import split
 import pytest
 
 from benchmarks.faults import numbers, pieces
-from llama_pretrain.checkpoint.manifest import checkpoint_name
+from llama_pretrain.__main__ import main as commands
+from llama_pretrain.checkpoint.manifest import checkpoint_name, list_folders, newest_of
 from llama_pretrain.process import list_processes
 from llama_pretrain.runs.layout import RunDir
 from tests.conftest import OPERATORS, ROOT, SMALL, Runner
@@ -105,6 +106,30 @@ def test_a_run_that_signals_have_interrupted_equals_the_uninterrupted_one(runner
     assert numbers(run_dir) == numbers(whole)
     name = checkpoint_name(STEPS)
     assert pieces(run_dir.checkpoints / name) == pieces(whole.checkpoints / name)
+
+
+def test_a_checkpoint_on_demand_does_not_end_the_run(
+    runner: Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (*LONG, "train.max_steps=1000", "checkpoint.every_steps=null", "checkpoint.keep_last=9")
+    with started(runner, *words) as run:
+        run.wait_for(lambda: run.steps >= 10)
+        run.process.send_signal(signal.SIGUSR2)
+        run.wait_for(lambda: newest_of(run.run_dir.checkpoints) is not None)
+        assert commands(["checkpoint", str(run.run_dir.path)]) == 0
+        shown = Path(capsys.readouterr().out.strip())
+        output = run.end()
+    assert run.process.returncode == 0, output
+    assert "SIGUSR2: writing a checkpoint after this step\n" in output
+    kept = list_folders(run.run_dir.checkpoints)
+    assert [each.name for each in kept][-1] == checkpoint_name(1000)
+    assert shown in kept
+    assert len(kept) == 3
+    assert not run.run_dir.request.exists()
+    assert numbers(run.run_dir) == numbers(runner(*words).run_dir)
+    assert commands(["checkpoint", str(run.run_dir.path)]) == 1
+    assert "is not training: it is completed" in capsys.readouterr().err
+    assert commands(["checkpoint", str(runner.folder)]) == 2
 
 
 def test_a_run_directory_has_one_command_and_no_process_survives_it(runner: Runner) -> None:
