@@ -1,6 +1,7 @@
 """How a command ends: expected errors as lines, signals as exit codes, bugs as tracebacks."""
 
 import errno
+import signal
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -9,16 +10,18 @@ from llama_pretrain import console
 from llama_pretrain.config.compose import describe_compose_error
 from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.launch.signals import PREEMPTED_CODE, Preempted, Requests, Stopped
+from llama_pretrain.launch.slurm import requeue
 from llama_pretrain.launch.watch import NodeError, RankError
 from llama_pretrain.runs.agreement import DivergedError
 from llama_pretrain.tasks.pretrain import UnsavedError
+from llama_pretrain.tasks.submit import JobError
 
 DISK_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM,
     errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.EINVAL,
 )  # fmt: skip
 """Of a file of the run that cannot be written or is something else."""
-EXPECTED = (UserError, NodeError, RankError, DivergedError, UnsavedError)
+EXPECTED = (UserError, NodeError, RankError, DivergedError, UnsavedError, JobError)
 
 
 def print_error(error: Exception) -> None:
@@ -43,6 +46,8 @@ def finish(error: BaseException, *, requests: Requests, swept: int) -> int:
     if isinstance(error, (Preempted, Stopped)):
         lines = [f"{error}; all processes have ended", *getattr(error, "__notes__", [])]
         console.show_failure("\n".join(lines))
+        if error.number == signal.SIGUSR1:  # a job script's time limit comes
+            requeue()
         return PREEMPTED_CODE if isinstance(error, Preempted) else 128 + error.number
     if isinstance(error, EXPECTED):
         print_error(error)

@@ -52,7 +52,7 @@ FLAGS_WITH_VALUES = {
 """Hydra's flags and their short forms."""
 CONFIG_FLAGS = ("config-path", "config-name", "config-dir")
 """Flags that name other configs than ours."""
-OPEN_MAPPINGS = ("zero.extra", "deepspeed.extra", "data.sources")
+OPEN_MAPPINGS = ("zero.extra", "deepspeed.extra", "launch.slurm.extra", "data.sources")
 """Settings that `+` may add keys to."""
 PLUGINS = {
     "optuna": ("hydra_plugins.hydra_optuna_sweeper", "optuna"),

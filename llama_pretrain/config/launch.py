@@ -2,7 +2,7 @@
 
 from dataclasses import field
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Any
 
 from llama_pretrain.config.fields import IsPath, NonNegativeInt, PositiveInt, UsedWhen, schema
 
@@ -23,6 +23,29 @@ class Launcher(str, Enum):
 BETWEEN_NODES = UsedWhen(".name", ("torchrun", "ssh", "slurm"))
 JOINING = UsedWhen(".name", ("torchrun",))
 BY_SSH = UsedWhen(".name", ("ssh",))
+BY_SLURM = UsedWhen("launch.name", ("slurm",))
+
+
+@schema
+class SlurmJob:
+    """The job that `launch=slurm` submits when the command runs outside of an allocation; all
+    settings but the last two are options of sbatch."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: str | None = None
+    """Time limit, as in 12:00:00."""
+    gres: str | None = None
+    """Resources of each node, as in gpu:8."""
+    constraint: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Other options of sbatch by their long names: `+launch.slurm.extra.cpus-per-task=64`,
+    `+launch.slurm.extra.exclusive=true`."""
+    signal_s: PositiveInt = 300
+    """How long before the time limit the run saves and the job goes back into the queue."""
+    wait: bool = False
+    """Show how the run goes until it has ended, instead of returning at once."""
 
 
 @schema
@@ -31,7 +54,8 @@ class Launch:
 
     name: Launcher = Launcher.local
     """What starts the ranks of other nodes: `local` = there are none; `torchrun` = whatever has
-    started this command on every node; `ssh`; `slurm` = srun, inside an allocation."""
+    started this command on every node; `ssh`; `slurm` = srun inside an allocation, and outside of
+    one a job that is submitted."""
 
     device: Device = Device.auto
     """`auto` = CUDA if torch supports it and a GPU is present, else the CPU."""
@@ -54,6 +78,7 @@ class Launch:
     """A file of hosts in DeepSpeed's format, a line each: `host slots=8`."""
     ssh: Annotated[str, BY_SSH] = "ssh"
     """The command that reaches another host, with its options."""
+    slurm: Annotated[SlurmJob, BY_SLURM] = field(default_factory=SlurmJob)
     join_timeout_s: Annotated[PositiveInt, BETWEEN_NODES] = 1800
     """How long nodes wait for each other at a start."""
     allow_node_drift: Annotated[bool, BETWEEN_NODES] = False

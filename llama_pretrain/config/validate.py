@@ -89,7 +89,7 @@ def _explain_field(found: dict[str, Any]) -> Problem:
 
 def unknown_key(path: str, *, got: str) -> Problem:
     """The problem of a setting that does not exist, with the nearest ones that do."""
-    for mapping in ("zero.extra", "deepspeed.extra"):
+    for mapping in ("zero.extra", "deepspeed.extra", "launch.slurm.extra"):
         if path.startswith(mapping):
             hint = f"Add a key to it with a plus: +{mapping}.KEY=VALUE"
             return Problem(path=path, message=f"unknown key (got {got})", hint=hint)

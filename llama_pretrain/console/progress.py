@@ -1,5 +1,6 @@
 """A progress bar on a terminal, a line every few seconds elsewhere."""
 
+import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -58,6 +59,8 @@ def _new_rows(path: Path, start: int, done: threading.Event) -> Iterator[Row | N
         content = b""
         if path.exists():
             with path.open("rb") as file:
+                if (size := os.fstat(file.fileno()).st_size) < position:  # a resume has cut it
+                    position, rest = size, b""
                 file.seek(position)
                 content = file.read()
         position += len(content)

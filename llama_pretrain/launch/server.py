@@ -74,7 +74,8 @@ def _join(*paths: str) -> str:
 
 def may_train(argv: list[str]) -> bool:
     """Whether a command may fork ranks, as far as its arguments tell before Hydra reads them."""
-    return not any(word.startswith(NOT_TRAINING) for word in argv)
+    submits = "launch=slurm" in argv and "SLURM_JOB_NODELIST" not in os.environ
+    return not submits and not any(word.startswith(NOT_TRAINING) for word in argv)
 
 
 def start_server(*, libraries: bool = True) -> None:

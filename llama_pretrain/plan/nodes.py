@@ -41,12 +41,20 @@ def count_nodes(launch: Launch, environ: Mapping[str, str] | None = None) -> int
         return launch.nodes or 1
     if launch.name is Launcher.ssh:
         return len(list_hosts(launch))
+    if submits_job(launch, environ):
+        return 1
     names = SLURM_COUNTS if launch.name is Launcher.slurm else COUNTS
     nodes = _whole_number("launch.nodes", environ, names)
     if nodes is None:
         message = f"is required: no platform has set it (looked for {', '.join(names)})"
         raise UserError([Problem(path="launch.nodes", message=message)])
     return nodes
+
+
+def submits_job(launch: Launch, environ: Mapping[str, str] | None = None) -> bool:
+    """Whether the run is to be submitted to Slurm: this command is in no allocation."""
+    environ = os.environ if environ is None else environ
+    return launch.name is Launcher.slurm and not environ.get("SLURM_JOB_NODELIST")
 
 
 def validate_nodes(launch: Launch, environ: Mapping[str, str] | None = None) -> Iterator[Problem]:

@@ -54,6 +54,10 @@ class RunDir:
     export = _Inside("export")
     ranks = _Inside("ranks")
     report = _Inside("report.html")
+    job_script = _Inside("job.sbatch")
+    """With `launch=slurm` outside of an allocation: the script of the job."""
+    job = _Inside("slurm.json")
+    """The id of that job."""
     lock = _Inside(".lock")
     """Held by the process that trains here."""
 

@@ -23,10 +23,11 @@ from llama_pretrain.config.tasks import Task
 from llama_pretrain.launch.local import preload
 from llama_pretrain.launch.signals import Preempted, Stopped, receive_signals
 from llama_pretrain.plan.machine import detect_machine
+from llama_pretrain.plan.nodes import submits_job
 from llama_pretrain.process import list_processes
 from llama_pretrain.runs.layout import RunDir, hold
 from llama_pretrain.sweep.directory import SweepDir, SweepRecord, Verdict, write_sweep
-from llama_pretrain.sweep.job import BASIC, STOP, count_own_slots
+from llama_pretrain.sweep.job import BASIC, STOP, count_own_slots, wait_for_submitted
 from llama_pretrain.sweep.jobs import (
     Primary,
     SweepJob,
@@ -60,7 +61,9 @@ class Session:
             Preempted, Stopped: after a signal that the jobs of a launcher have handled.
         """
         try:
-            self._stack.close()
+            with self._stack:
+                if error is None:
+                    wait_for_submitted(self.folder)
         except (Preempted, Stopped) as stopped:
             self._add_note(stopped)
             raise
@@ -154,7 +157,8 @@ def _start(config: DictConfig) -> Session:
         message = f"another process runs this sweep in {place.path}"
         raise UserError([Problem(path="hydra.sweep.dir", message=message)]) from error
     first = next((job.run for job in jobs if job.verdict is Verdict.runs), None)
-    if first is not None and own.runtime.choices["hydra/launcher"] == BASIC:
+    here = own.runtime.choices["hydra/launcher"] == BASIC
+    if first is not None and here and not submits_job(first.launch):
         preload(first)
     planned = [plan_on_data(job) for job in jobs]
     fixed = [word.partition("=")[0] for word in words if "," not in word and "(" not in word]

@@ -17,6 +17,7 @@ from llama_pretrain.config.tasks import Resume, Task
 from llama_pretrain.launch.signals import Preempted, Stopped
 from llama_pretrain.launch.watch import RankError
 from llama_pretrain.plan.machine import Machine
+from llama_pretrain.plan.nodes import submits_job
 from llama_pretrain.runs.agreement import DivergedError
 from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.runs.metrics import evaluations, read_metrics
@@ -33,6 +34,7 @@ from llama_pretrain.sweep.directory import (
     write_sweep,
 )
 from llama_pretrain.sweep.jobs import (
+    Primary,
     SweepJob,
     check_run,
     find_corpus,
@@ -45,6 +47,7 @@ from llama_pretrain.sweep.results import write_tables
 from llama_pretrain.tasks.context import TaskContext
 from llama_pretrain.tasks.pretrain import BusyError, PrunedError, UnsavedError
 from llama_pretrain.tasks.run import run_task, train
+from llama_pretrain.tasks.submit import submit_job, wait_for_jobs, waiting_job
 from llama_pretrain.tasks.validate import resolve_valid
 
 BASIC = "basic"
@@ -81,12 +84,37 @@ def run_sweep_job(run: Run, words: Sequence[str], context: TaskContext) -> float
     if record.verdict is not Verdict.runs or (folder.path / STOP).exists():
         return NO_RESULT
     run_dir = folder.job(record)
-    if not has_finished(run_dir):
+    if not has_finished(run_dir) and submits_job(run.launch):
+        _submit(run, words, run_dir)
+    elif not has_finished(run_dir):
         with claim_slot(folder.path, slots, context.machine), _output_to(run_dir.path / LOG):
             _train(run, folder, replace(context, run_dir=run_dir))
         write_tables(folder)
     objective: float | None = read_row(folder, record, objective=sweep.objective)["objective"]
     return NO_RESULT if objective is None else objective
+
+
+def _submit(run: Run, words: Sequence[str], run_dir: RunDir) -> None:
+    """Submit a job to Slurm, unless it is there; wait for it if the sweeper needs its result."""
+    own = HydraConfig.get()
+    argv = [*words, *Primary.of(own).words, "resume=auto"]
+    argv = [word for word in argv if not word.startswith("sweep=")]
+    try:
+        job = waiting_job(run_dir) or submit_job(run, argv, run_dir)
+    except UserError as error:
+        text = "; ".join(str(problem) for problem in error.problems)
+        write_status(run_dir, Status.failed, Outcome(error=text))
+        return
+    if own.runtime.choices["hydra/sweeper"] != BASIC:
+        wait_for_jobs([job])
+
+
+def wait_for_submitted(folder: SweepDir) -> None:
+    """Wait for the jobs of a sweep that Slurm runs."""
+    records = [record for record in read_sweep(folder).jobs if record.folder]
+    jobs = [waiting_job(folder.job(record)) for record in records]
+    if waiting := [job for job in jobs if job is not None]:
+        wait_for_jobs(waiting)
 
 
 def _run_other_task(run: Run, context: TaskContext) -> float | None:

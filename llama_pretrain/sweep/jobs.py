@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -24,12 +25,14 @@ from llama_pretrain.config.compose import (
     read_config,
 )
 from llama_pretrain.config.origins import trace_settings
-from llama_pretrain.config.problems import Problem, UserError
+from llama_pretrain.config.problems import Problem, UserError, refuse
 from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.run import Run
 from llama_pretrain.config.snapshot import SNAPSHOT_NAME, to_plain, without_command
 from llama_pretrain.data.cache import disk_problems
+from llama_pretrain.launch.slurm import validate_job
 from llama_pretrain.plan.machine import Machine
+from llama_pretrain.plan.nodes import submits_job
 from llama_pretrain.plan.plan import (
     Corpus,
     Plan,
@@ -40,6 +43,7 @@ from llama_pretrain.plan.plan import (
 )
 from llama_pretrain.sweep.directory import JobRecord, SweepDir, Verdict
 from llama_pretrain.tasks.run_directory import snapshot_of
+from llama_pretrain.tasks.submit import at_nodes
 from llama_pretrain.tasks.validate import resolve_valid
 
 
@@ -148,7 +152,7 @@ class Primary:
     """Overrides of Hydra's search path."""
 
     @classmethod
-    def of(cls, hydra: DictConfig) -> "Primary":
+    def of(cls, hydra: DictConfig | HydraConf) -> "Primary":
         """That of a command, from its own Hydra section."""
         sources = hydra.runtime.config_sources
         (folder,) = (item.path for item in sources if item.provider == "main")
@@ -158,7 +162,7 @@ class Primary:
             if item.provider == "command-line" or item.provider.startswith("hydra.searchpath")
         ]
         words = (f"hydra.searchpath=[{','.join(others)}]",) if others else ()
-        return cls(folder, hydra.job.config_name, words)
+        return cls(folder, str(hydra.job.config_name), words)
 
 
 def compose_job(primary: Primary, words: Sequence[str]) -> DictConfig:
@@ -195,11 +199,15 @@ def check_run(job: SweepJob, run: Run, origins: dict[str, str], machine: Machine
     Raises:
         UserError: with all its mistakes.
     """
+    submitted = submits_job(run.launch)
+    if submitted:
+        refuse(validate_job(run.launch.slurm))
+        run = at_nodes(run, machine.num_gpus)
     resolved = resolve_valid(run, machine)
     plan = build_plan(resolved)
     job = replace(job, run=resolved, plan=plan, origins=origins)
     unfit = list(validate_memory(resolved, plan))
-    if unfit:
+    if unfit and not submitted:  # of the nodes' memory nothing is known here
         return replace(job, verdict=Verdict.unfit, problem=unfit[0].message)
     return job
 

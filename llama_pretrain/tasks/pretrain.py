@@ -17,6 +17,7 @@ from llama_pretrain.files import write_text
 from llama_pretrain.launch.local import OtherNodes, launch, other_nodes
 from llama_pretrain.launch.operators import build_operators, describe_operators
 from llama_pretrain.launch.signals import Preempted, Stopped, describe_resume
+from llama_pretrain.launch.slurm import describe_restart
 from llama_pretrain.launch.spec import LaunchSpec
 from llama_pretrain.launch.watch import RankError
 from llama_pretrain.plan.plan import TrainingPlan
@@ -96,7 +97,8 @@ def pretrain(
                 begin(reproduction, run_dir)
             if resumed:
                 rewind(run_dir, start)
-                note_start(run_dir, start, resumed=datetime.now(UTC).isoformat(timespec="seconds"))
+                when = datetime.now(UTC).isoformat(timespec="seconds")
+                note_start(run_dir, start, resumed=f"{when} {describe_restart()}".strip())
             return _train(run, plan, context, start, reproduction)
     except BlockingIOError as error:
         message = f"another process is training in {run_dir.path}"

@@ -16,7 +16,7 @@ from llama_pretrain.config.tasks import Task
 from llama_pretrain.config.validate import flatten
 from llama_pretrain.launch.local import preload, quiet_torch
 from llama_pretrain.plan.ds_config import get_train_ds_config, trace_ds_config
-from llama_pretrain.plan.nodes import master_of, node_rank
+from llama_pretrain.plan.nodes import master_of, node_rank, submits_job
 from llama_pretrain.plan.plan import (
     Corpus,
     build_plan,
@@ -35,6 +35,7 @@ from llama_pretrain.tasks.prepare import prepare_data
 from llama_pretrain.tasks.pretrain import pretrain
 from llama_pretrain.tasks.probe import probe
 from llama_pretrain.tasks.reproduce import find_reproduction
+from llama_pretrain.tasks.submit import submit_run
 from llama_pretrain.tasks.validate import resolve_valid
 from llama_pretrain.tasks.verify_resume import verify_resume
 
@@ -70,6 +71,9 @@ def run_task(run: Run, context: TaskContext) -> float | None:
         UserError: for everything that can be known before a worker starts.
         RankError: if a rank failed.
     """
+    if run.task.trains and submits_job(run.launch):
+        submit_run(run, context)
+        return None
     resolved = resolve_valid(run, context.machine)
     origins = {**context.origins, **describe_choices(run, resolved)}
     context = replace(context, origins=origins)
