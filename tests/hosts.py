@@ -221,7 +221,7 @@ JobRequeue=1
 KillWait=10
 ReturnToService=2
 SlurmdTimeout=10
-RequeueExit=75
+{more}
 SlurmdParameters=config_overrides
 {nodes}
 PartitionName=low Nodes={names} Default=YES PriorityTier=1 GraceTime=10 State=UP
@@ -231,7 +231,11 @@ PartitionName=high Nodes={names} PriorityTier=10 PreemptMode=OFF State=UP
 
 @contextmanager
 def slurm_on(
-    machines: Sequence[Host], folder: Path, *, tracking: str = "proctrack/linuxproc"
+    machines: Sequence[Host],
+    folder: Path,
+    *,
+    tracking: str = "proctrack/linuxproc",
+    more: str = "RequeueExit=75",
 ) -> Iterator[dict[str, str]]:
     """A real Slurm of these hosts; the first one has the controller. Yields its environment."""
     for program in ("slurmctld", "slurmd", "munged"):
@@ -242,7 +246,12 @@ def slurm_on(
     names = ",".join(host.name for host in machines)
     first = f"{machines[0].name}({machines[0].address})"
     text = SLURM.format(
-        first=first, folder=folder, nodes="\n".join(nodes), names=names, tracking=tracking
+        first=first,
+        folder=folder,
+        nodes="\n".join(nodes),
+        names=names,
+        tracking=tracking,
+        more=more,
     )
     conf.write_text(text)
     for name in ("state", "spool"):

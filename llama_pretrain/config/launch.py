@@ -28,17 +28,20 @@ BY_SLURM = UsedWhen("launch.name", ("slurm",))
 
 @schema
 class SlurmJob:
-    """The job that `launch=slurm` submits when the command runs outside of an allocation; all
-    settings but the last two are options of sbatch."""
+    """The job that `launch=slurm` submits when the command runs outside of an allocation."""
 
     partition: str | None = None
+    """sbatch's option of that name, as are the next ones; `null` = the cluster's default."""
     account: str | None = None
+    """Who pays."""
     qos: str | None = None
+    """Quality of service."""
     time: str | None = None
     """Time limit, as in 12:00:00."""
     gres: str | None = None
     """Resources of each node, as in gpu:8."""
     constraint: str | None = None
+    """Features that nodes must have."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Other options of sbatch by their long names: `+launch.slurm.extra.cpus-per-task=64`,
     `+launch.slurm.extra.exclusive=true`."""

@@ -202,6 +202,9 @@ def check_run(job: SweepJob, run: Run, origins: dict[str, str], machine: Machine
     submitted = submits_job(run.launch)
     if submitted:
         refuse(validate_job(run.launch.slurm))
+        if run.sweep.prune:
+            message = "compares jobs of one command, and launch=slurm submits each by itself"
+            raise UserError([Problem(path="sweep.prune", message=message, hint="Set it to false")])
         run = at_nodes(run, machine.num_gpus)
     resolved = resolve_valid(run, machine)
     plan = build_plan(resolved)

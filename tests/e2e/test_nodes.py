@@ -15,7 +15,7 @@ import pytest
 
 from llama_pretrain.process import read_beats
 from llama_pretrain.runs.layout import RunDir
-from llama_pretrain.runs.metrics import evaluations, read_metrics, steps
+from llama_pretrain.runs.metrics import EventRow, evaluations, read_metrics, steps
 from tests.conftest import ROOT
 from tests.hosts import Host, hosts, slurm_on, ssh_between
 
@@ -248,6 +248,64 @@ def test_a_directory_that_is_not_shared_is_refused(tmp_path: Path) -> None:
         assert running.wait() == [1, 1]
         assert "it must be on a file system that all nodes share" in running.output(1)
         assert "node 1 (b, rank 1) cannot join" in running.output()
+
+
+@contextmanager
+def login_node(folder: Path, *, more: str = "") -> Iterator[Callable[..., str]]:
+    """Slurm on two hosts. Yields what runs a command on one of them outside of any job."""
+    slurm = folder / "slurm"
+    slurm.mkdir()
+    with hosts(2) as machines, slurm_on(machines, slurm, more=more) as variables:
+        paths = [f"PYTHONPATH={ROOT}", *(f"{name}={value}" for name, value in variables.items())]
+
+        def run(*words: str) -> str:
+            place = ["env", f"--chdir={folder}", *paths]
+            return machines[0].run(*place, sys.executable, str(ROOT / "run.py"), *BATCH, *words)
+
+        yield run
+
+
+@pytest.mark.slow
+def test_a_submitted_run_goes_on_after_its_time_limit(tmp_path: Path) -> None:
+    words = ("train.max_steps=900", "train.eval_every_steps=null")
+    run_dir = RunDir(tmp_path / "a run")
+    with login_node(tmp_path) as run:
+        shown = run(
+            "launch=slurm",
+            "launch.nodes=2",
+            "launch.num_processes=1",
+            "launch.slurm.time=1",
+            "launch.slurm.signal_s=45",
+            "launch.slurm.wait=true",
+            f"hydra.run.dir='{run_dir.path}'",
+            *words,
+        )
+    lines = shown.splitlines()
+    assert f"job 1 is submitted: {run_dir.path}/job.sbatch" in lines
+    assert lines.index("job 1 is RUNNING") < lines.index("job 1 has ended")
+    assert "step 900: eval loss" in shown
+    rows = read_metrics(run_dir.metrics)
+    resumed = [row.resumed for row in rows if isinstance(row, EventRow) and row.resumed]
+    assert [text.split(" ", 1)[1] for text in resumed] == [
+        f"by job 1 of Slurm, restart {count}" for count in range(1, len(resumed) + 1)
+    ]
+    assert resumed
+    assert resumed[0] in run_dir.report.read_text()
+    assert numbers(run_dir) == train_here(tmp_path / "one", *words, "launch.num_processes=2")
+
+
+@pytest.mark.slow
+def test_a_submitted_sweep_ends_with_its_table(tmp_path: Path) -> None:
+    place = f"hydra.sweep.dir={tmp_path}/sweep"
+    words = ("-m", "launch=slurm", "launch.num_processes=1", "train.max_steps=3", place)
+    with login_node(tmp_path) as run:
+        shown = run(*words, "+launch.slurm.extra.cpus-per-task=1", "seed=1,2,3,4")
+        again = run(*words, "+launch.slurm.extra.cpus-per-task=1", "seed=1,2,3,4")
+    for output in (shown, again):
+        assert f"4 jobs: 4 completed; details in {tmp_path}/sweep" in output
+    assert len(list(tmp_path.glob("sweep/*/slurm-*.log"))) == 4
+    expected = train_here(tmp_path / "one", "launch.num_processes=1", *words[3:4], "seed=3")
+    assert numbers(RunDir(next(tmp_path.glob("sweep/*seed=3*")))) == expected
 
 
 @pytest.mark.slow
