@@ -4,7 +4,14 @@ from dataclasses import field
 from enum import Enum
 from typing import Annotated, Any
 
-from llama_pretrain.config.fields import IsPath, NonNegativeInt, PositiveInt, UsedWhen, schema
+from llama_pretrain.config.fields import (
+    NUMBER,
+    IsPath,
+    NonNegativeInt,
+    PositiveInt,
+    UsedWhen,
+    schema,
+)
 
 
 class Device(str, Enum):
@@ -84,6 +91,11 @@ class Launch:
     slurm: Annotated[SlurmJob, BY_SLURM] = field(default_factory=SlurmJob)
     join_timeout_s: Annotated[PositiveInt, BETWEEN_NODES] = 1800
     """How long nodes wait for each other at a start."""
+    min_nodes: Annotated[PositiveInt | None, BETWEEN_NODES] = None
+    """With how few nodes a run goes on after it has lost some (needs `launch.max_restarts`); a node
+    that comes back joins again. `null` = with all."""
+    rejoin_timeout_s: Annotated[PositiveInt, UsedWhen(".min_nodes", (NUMBER,))] = 300
+    """How long lost nodes are waited for before the run goes on without them."""
     allow_node_drift: Annotated[bool, BETWEEN_NODES] = False
     """Train although code or package versions differ between nodes."""
     device_memory: str | None = None

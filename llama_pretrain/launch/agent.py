@@ -28,6 +28,7 @@ from llama_pretrain.launch.group import (
     HANGING,
     LOST_S,
     NODES,
+    Attempt,
     Pulse,
     connect_store,
     meet,
@@ -148,7 +149,7 @@ class _Member:
         """Take part in attempts until node 0 ends the run, or is lost."""
         start_server(libraries=self._run.launch.fork)
         launch, attempt = self._run.launch, int(self._store.get("current"))
-        if self._store.check([f"joined/{attempt}/{self._node}"]):  # before it was lost
+        if self._has_begun(attempt):
             attempt += 1
         address, interface = choose_address(interface=launch.interface, towards=self._master[0])
         self._pulse.start()
@@ -156,30 +157,44 @@ class _Member:
             announced = self._wait(attempt, requests, report)
             if isinstance(announced, int):
                 return announced
-            checkpoint = announced["checkpoint"]
             self._pulse.send(f"joined/{attempt}/{self._node}", "1")
-            if (fault := self._join(attempt, requests)) is not None:
-                report(f"error: not all nodes have joined: {fault}")
+            try:
+                members = self._join(announced, requests)
+            except (RendezvousError, RuntimeError) as error:
+                report(f"error: not all nodes have joined: {error}")
                 return 1
+            if self._node not in members:  # it has come too late
+                self._has_begun(attempt)
+                attempt += 1
+                continue
             place = Place(
-                node=self._node,
+                node=members.index(self._node),
                 address=address,
                 interface=interface,
-                store=tuple(announced["store"]),
+                store=announced.store,
                 attempt=attempt,
             )
             spec = LaunchSpec(
-                self._run,
+                load_snapshot(self._run_dir.snapshot),
                 load_plan(self._run_dir.plan),
                 self._run_dir,
-                None if checkpoint is None else Path(checkpoint),
+                None if announced.checkpoint is None else Path(announced.checkpoint),
                 place,
             )
             ended = self._run_ranks(spec, requests, report)
             self._pulse.send(f"report/{attempt}/{self._node}", report_of(*ended))
             attempt += 1
 
-    def _wait(self, attempt: int, requests: Requests, report: Callable[[str], None]) -> Any:
+    def _has_begun(self, attempt: int) -> bool:
+        """Whether an attempt goes on without this node, which then asks to be let in."""
+        if self._store.check([f"members/{attempt}"]):
+            self._store.set(f"back/{attempt}/{self._node}", "1")
+            return True
+        return bool(self._store.check([f"joined/{attempt}/{self._node}"]))  # before it was lost
+
+    def _wait(
+        self, attempt: int, requests: Requests, report: Callable[[str], None]
+    ) -> Attempt | int:
         """The announcement of the next attempt, or the code to exit with."""
         while self._pulse.silence() < LOST_S:
             if (code := self._pulse.receive("exit")) is not None:
@@ -187,29 +202,37 @@ class _Member:
                 self._pulse.flush(timeout_s=1)
                 return int(code)
             if (text := self._pulse.receive(f"attempt/{attempt}")) is not None:
-                return json.loads(text)
+                values = json.loads(text)
+                return Attempt(**{**values, "store": tuple(values["store"])})
             time.sleep(POLL_S)
         if not requests.numbers:
             report(f"error: node 0 is lost: no answer for {self._pulse.silence():.0f} s")
         return PREEMPTED_CODE if requests.numbers else 1
 
-    def _join(self, attempt: int, requests: Requests) -> Exception | None:
-        """Wait for all nodes of an attempt. Returns why it cannot begin."""
+    def _join(self, attempt: Attempt, requests: Requests) -> list[int]:
+        """Wait for the other nodes of an attempt. Returns those that take part, by their places.
+
+        Raises:
+            RendezvousError, RuntimeError: if it cannot begin.
+        """
+        members: list[int] = []
 
         def join() -> None:
-            launch = self._run.launch
-            meet(self._store, token=self._token, attempt=attempt, node=self._node, launch=launch)
+            meet(self._store, attempt, token=self._token, node=self._node)
 
-        def check() -> None:
+        def check() -> bool:
             requests.check()
             if self._pulse.silence() > LOST_S:
                 raise RuntimeError("node 0 is lost")
+            if (text := self._pulse.receive(f"members/{attempt.number}")) is not None:
+                members.extend(json.loads(text))
+            return bool(members)
 
-        try:
-            wait_for(join, check)
-        except (RendezvousError, RuntimeError) as error:
-            return error
-        return None
+        wait_for(join, check)
+        while not members:
+            time.sleep(POLL_S)
+            check()
+        return members
 
     def _run_ranks(
         self, spec: LaunchSpec, requests: Requests, report: Callable[[str], None]

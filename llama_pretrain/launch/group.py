@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
     RendezvousTimeout,
 )
 
-from llama_pretrain.config.launch import Launch, Launcher
+from llama_pretrain.config.launch import Launcher
 from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.files import write_json
@@ -39,15 +39,20 @@ from llama_pretrain.launch.spec import LaunchSpec, Place
 from llama_pretrain.launch.starters import Agent, other_hosts, start_agents
 from llama_pretrain.launch.watch import NodeError
 from llama_pretrain.plan.nodes import master_of
+from llama_pretrain.plan.plan import TrainingPlan
 from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.runs.provenance import describe_installation
 
+Replan = Callable[[int], tuple[ResolvedRun, TrainingPlan]]
+"""Plans the run anew for a number of nodes, and writes its directory for them."""
 BEAT_S = 0.2
 LOST_S = 15.0
 """Silence after which a node is given up, if launch.timeout_s is not less."""
 REPORT_S = 20.0
 """What the other nodes have to report how their ranks ended."""
 GOODBYE_S = 5.0
+SEEK_S = 10.0
+"""How often nodes that are missing are started again."""
 HANGING = "hanging"
 """How an attempt ends in which ranks make no progress."""
 NODES = "nodes.json"
@@ -74,26 +79,46 @@ def connect_store(host: str, port: int, *, timeout_s: float) -> Any:
     return store
 
 
-def meet(store: Any, *, token: str, attempt: int, node: int, launch: Launch) -> None:
-    """Wait at torch's rendezvous until all nodes of an attempt are there.
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """What node 0 announces of an attempt to train."""
+
+    number: int
+    """From 0; the others are restarts."""
+    checkpoint: str | None
+    store: tuple[str, int]
+    """Host and port of the store of the ranks."""
+    min_nodes: int
+    max_nodes: int
+    last_call_s: float
+    """How long further nodes are waited for when there are enough."""
+    join_timeout_s: float
+
+
+def meet(store: Any, attempt: Attempt, *, token: str, node: int) -> None:
+    """Wait at torch's rendezvous until all nodes of an attempt are there, or enough for a restart.
+
+    Sets `place/ATTEMPT/NODE` in the store to this node's place among them, and their number.
 
     Raises:
-        RendezvousTimeoutError: after launch.join_timeout_s.
+        RendezvousTimeoutError: if they are not in time.
     """
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else it hosts another store
-    nodes, name = launch.nodes or 1, f"{token}.{attempt}"
+    name = f"{token}.{attempt.number}"
     handler = DynamicRendezvousHandler.from_backend(
         name,
         store,
         C10dRendezvousBackend(store, name),
-        min_nodes=nodes,
-        max_nodes=nodes,
+        min_nodes=attempt.min_nodes,
+        max_nodes=attempt.max_nodes,
         local_addr=f"{node:06d}",  # torch numbers nodes in the order of their addresses
-        timeout=RendezvousTimeout(join=timedelta(seconds=launch.join_timeout_s)),
+        timeout=RendezvousTimeout(
+            join=timedelta(seconds=attempt.join_timeout_s),
+            last_call=timedelta(seconds=attempt.last_call_s),
+        ),
     )
     info = handler.next_rendezvous()
-    if info.rank != node:
-        raise RuntimeError(f"node {node} has become node {info.rank} of {info.world_size}")
+    store.set(f"place/{attempt.number}/{node}", f"{info.rank} of {info.world_size}")
 
 
 class Pulse(threading.Thread):
@@ -167,8 +192,12 @@ def read_key(store: Any, key: str) -> str | None:
     return str(store.get(key).decode()) if store.check([key]) else None
 
 
-def wait_for(work: Callable[[], None], check: Callable[[], None]) -> None:
-    """Do in a thread what may block for long, and call `check` meanwhile; raise what it raises."""
+def wait_for(work: Callable[[], None], check: Callable[[], bool]) -> None:
+    """Do in a thread what may block for long; raise what it raises.
+
+    Args:
+        check: called meanwhile; true ends the wait.
+    """
     errors: list[BaseException] = []
 
     def guarded() -> None:
@@ -181,7 +210,8 @@ def wait_for(work: Callable[[], None], check: Callable[[], None]) -> None:
     thread.start()
     while thread.is_alive():
         thread.join(POLL_S)
-        check()
+        if check():
+            return
     if errors:
         raise errors[0]
 
@@ -189,8 +219,15 @@ def wait_for(work: Callable[[], None], check: Callable[[], None]) -> None:
 class Group:
     """What node 0 knows of the other nodes of a run, over all attempts."""
 
-    def __init__(self, run: ResolvedRun, run_dir: RunDir, *, report: Callable[[str], None]):
-        self._run, self._run_dir, self._report = run, run_dir, report
+    def __init__(
+        self,
+        run: ResolvedRun,
+        run_dir: RunDir,
+        *,
+        report: Callable[[str], None],
+        replan: Replan,
+    ):
+        self._run, self._run_dir, self._report, self._replan = run, run_dir, report, replan
         launch = run.launch
         host, port = master_of(launch)
         if launch.name is Launcher.torchrun:
@@ -208,6 +245,11 @@ class Group:
         self._master = (self._store.host, self._store.port)
         self._place = Place(node=0, address=address, interface=interface, attempt=-1)
         self._others = list(range(1, launch.nodes))
+        self._members = [0, *self._others]
+        """The nodes that take part in this attempt, by their places."""
+        self._planned = launch.nodes
+        """The number of nodes that the run directory is written for."""
+        self._sought_at = time.monotonic()
         self._reports: dict[int, Any] = {}
         self._agents: dict[int, Agent] = {}
         written = {"token": self._token, **describe_installation()}
@@ -218,57 +260,118 @@ class Group:
         self._pulse.start()
 
     def begin(self, spec: LaunchSpec, requests: Requests) -> LaunchSpec:
-        """Start the agents that are not running, and wait for all nodes.
+        """Start the agents that are not running, and wait for all nodes, or enough for a restart.
 
         Raises:
             NodeError: if a node cannot join, or not in time.
             Preempted: after a signal.
         """
-        self._place = replace(self._place, attempt=self._place.attempt + 1)
-        self._reports, attempt = {}, self._place.attempt
-        checkpoint = None if spec.checkpoint is None else str(spec.checkpoint)
-        listener = socket.create_server((self._place.address, 0))
-        self._place = replace(self._place, store=listener.getsockname(), listener=listener)
-        announced = {"checkpoint": checkpoint, "store": self._place.store}
-        self._store.set(f"attempt/{attempt}", json.dumps(announced))
-        self._store.set("current", str(attempt))
-        missing = [n for n in self._others if n not in self._agents or self._agents[n].has_ended()]
-        self._agents |= start_agents(self._run, self._run_dir, missing, self._master)
+        attempt, launch = self._announce(spec), self._run.launch
+        self._reports = {}
+        self._start_missing()
         host, port = self._master
         self._report(f"waiting for {self._count(self._others)} at {host}:{port}")
 
         def join() -> None:
-            launch = self._run.launch
-            meet(self._store, token=self._token, attempt=attempt, node=0, launch=launch)
+            meet(self._store, attempt, token=self._token, node=0)
 
-        def check() -> None:
+        def check() -> bool:
             if requests.numbers:
                 raise Preempted(requests.numbers[0])
             self._check_joining()
+            return False
 
         try:
             wait_for(join, check)
+            self._members = self._list_members()
         except (RendezvousError, RuntimeError) as error:
-            absent = [n for n in self._others if self._key(f"joined/{attempt}/{n}") is None]
-            limit = f"{self._run.launch.join_timeout_s} s (launch.join_timeout_s)"
+            joined = {n: self._key(f"joined/{attempt.number}/{n}") for n in self._others}
+            absent = [node for node, key in joined.items() if key is None]
+            limit = f"{launch.join_timeout_s} s (launch.join_timeout_s)"
             text = f"{self._count(absent)} did not join within {limit}: {error}"
             raise NodeError(text) from error
         self._pulse.forgive()
+        count = len(self._members)
+        if count < launch.nodes:
+            self._report(f"going on with {count} of {launch.nodes} nodes")
+        if {count, self._planned} != {launch.nodes}:
+            run, plan = self._replan(count)
+            spec, self._planned = replace(spec, run=run, plan=plan), count
+        self._store.set(f"members/{attempt.number}", json.dumps(self._members))
         return replace(spec, place=self._place)
 
+    def _announce(self, spec: LaunchSpec) -> Attempt:
+        """Choose a port for the ranks' store, and tell all nodes of the next attempt."""
+        launch, listener = self._run.launch, socket.create_server((self._place.address, 0))
+        host, port = listener.getsockname()
+        number = self._place.attempt + 1
+        attempt = Attempt(
+            number=number,
+            checkpoint=None if spec.checkpoint is None else str(spec.checkpoint),
+            store=(host, port),
+            min_nodes=launch.nodes if number == 0 else launch.min_nodes or launch.nodes,
+            max_nodes=launch.nodes,
+            # Nodes that are back need not be waited for.
+            last_call_s=LOST_S if self._find_returned() else launch.rejoin_timeout_s,
+            join_timeout_s=launch.join_timeout_s,
+        )
+        self._place = replace(
+            self._place, store=attempt.store, listener=listener, attempt=attempt.number
+        )
+        self._store.set(f"attempt/{number}", json.dumps(asdict(attempt)))
+        self._store.set("current", str(number))
+        return attempt
+
+    def _start_missing(self) -> None:
+        """Start agents of nodes that have none."""
+        missing = [n for n in self._others if n not in self._agents or self._agents[n].has_ended()]
+        self._agents |= start_agents(self._run, self._run_dir, missing, self._master)
+        self._sought_at = time.monotonic()
+
     def _check_joining(self) -> None:
+        """Look after nodes that do not join; at a restart they may take time to come back."""
         for node in self._others:
             if (refusal := self._key(f"refused/{node}")) is not None:
                 raise NodeError(f"{self.name_of(node)} cannot join: {refusal}")
             agent = self._agents.get(node)
-            if agent is not None and agent.has_ended():
+            if agent is not None and agent.has_ended() and self._place.attempt == 0:
                 raise NodeError(f"{self.name_of(node)} did not start: {agent.describe_end()}")
+        if time.monotonic() - self._sought_at > SEEK_S:
+            self._start_missing()
+
+    def _list_members(self) -> list[int]:
+        """The nodes that have met, by their places.
+
+        Raises:
+            RuntimeError: if one of them is lost at once.
+        """
+        prefix, deadline = f"place/{self._place.attempt}", time.monotonic() + LOST_S
+        while True:
+            places = {node: self._key(f"{prefix}/{node}") for node in (0, *self._others)}
+            met = [node for node, place in places.items() if place is not None]
+            if len(met) == int(str(places[0]).split(" of ")[1]):
+                return sorted(met, key=lambda node: int(str(places[node]).split(" of ")[0]))
+            if time.monotonic() > deadline:
+                raise RuntimeError("a node was lost while the others waited for it")
+            time.sleep(POLL_S)
+
+    def have_returned(self) -> bool:
+        """Whether a node is back that does not take part; meanwhile such nodes are sought."""
+        absent = [node for node in self._others if node not in self._members]
+        if absent and time.monotonic() - self._sought_at > SEEK_S:
+            self._start_missing()
+        return bool(self._find_returned())
+
+    def _find_returned(self) -> list[int]:
+        keys = {node: f"back/{self._place.attempt}/{node}" for node in self._others}
+        return [node for node, key in keys.items() if self._key(key) is not None]
 
     def have_failed(self) -> bool:
         """Whether a rank of another node has failed, or a node is lost."""
-        reported = [node for node in self._others if self._has_reported(node)]
+        others = self._members[1:]
+        reported = [node for node in others if self._has_reported(node)]
         failed = any(self._reports[node]["failures"] for node in reported)
-        return failed or any(self.is_lost(node) for node in self._others)
+        return failed or any(self.is_lost(node) for node in others)
 
     def _has_reported(self, node: int) -> bool:
         if node not in self._reports:
@@ -300,14 +403,14 @@ class Group:
         failures: dict[int, Failure] = {}
         killed: set[int] = set()
         deadline = time.monotonic() + REPORT_S
-        for node in self._others:
+        for node in self._members[1:]:
             while not self._has_reported(node) and not self.is_lost(node):
                 if time.monotonic() > deadline:
                     break
                 time.sleep(POLL_S)
             report = self._reports.get(node)
             if report is None:
-                first = node * self._run.launch.num_processes
+                first = self._members.index(node) * self._run.launch.num_processes
                 text, most_suspect = self._describe_loss(node), (False, -1, False)
                 failures[first] = Failure(1, int(time.time()), text, most_suspect)
                 continue
@@ -345,10 +448,15 @@ class Group:
     def name_of(self, node: int) -> str:
         """A node by its index, host name and ranks."""
         count = self._run.launch.num_processes
-        first, last = node * count, (node + 1) * count - 1
+        place = self._members.index(node) if node in self._members else node
+        first, last = place * count, (place + 1) * count - 1
         ranks = f"rank {first}" if count == 1 else f"ranks {first} to {last}"
         host = self._key(f"host/{node}")
         return f"node {node} ({host + ', ' if host else ''}{ranks})"
+
+    def name_of_rank(self, rank: int) -> str:
+        """The node of a rank, by its index, host name and ranks."""
+        return self.name_of(self._members[rank // self._run.launch.num_processes])
 
     def _count(self, nodes: list[int]) -> str:
         return self.name_of(nodes[0]) if len(nodes) == 1 else f"{len(nodes)} nodes"
@@ -359,10 +467,10 @@ class Group:
 
 @contextmanager
 def open_group(
-    run: ResolvedRun, run_dir: RunDir, *, report: Callable[[str], None]
+    run: ResolvedRun, run_dir: RunDir, *, report: Callable[[str], None], replan: Replan
 ) -> Iterator[Group]:
     """The nodes of a run, while it trains; all have exited afterwards."""
-    group, code = Group(run, run_dir, report=report), 1
+    group, code = Group(run, run_dir, report=report, replan=replan), 1
     try:
         yield group
         code = 0

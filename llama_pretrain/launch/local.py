@@ -16,6 +16,7 @@ from llama_pretrain.launch.server import start_server
 from llama_pretrain.launch.signals import Preempted, Requests, receive_signals
 from llama_pretrain.launch.spec import LaunchSpec
 from llama_pretrain.launch.watch import LAST_WORDS_S, RankError, Watch
+from llama_pretrain.plan.plan import TrainingPlan
 from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.runs.metrics import EventRow, read_metrics
 
@@ -26,7 +27,10 @@ class OtherNodes(Protocol):
     """What node 0 needs of the other nodes (launch/group.py, which imports torch)."""
 
     def begin(self, spec: LaunchSpec, requests: Requests) -> LaunchSpec:
-        """Start an attempt on all nodes. Returns the launch of this one."""
+        """Start an attempt on all nodes, or on enough. Returns the launch of this one."""
+
+    def have_returned(self) -> bool:
+        """Whether a node could take part again that an attempt began without."""
 
     def have_failed(self) -> bool:
         """Whether a rank of theirs has failed, or one of them is lost."""
@@ -34,8 +38,12 @@ class OtherNodes(Protocol):
     def end(self, *, hanging: bool = False) -> tuple[dict[int, Failure], set[int]]:
         """End the attempt. Returns failures, and ranks that were killed because of others."""
 
-    def name_of(self, node: int) -> str:
-        """A node by its index, host name and ranks."""
+    def name_of_rank(self, rank: int) -> str:
+        """The node of a rank, by its index, host name and ranks."""
+
+
+class NodesReturnedError(Exception):
+    """The ranks have saved, so that nodes which are back can take part again."""
 
 
 @contextmanager
@@ -51,15 +59,23 @@ def quiet_torch() -> Iterator[None]:
 
 
 def other_nodes(
-    run: ResolvedRun, run_dir: RunDir, *, report: Callable[[str], None]
+    run: ResolvedRun,
+    run_dir: RunDir,
+    *,
+    report: Callable[[str], None],
+    replan: Callable[[int], tuple[ResolvedRun, TrainingPlan]],
 ) -> AbstractContextManager[OtherNodes | None]:
-    """The other nodes of a run while it trains; `None` if there are none."""
+    """The other nodes of a run while it trains; `None` if there are none.
+
+    Args:
+        replan: plans the run for fewer nodes, and writes its directory for them.
+    """
     if run.launch.nodes == 1:
         return nullcontext()
     with quiet_torch():  # it takes seconds to import, which a run on one node need not pay
         from llama_pretrain.launch.group import open_group
 
-    return open_group(run, run_dir, report=report)
+    return open_group(run, run_dir, report=report, replan=replan)
 
 
 def preload(run: ResolvedRun) -> None:
@@ -93,6 +109,7 @@ def launch(
     Raises:
         RankError: with the error of the rank that failed first, or of one that hangs.
         Preempted: after a signal: the ranks have saved, or had nothing to save.
+        NodesReturnedError: after a save, if more nodes can take part than did.
         Stopped: after a second one.
     """
     run_dir = spec.run_dir
@@ -106,6 +123,7 @@ def launch(
         supervisor.start()
         theirs, killed = dict[int, Failure](), set[int]()
         failed_at: float | None = None
+        returned = False
         hang: RankError | None = None
         try:
             while supervisor.is_alive():
@@ -114,6 +132,8 @@ def launch(
                 poll()
                 if others is not None and failed_at is None and others.have_failed():
                     failed_at = time.monotonic()
+                if others is not None and not returned and others.have_returned():
+                    returned = watch.stop_ranks()
                 if failed_at is not None and time.monotonic() - failed_at > LAST_WORDS_S:
                     watch.kill()
         except RankError as error:
@@ -132,11 +152,13 @@ def launch(
         if supervisor.failures or failed_at is not None:
             failures = supervisor.failures | theirs
             rank = find_first(failures, killed=watch.killed | killed)
-            node = _name_node(rank, spec, others)
+            node = "" if others is None else others.name_of_rank(rank)
             raise describe(failures[rank], rank, spec, stopping=stopping, node=node)
     if supervisor.error is not None:
         raise supervisor.error
     last = read_metrics(run_dir.metrics)[-1]  # ranks that succeed have written one
+    if returned and not watch.signal and not getattr(last, "finished", False):
+        raise NodesReturnedError
     if isinstance(last, EventRow) and last.preempted:
         raise Preempted(watch.signal or signal.Signals[last.preempted])
     if watch.signal and not getattr(last, "finished", False):
@@ -157,10 +179,5 @@ def _find_hanging(
     rank = min(found, key=lambda rank: found[rank], default=ours.rank)
     if rank == ours.rank or tuple(ours.suspicion or ()) <= found[rank]:
         return ours
-    log, node = spec.run_dir.rank_log(rank), _name_node(rank, spec, others)
+    log, node = spec.run_dir.rank_log(rank), "" if others is None else others.name_of_rank(rank)
     return RankError(rank=rank, error=theirs[rank].text, log=log, stopping=stopping, node=node)
-
-
-def _name_node(rank: int, spec: LaunchSpec, others: OtherNodes | None) -> str:
-    node = rank // spec.run.launch.num_processes
-    return "" if others is None else others.name_of(node)

@@ -14,6 +14,7 @@ class Place:
     """One node among the nodes of a launch, as torch's elastic agent would describe it."""
 
     node: int = 0
+    """Its place among the nodes that take part."""
     address: str = "127.0.0.1"
     """Of this node, for the others."""
     interface: str = "lo"

@@ -103,6 +103,16 @@ class Watch:
         if time.monotonic() - self._first_death > LAST_WORDS_S:
             self.kill()
 
+    def stop_ranks(self) -> bool:
+        """Have all ranks save and end, as after a signal. Returns whether they train yet."""
+        beats = self._read_beats()
+        if min(beat.count for beat in beats) <= STARTED:
+            return False
+        for beat in beats:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(beat.pid, signal.SIGUSR1)
+        return True
+
     def kill(self) -> None:
         """Kill all ranks, and what they have started."""
         beats = self._read_beats()

@@ -1,6 +1,7 @@
 """What this machine cannot do of what a config requests, with a way out for each."""
 
 import importlib.util
+import math
 from collections.abc import Iterator
 
 from llama_pretrain.config.launch import Device, Launcher
@@ -58,6 +59,7 @@ def _validate_processes(run: ResolvedRun, machine: Machine) -> Iterator[Problem]
             message=f"task={run.task.value} runs on one node (got {launch.nodes})",
             hint="Add launch=local launch.nodes=1",
         )
+    yield from _validate_min_nodes(run)
     if launch.device is Device.cuda and launch.num_processes > gpus:
         hint = f"Set launch.num_processes={gpus}" if gpus else ""
         if not gpus and run.task is not Task.plan:
@@ -67,6 +69,33 @@ def _validate_processes(run: ResolvedRun, machine: Machine) -> Iterator[Problem]
             message=f"requires as many GPUs, but torch sees {gpus} here"
             f" (got {launch.num_processes})",
             hint=hint,
+        )
+
+
+def _validate_min_nodes(run: ResolvedRun) -> Iterator[Problem]:
+    """Whether a run can go on with every number of nodes that `launch.min_nodes` allows."""
+    launch, size = run.launch, run.batch.global_batch_size
+    if launch.min_nodes is None or size is None:
+        return
+    path = "launch.min_nodes"
+    if launch.min_nodes > launch.nodes:
+        message = f"must be at most the number of nodes, {launch.nodes} (got {launch.min_nodes})"
+        yield Problem(path=path, message=message)
+    elif not launch.max_restarts:
+        message = "has no effect without restarts"
+        yield Problem(path=path, message=message, hint="Add launch.max_restarts=3")
+    counts = range(launch.min_nodes, launch.nodes + 1)
+    odd = [count for count in counts if size % (count * launch.num_processes)]
+    if odd:
+        unit = math.lcm(*(count * launch.num_processes for count in counts))
+        sizes = [number * unit for number in (size // unit, size // unit + 1) if number]
+        worlds = f"{odd[0]} x {launch.num_processes} ranks"
+        most = next(count for count in counts if count > odd[-1] or count == launch.nodes)
+        yield Problem(
+            path=path,
+            message=f"the global batch of {size} is no multiple of {worlds}, with which the run"
+            f" would go on after a loss (got {launch.min_nodes})",
+            hint=f"Set batch.global_batch_size={' or '.join(map(str, sizes))}, or {path}={most}",
         )
 
 

@@ -113,6 +113,19 @@ def resolve(run: Run, machine: Machine) -> ResolvedRun:
     return resolved
 
 
+def with_nodes(run: ResolvedRun, nodes: int) -> ResolvedRun:
+    """A run on another number of nodes: the same steps, if the global batch divides.
+
+    The micro batch stays, or becomes the largest smaller one that divides.
+    """
+    launch = replace(run.launch, nodes=nodes)
+    share = (run.batch.global_batch_size or 0) // (nodes * launch.num_processes)
+    most = min(run.batch.micro_batch_size or 1, share)
+    micro = next((size for size in range(most, 0, -1) if share % size == 0), 1)
+    batch = replace(run.batch, micro_batch_size=micro, gradient_accumulation_steps=share // micro)
+    return replace(run, launch=launch, batch=batch)
+
+
 def _try_solve(run: Run, launch: ResolvedLaunch) -> BatchPlan | None:
     """The batch sizes; `None` if they do not divide, which the plan's rules report."""
     try:

@@ -14,7 +14,7 @@ from llama_pretrain.config.secrets import redact
 from llama_pretrain.config.snapshot import without_command
 from llama_pretrain.config.tasks import DriftPolicy, Generate
 from llama_pretrain.files import write_text
-from llama_pretrain.launch.local import OtherNodes, launch, other_nodes
+from llama_pretrain.launch.local import NodesReturnedError, OtherNodes, launch, other_nodes
 from llama_pretrain.launch.operators import build_operators, describe_operators
 from llama_pretrain.launch.signals import Preempted, Stopped, describe_resume
 from llama_pretrain.launch.slurm import describe_restart
@@ -39,7 +39,7 @@ from llama_pretrain.tasks.export import export
 from llama_pretrain.tasks.generate import continue_text
 from llama_pretrain.tasks.reproduce import Reproduction, begin, finish
 from llama_pretrain.tasks.resume import Start, find_start, has_finished, note_start, restart, rewind
-from llama_pretrain.tasks.run_directory import refuse_used, write_run_dir
+from llama_pretrain.tasks.run_directory import refuse_used, write_for_nodes, write_run_dir
 
 
 class BusyError(UserError):
@@ -123,7 +123,11 @@ def _train(
         build_operators(run, log=run_dir.ranks / "build.log", taking_time=console.taking_time)
         add_provenance(run_dir, operators=describe_operators(run))
         phases = context.phases
-        with other_nodes(run, run_dir, report=console.say) as others:
+
+        def replan(nodes: int) -> tuple[ResolvedRun, TrainingPlan]:
+            return write_for_nodes(run, plan, run_dir, nodes=nodes)
+
+        with other_nodes(run, run_dir, report=console.say, replan=replan) as others:
             while True:
                 try:
                     spec = LaunchSpec(run, plan, run_dir, start.checkpoint)
@@ -131,6 +135,11 @@ def _train(
                         spec, context, phases, first_step=start.step, others=others
                     )
                     break
+                except NodesReturnedError:
+                    phases = Phases()
+                    start = restart(run_dir)
+                    rewind(run_dir, start)
+                    note_start(run_dir, start, restarted="nodes that were lost are back")
                 except RankError as error:
                     if restarts == run.launch.max_restarts or not error.may_pass:
                         raise

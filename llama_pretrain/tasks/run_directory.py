@@ -12,7 +12,8 @@ from llama_pretrain.config.snapshot import render_snapshot, without_command
 from llama_pretrain.data.meta import META
 from llama_pretrain.files import write_bytes, write_json, write_text
 from llama_pretrain.plan.ds_config import get_train_ds_config
-from llama_pretrain.plan.plan import Corpus, TrainingPlan, render_plan
+from llama_pretrain.plan.plan import Corpus, TrainingPlan, build_training_plan, render_plan
+from llama_pretrain.plan.resolve import with_nodes
 from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.runs.metrics import initial_weights, read_metrics
 from llama_pretrain.runs.provenance import (
@@ -53,14 +54,29 @@ def write_run_dir(run: ResolvedRun, plan: TrainingPlan, context: TaskContext) ->
     )
     write_json(run_dir.provenance, provenance)
     write_json(run_dir.data_files, hash_data_files(plan), indent=1)
-    config = get_train_ds_config(run, plan.batch, run_dir=run_dir.path)
-    write_json(run_dir.ds_config, config)
-    write_text(run_dir.plan, render_plan(plan))
-    write_text(run_dir.snapshot, snapshot_of(run, plan.corpus))
+    _write_for_workers(run, plan, run_dir)
     for file in Path(plan.corpus.tokenizer_dir).iterdir():
         write_bytes(run_dir.tokenizer / file.name, file.read_bytes())
     for folder in (run_dir.ranks, run_dir.checkpoints):
         os.makedirs(folder, exist_ok=True)
+
+
+def _write_for_workers(run: ResolvedRun, plan: TrainingPlan, run_dir: RunDir) -> None:
+    config = get_train_ds_config(run, plan.batch, run_dir=run_dir.path)
+    write_json(run_dir.ds_config, config)
+    write_text(run_dir.plan, render_plan(plan))
+    write_text(run_dir.snapshot, snapshot_of(run, plan.corpus))
+
+
+def write_for_nodes(
+    run: ResolvedRun, plan: TrainingPlan, run_dir: RunDir, *, nodes: int
+) -> tuple[ResolvedRun, TrainingPlan]:
+    """Plan a run for another number of nodes, with the same steps, and write it for workers."""
+    if nodes != run.launch.nodes:
+        run = with_nodes(run, nodes)
+        plan = build_training_plan(run, plan.corpus)
+    _write_for_workers(run, plan, run_dir)
+    return run, plan
 
 
 def describe_launch(run: ResolvedRun, plan: TrainingPlan, context: TaskContext) -> dict[str, Any]:

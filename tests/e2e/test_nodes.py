@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from llama_pretrain.config.snapshot import load_snapshot
 from llama_pretrain.process import read_beats
 from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.runs.metrics import EventRow, evaluations, read_metrics, steps
@@ -239,6 +240,73 @@ def test_a_lost_agent_comes_back_and_the_run_ends_the_same(tmp_path: Path) -> No
     assert numbers(running.run_dir) == expected
 
 
+def assert_close(ours: list[Any], expected: list[Any]) -> None:
+    """The same steps on the same samples; losses within 1e-5."""
+    assert len(ours) == len(expected)
+    for row, other in zip(ours, expected, strict=True):
+        assert (row[0], row[3:]) == (other[0], other[3:])
+        assert row[1] == pytest.approx(other[1], rel=1e-5)
+
+
+FEWER = shlex.split("""launch.num_processes=1 launch.max_restarts=5 launch.min_nodes=1
+    launch.rejoin_timeout_s=2 train.eval_every_steps=null checkpoint.every_steps=20
+    precision=fp32""")
+"""A run that goes on with the nodes that are left."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ssh", [True, False])
+def test_a_run_goes_on_with_fewer_nodes(tmp_path: Path, ssh: bool) -> None:
+    with job(tmp_path, 3, ssh=ssh) as running:
+        running.start(*FEWER, "train.max_steps=120")
+        running.wait_for_step(25)
+        kill_host(running)
+        if not ssh:
+            del running.commands[1]
+        assert set(running.wait()) == {0}, running.output()
+        running.assert_nothing_is_left()
+    assert "going on with 2 of 3 nodes" in running.output()
+    assert "12 sequences = 4 micro x 1 accumulated x 3 ranks" in running.output()
+    batch = json.loads(running.run_dir.plan.read_text())["batch"]
+    assert batch["micro_batch_size"] * batch["gradient_accumulation_steps"] == 6
+    words = (
+        "train.max_steps=120",
+        "train.eval_every_steps=null",
+        "launch.num_processes=3",
+        "precision=fp32",
+    )
+    assert_close(numbers(running.run_dir), train_here(tmp_path / "one", *words))
+
+
+@pytest.mark.slow
+def test_a_node_that_comes_back_takes_part_again(tmp_path: Path) -> None:
+    with job(tmp_path) as running:
+        running.start(*FEWER, "train.max_steps=4000")
+        running.wait_for_step(25)
+        running.machines[1].run("kill", "-9", str(running.process_on(1, "run.py")))
+        end = time.monotonic() + 60
+        while "going on with 1 of 2 nodes" not in running.output():
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        running.commands.pop().wait(10)
+        running.start_on(1, *running.torchrun(1), *FEWER, "train.max_steps=4000")
+        assert running.wait() == [0, 0], running.output()
+    events = [row.restarted for row in read_metrics(running.run_dir.metrics)
+              if isinstance(row, EventRow) and row.restarted]  # fmt: skip
+    assert "the node is lost" in events[0]
+    assert events[1:] == ["nodes that were lost are back"]
+    assert load_snapshot(running.run_dir.snapshot).launch.nodes == 2
+    words = (
+        "train.max_steps=4000",
+        "train.eval_every_steps=null",
+        "launch.num_processes=2",
+        "precision=fp32",
+    )
+    ours, expected = numbers(running.run_dir), train_here(tmp_path / "one", *words)
+    assert_close(ours[:200], expected[:200])
+    assert [row[0] for row in ours] == [row[0] for row in expected]
+
+
 @pytest.mark.slow
 def test_a_directory_that_is_not_shared_is_refused(tmp_path: Path) -> None:
     with job(tmp_path) as running:
@@ -267,7 +335,7 @@ def login_node(folder: Path, *, more: str = "") -> Iterator[Callable[..., str]]:
 
 @pytest.mark.slow
 def test_a_submitted_run_goes_on_after_its_time_limit(tmp_path: Path) -> None:
-    words = ("train.max_steps=900", "train.eval_every_steps=null")
+    words = ("train.max_steps=2500", "train.eval_every_steps=null")
     run_dir = RunDir(tmp_path / "a run")
     with login_node(tmp_path) as run:
         shown = run(
@@ -283,7 +351,7 @@ def test_a_submitted_run_goes_on_after_its_time_limit(tmp_path: Path) -> None:
     lines = shown.splitlines()
     assert f"job 1 is submitted: {run_dir.path}/job.sbatch" in lines
     assert lines.index("job 1 is RUNNING") < lines.index("job 1 has ended")
-    assert "step 900: eval loss" in shown
+    assert "step 2500: eval loss" in shown
     rows = read_metrics(run_dir.metrics)
     resumed = [row.resumed for row in rows if isinstance(row, EventRow) and row.resumed]
     assert [text.split(" ", 1)[1] for text in resumed] == [
