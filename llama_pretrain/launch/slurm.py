@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
-from llama_pretrain.config.launch import SlurmJob
+from llama_pretrain.config.launch import Launch, SlurmJob
 from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.files import read_json, write_json, write_text
 from llama_pretrain.launch.server import ROOT
@@ -17,7 +17,17 @@ from llama_pretrain.runs.layout import RunDir
 
 REQUEUE = "LLAMA_PRETRAIN_REQUEUE"
 """Set by job scripts: the command requeues its own job at the time limit."""
-OWN = ("job-name", "nodes", "ntasks-per-node", "output", "open-mode", "requeue", "signal", "chdir")
+OWN = (
+    "job-name",
+    "nodes",
+    "ntasks-per-node",
+    "output",
+    "open-mode",
+    "requeue",
+    "signal",
+    "chdir",
+    "no-kill",
+)
 """Options of sbatch that a job script sets itself."""
 RESUMED = """
 if [ -e {snapshot} ]; then  # the job was requeued
@@ -44,12 +54,13 @@ def count_job_gpus(job: SlurmJob) -> int:
     return int(found[1] or 1) if found else 0
 
 
-def write_job_script(job: SlurmJob, nodes: int, words: Sequence[str], run_dir: RunDir) -> None:
+def write_job_script(launch: Launch, nodes: int, words: Sequence[str], run_dir: RunDir) -> None:
     """Write the script of a job that runs a command, and continues it when it is requeued.
 
     Args:
         words: of `python run.py`, without the run directory.
     """
+    job = launch.slurm
     options = {
         "job-name": run_dir.path.name,
         "nodes": nodes,
@@ -64,6 +75,7 @@ def write_job_script(job: SlurmJob, nodes: int, words: Sequence[str], run_dir: R
         "time": job.time,
         "gres": job.gres,
         "constraint": job.constraint,
+        "no-kill": launch.min_nodes is not None,
         **job.extra,
     }
     lines = [

@@ -82,7 +82,7 @@ def _validate_min_nodes(run: ResolvedRun) -> Iterator[Problem]:
         message = f"must be at most the number of nodes, {launch.nodes} (got {launch.min_nodes})"
         yield Problem(path=path, message=message)
     elif not launch.max_restarts:
-        message = "has no effect without restarts"
+        message = f"has no effect without restarts (got {launch.min_nodes})"
         yield Problem(path=path, message=message, hint="Add launch.max_restarts=3")
     counts = range(launch.min_nodes, launch.nodes + 1)
     odd = [count for count in counts if size % (count * launch.num_processes)]

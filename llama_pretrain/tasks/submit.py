@@ -90,7 +90,7 @@ def submit_job(run: Run, argv: Sequence[str], run_dir: RunDir) -> str:
         hint = f"Wait for it, or end it: scancel {job}"
         raise UserError([Problem(path="hydra.run.dir", message=message, hint=hint)])
     run_dir.path.mkdir(parents=True, exist_ok=True)
-    write_job_script(run.launch.slurm, count_nodes(run.launch), words, run_dir)
+    write_job_script(run.launch, count_nodes(run.launch), words, run_dir)
     return submit(run_dir)
 
 

@@ -6,8 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from llama_pretrain.config.launch import SlurmJob
-from llama_pretrain.launch.slurm import count_job_gpus, describe_restart, write_job_script
+from llama_pretrain.config.launch import Launch, SlurmJob
+from llama_pretrain.launch.slurm import (
+    count_job_gpus,
+    describe_restart,
+    validate_job,
+    write_job_script,
+)
 from llama_pretrain.runs.layout import RunDir
 
 HERE = "HERE"
@@ -15,7 +20,7 @@ HERE = "HERE"
 
 def script_of(folder: Path, job: SlurmJob, *words: str) -> list[str]:
     run_dir = RunDir(folder / "my run 50%")
-    write_job_script(job, 2, words, run_dir)
+    write_job_script(Launch(slurm=job), 2, words, run_dir)
     return run_dir.job_script.read_text().splitlines()
 
 
@@ -79,6 +84,17 @@ def test_a_requeued_job_continues(tmp_path: Path, words: list[str], ends: list[s
 )
 def test_gpus_that_a_job_asks_for(gres: str | None, count: int) -> None:
     assert count_job_gpus(SlurmJob(gres=gres)) == count
+
+
+def test_what_cannot_be_submitted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    job = SlurmJob(extra={"signal": "USR2@60", "gres": "gpu:8", "mem": 0})
+    assert [str(problem) for problem in validate_job(job)] == [
+        "launch: there is no allocation here, and no sbatch to submit a job with. Run it on a"
+        " login node of the cluster, or set launch=local.",
+        "launch.slurm.extra.signal: is set by another setting or by the job script. Remove it.",
+        "launch.slurm.extra.gres: is set by another setting or by the job script. Remove it.",
+    ]
 
 
 def test_a_restart_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
