@@ -44,7 +44,7 @@ def validate_job(job: SlurmJob, path: str = "launch.slurm") -> Iterator[Problem]
         yield Problem(path="launch", message=message, hint=hint)
     for key in job.extra:
         if key in OWN or hasattr(job, key):
-            message = f"{key} is set by another setting or by the job script"
+            message = f"is set by another setting or by the job script (got {job.extra[key]})"
             yield Problem(path=f"{path}.extra.{key}", message=message, hint="Remove it")
 
 

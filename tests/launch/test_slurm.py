@@ -90,10 +90,18 @@ def test_what_cannot_be_submitted(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setenv("PATH", str(tmp_path))
     job = SlurmJob(extra={"signal": "USR2@60", "gres": "gpu:8", "mem": 0})
     assert [str(problem) for problem in validate_job(job)] == [
-        "launch: there is no allocation here, and no sbatch to submit a job with. Run it on a"
-        " login node of the cluster, or set launch=local.",
-        "launch.slurm.extra.signal: is set by another setting or by the job script. Remove it.",
-        "launch.slurm.extra.gres: is set by another setting or by the job script. Remove it.",
+        (
+            "launch: there is no allocation here, and no sbatch to submit a job with. Run it on a"
+            " login node of the cluster, or set launch=local."
+        ),
+        (
+            "launch.slurm.extra.signal: is set by another setting or by the job script (got"
+            " USR2@60). Remove it."
+        ),
+        (
+            "launch.slurm.extra.gres: is set by another setting or by the job script (got gpu:8)."
+            " Remove it."
+        ),
     ]
 
 
