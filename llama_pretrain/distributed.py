@@ -30,6 +30,8 @@ class Rank:
     heartbeat: Heartbeat | None = None
     phases: Phases = field(default_factory=Phases)
     """Of this start, until its first step is done."""
+    sequence_size: int = 1
+    """Ranks that share each sequence; groups of neighbours."""
 
     def beat(self) -> None:
         """Show the parent that this rank makes progress."""
@@ -40,12 +42,28 @@ class Rank:
     def is_first(self) -> bool:
         return self.index == 0
 
+    @property
+    def data_index(self) -> int:
+        """Which of the groups that read different sequences this rank is in."""
+        return self.index // self.sequence_size
+
+    @property
+    def data_size(self) -> int:
+        """The number of these groups."""
+        return self.world_size // self.sequence_size
+
+    @property
+    def sequence_index(self) -> int:
+        """This rank's part of a sequence."""
+        return self.index % self.sequence_size
+
 
 def init_distributed(
     *,
     device: str,
     timeout_s: int,
     threads: int,
+    sequence_size: int,
     stop: StopRequest,
     heartbeat: Heartbeat | None,
     phases: Phases,
@@ -78,6 +96,7 @@ def init_distributed(
         stop=stop,
         heartbeat=heartbeat,
         phases=phases,
+        sequence_size=sequence_size,
     )
 
 

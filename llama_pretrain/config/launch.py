@@ -98,6 +98,9 @@ class Launch:
     """How long lost nodes are waited for before the run goes on without them."""
     allow_node_drift: Annotated[bool, BETWEEN_NODES] = False
     """Train although code or package versions differ between nodes."""
+    sequence_parallel_size: PositiveInt = 1
+    """Ranks that share each sequence, every one with its part of the tokens and, in attention, of
+    the heads (Ulysses, arXiv 2309.14509); they divide all ranks into groups of neighbours."""
     device_memory: str | None = None
     """Memory of one rank's device to plan for, as in 80GiB; `null` = that of the GPU, 80GiB when
     GPUs are planned that are not present, and a rank's share of the host's memory on a CPU."""

@@ -59,3 +59,8 @@ class ResolvedRun(Run):
     def num_ranks(self) -> int:
         """Ranks on all nodes."""
         return self.launch.num_processes * self.launch.nodes
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Groups of ranks that read different sequences."""
+        return max(1, self.num_ranks // self.launch.sequence_parallel_size)

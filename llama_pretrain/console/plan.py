@@ -28,9 +28,12 @@ def show_plan(run: ResolvedRun, plan: Plan, run_dir: RunDir | None) -> None:
     threads = f" x {run.launch.threads_per_process} threads" if plan.device == "cpu" else ""
     nodes = f" on {run.launch.nodes} nodes" if run.launch.nodes > 1 else ""
     table.add_row("ranks", f"{plan.world_size}{nodes}{threads}")
+    groups = f"{plan.world_size} ranks"
+    if (shared := plan.sequence_parallel_size) > 1:
+        groups = f"{plan.data_parallel_size} x {shared} ranks that share sequences"
     sizes = (
         f"{batch.global_batch_size} sequences = {batch.micro_batch_size} micro"
-        f" x {batch.gradient_accumulation_steps} accumulated x {plan.world_size} ranks"
+        f" x {batch.gradient_accumulation_steps} accumulated x {groups}"
     )
     table.add_row("global batch", sizes)
     decay = f"{size.decayed:,} with weight decay, {size.not_decayed:,} without"
@@ -72,11 +75,12 @@ def show_plan(run: ResolvedRun, plan: Plan, run_dir: RunDir | None) -> None:
         traffic = plan.traffic
         between = traffic.between_machines
         away = f", {format_size(between)} of it between nodes" if between else ""
+        heads = f", {format_size(traffic.heads)} of heads" if traffic.heads else ""
         table.add_row(
             "traffic",
             f"a rank sends {format_size(traffic.total)} a step{away}:"
             f" {format_size(traffic.gather)} of parameters,"
-            f" {format_size(traffic.reduce)} of gradients ({traffic.volume:.3g}P)",
+            f" {format_size(traffic.reduce)} of gradients ({traffic.volume:.3g}P){heads}",
         )
     if plan.cost is not None:
         table.add_row("cost", _cost_text(plan.cost))
@@ -202,7 +206,8 @@ def show_jobs(jobs: Sequence[PlannedJob]) -> int:
         )
         table.add_row(
             label,
-            f"{batch.micro_batch_size} x {batch.gradient_accumulation_steps} x {plan.world_size}",
+            f"{batch.micro_batch_size} x {batch.gradient_accumulation_steps}"
+            f" x {plan.data_parallel_size}",
             *(format_size(size) for size in (*shown, memory.total - sum(shown), memory.total)),
             format_size(plan.traffic.total),
             styled("yes", "") if plan.fits else styled("no", "bold red"),

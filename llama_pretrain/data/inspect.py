@@ -82,7 +82,7 @@ def inspect_data(
         limits=[data.limit_train_sequences] * len(prepared),
         document_mask=data.document_mask,
     )
-    batch = solve_batch(run.batch, sequence_length=length, world_size=run.num_ranks)
+    batch = solve_batch(run.batch, sequence_length=length, world_size=run.data_parallel_size)
     sampling = plan_sampling(data, global_batch_size=batch.global_batch_size)
     order = SampleOrder(sampling, num_sequences=dataset.num_sequences, seed=run.seed)
     ids = order.ids(0, SHOWN_SEQUENCES).tolist()

@@ -31,6 +31,12 @@ def number_width(run: ResolvedRun) -> int:
     return NUM_BYTES[run.precision.name.value]
 
 
+def local_tokens(run: ResolvedRun, batch: BatchPlan) -> int:
+    """Tokens of a micro batch that a rank has."""
+    length = run.data.sequence_length // run.launch.sequence_parallel_size
+    return batch.micro_batch_size * length
+
+
 def activation_bytes(run: ResolvedRun, batch: BatchPlan) -> tuple[int, int]:
     """What the forward pass saves, and what recomputing one layer adds to it.
 
@@ -43,9 +49,10 @@ def activation_bytes(run: ResolvedRun, batch: BatchPlan) -> tuple[int, int]:
     autocast = run.precision.torch_autocast.enabled
     if autocast:  # matrix products save 16-bit copies of their operands
         width = 2
-    tokens = batch.micro_batch_size * run.data.sequence_length
+    tokens = local_tokens(run, batch)
     heads = model.num_attention_heads
     groups = heads if model.num_key_value_heads is None else model.num_key_value_heads
+    groups = max(groups, run.launch.sequence_parallel_size)  # each rank has at least one
     queries, keys = heads * head_width(model), groups * head_width(model)
     norm = tokens * model.hidden_size * (2 * width if _is_lean(run, "rms_norm") else 4 + 2 * width)
     inner = 3 if _is_lean(run, "swiglu") else 4
@@ -81,7 +88,7 @@ def logits_bytes(run: ResolvedRun, batch: BatchPlan) -> tuple[int, int]:
     are scaled.
     """
     model, width = run.model, number_width(run)
-    tokens = batch.micro_batch_size * run.data.sequence_length
+    tokens = local_tokens(run, batch)
     if run.kernels.loss is LossKernel.plain:
         return tokens * model.vocab_size * 2 * 4, tokens * model.vocab_size * 3 * 4
     hidden, head = tokens * model.hidden_size, model.vocab_size * model.hidden_size

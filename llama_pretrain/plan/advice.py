@@ -4,6 +4,7 @@ plan's estimate for each."""
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from llama_pretrain.config.batch import Batch
 from llama_pretrain.config.launch import Device
 from llama_pretrain.config.optim import OptimName
 from llama_pretrain.config.resolved import ResolvedRun
@@ -115,6 +116,8 @@ def _smaller_batches(run: ResolvedRun, plan: Plan) -> Iterator[Advice]:
             cost="the same steps, in smaller micro batches",
             memory=estimate_memory(run, solved),
         )
+    else:
+        yield from _shared_sequences(run, plan)
     if not run.train.gradient_checkpointing:
         candidate = replace(run, train=replace(run.train, gradient_checkpointing=True))
         yield from _advise(
@@ -123,6 +126,24 @@ def _smaller_batches(run: ResolvedRun, plan: Plan) -> Iterator[Advice]:
             words="train.gradient_checkpointing=true",
             cost="about a third more time",
         )
+
+
+def _shared_sequences(run: ResolvedRun, plan: Plan) -> Iterator[Advice]:
+    """The fewest ranks above today's that can share each sequence."""
+    size, batch = run.launch.sequence_parallel_size, plan.batch
+    for factor in range(2, run.data_parallel_size + 1):
+        launch = replace(run.launch, sequence_parallel_size=size * factor)
+        more = batch.gradient_accumulation_steps * factor
+        solved = replace(batch, gradient_accumulation_steps=more)
+        candidate = replace(run, launch=launch, batch=Batch(**vars(solved)))
+        if not any(validate_plan(candidate)):
+            yield Advice(
+                words=f"launch.sequence_parallel_size={size * factor}"
+                f" batch.gradient_accumulation_steps={more}",
+                cost="ranks share each sequence; more communication",
+                memory=estimate_memory(candidate, solved),
+            )
+            return
 
 
 def _higher_stages(run: ResolvedRun, plan: Plan) -> Iterator[Advice]:

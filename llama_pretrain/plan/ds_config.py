@@ -97,7 +97,8 @@ def get_train_ds_config(
 ) -> dict[str, Any]:
     """DeepSpeed's config of a training engine; its own monitors write to `run_dir`."""
     config: dict[str, Any] = {
-        "train_batch_size": batch.global_batch_size,
+        # DeepSpeed counts every rank, also those that share a sequence.
+        "train_batch_size": batch.global_batch_size * run.launch.sequence_parallel_size,
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
         "gradient_accumulation_steps": batch.gradient_accumulation_steps,
         "gradient_clipping": float(run.train.gradient_clipping),  # without it, 1.0

@@ -4,6 +4,7 @@ import importlib.util
 import math
 from collections.abc import Iterator
 
+from llama_pretrain.config.kernels import CompiledPart
 from llama_pretrain.config.launch import Device, Launcher
 from llama_pretrain.config.optim import OptimName
 from llama_pretrain.config.precision import AutocastDtype, PrecisionName
@@ -85,9 +86,10 @@ def _validate_min_nodes(run: ResolvedRun) -> Iterator[Problem]:
         message = f"has no effect without restarts (got {launch.min_nodes})"
         yield Problem(path=path, message=message, hint="Add launch.max_restarts=3")
     counts = range(launch.min_nodes, launch.nodes + 1)
-    odd = [count for count in counts if size % (count * launch.num_processes)]
+    groups = {c: c * launch.num_processes // launch.sequence_parallel_size for c in counts}
+    odd = [count for count, number in groups.items() if not number or size % number]
     if odd:
-        unit = math.lcm(*(count * launch.num_processes for count in counts))
+        unit = math.lcm(*groups.values())
         sizes = [number * unit for number in (size // unit, size // unit + 1) if number]
         worlds = f"{odd[0]} x {launch.num_processes} ranks"
         most = next(count for count in counts if count > odd[-1] or count == launch.nodes)
@@ -225,9 +227,41 @@ def validate_world_size(run: ResolvedRun) -> Iterator[Problem]:
         )
     size = run.deepspeed.hybrid_engine.inference_tp_size
     if world_size % size:
-        divisors = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
         yield Problem(
             path="deepspeed.hybrid_engine.inference_tp_size",
             message=f"must divide the {world_size} ranks (got {size})",
-            hint=f"Set it to {' or '.join(divisors)}",
+            hint=f"Set it to {_divisors(world_size)}",
         )
+    if run.launch.sequence_parallel_size > 1 and not run.task.reads_a_run:
+        yield from _validate_sequence_parallel(run)
+
+
+def _divisors(number: int) -> str:
+    return " or ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
+def _validate_sequence_parallel(run: ResolvedRun) -> Iterator[Problem]:
+    """Whether ranks can share sequences: their tokens, and the heads of attention."""
+    path, size = "launch.sequence_parallel_size", run.launch.sequence_parallel_size
+    heads = run.model.num_attention_heads
+    key_heads = run.model.num_key_value_heads or heads
+    lengths = {stage.sequence_length or run.data.sequence_length for stage in run.data.stages}
+    if run.num_ranks % size:
+        message = f"must divide the {run.num_ranks} ranks (got {size})"
+        yield Problem(path=path, message=message, hint=f"Set it to {_divisors(run.num_ranks)}")
+    if heads % size:
+        message = f"must divide model.num_attention_heads={heads} (got {size})"
+        yield Problem(path=path, message=message, hint=f"Set it to {_divisors(heads)}")
+    elif key_heads % size and size % key_heads:
+        message = f"must divide model.num_key_value_heads={key_heads}, or be a multiple of it"
+        hint = f"Set it to {_divisors(key_heads)}"
+        yield Problem(path=path, message=f"{message} (got {size})", hint=hint)
+    for length in sorted(lengths | {run.data.sequence_length}):
+        if length % size:
+            longer = length + size - length % size
+            message = f"must divide the sequence length, {length} (got {size})"
+            hint = f"Set data.sequence_length={longer}, for example"
+            yield Problem(path=path, message=message, hint=hint)
+    if run.kernels.compile is not CompiledPart.none:
+        message = "is not supported with compiled parts"
+        yield Problem(path=path, message=message, hint="Set kernels.compile=none")

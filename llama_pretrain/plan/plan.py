@@ -97,6 +97,8 @@ class Plan:
 
     device: str
     world_size: int
+    sequence_parallel_size: int = 1
+    """Ranks that share each sequence."""
     batch: BatchPlan
     steps: Steps
     sampling: SamplingPlan
@@ -116,6 +118,11 @@ class Plan:
     """`None` without a throughput."""
     deepspeed_sources: dict[str, str] = field(default_factory=dict)
     """Where each value of ds_config.json comes from: a YAML file, the command line, or a rule."""
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Groups of ranks that read different sequences."""
+        return self.world_size // self.sequence_parallel_size
 
     @property
     def fits(self) -> bool:
@@ -243,7 +250,7 @@ def solve(run: ResolvedRun) -> BatchPlan:
         UserError: if they do not divide.
     """
     length = run.data.sequence_length
-    return solve_batch(run.batch, sequence_length=length, world_size=run.num_ranks)
+    return solve_batch(run.batch, sequence_length=length, world_size=run.data_parallel_size)
 
 
 def _plan_values(
@@ -256,6 +263,7 @@ def _plan_values(
     return {
         "device": run.launch.device.value,
         "world_size": run.num_ranks,
+        "sequence_parallel_size": run.launch.sequence_parallel_size,
         "batch": batch,
         "sampling": sampling,
         "parameters": size,

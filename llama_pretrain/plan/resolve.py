@@ -90,8 +90,8 @@ def resolve(run: Run, machine: Machine) -> ResolvedRun:
     run = replace(run, optim=replace(run.optim, name=_choose_optimizer(run)))
     run = replace(run, kernels=choose_kernels(run, machine))
     if run.batch == Batch():
-        world_size = launch.num_processes * launch.nodes
-        size = -(-DEFAULT_BATCH // world_size) * world_size
+        groups = max(1, launch.num_processes * launch.nodes // launch.sequence_parallel_size)
+        size = -(-DEFAULT_BATCH // groups) * groups
         run = replace(run, batch=replace(run.batch, global_batch_size=size))
     batch = _try_solve(run, launch)
     if batch is not None:
@@ -119,7 +119,8 @@ def with_nodes(run: ResolvedRun, nodes: int) -> ResolvedRun:
     The micro batch stays, or becomes the largest smaller one that divides.
     """
     launch = replace(run.launch, nodes=nodes)
-    share = (run.batch.global_batch_size or 0) // (nodes * launch.num_processes)
+    groups = nodes * launch.num_processes // launch.sequence_parallel_size
+    share = (run.batch.global_batch_size or 0) // groups
     most = min(run.batch.micro_batch_size or 1, share)
     micro = next((size for size in range(most, 0, -1) if share % size == 0), 1)
     batch = replace(run.batch, micro_batch_size=micro, gradient_accumulation_steps=share // micro)
@@ -132,7 +133,7 @@ def _try_solve(run: Run, launch: ResolvedLaunch) -> BatchPlan | None:
         return solve_batch(
             run.batch,
             sequence_length=run.data.sequence_length,
-            world_size=launch.num_processes * launch.nodes,
+            world_size=max(1, launch.num_processes * launch.nodes // launch.sequence_parallel_size),
         )
     except UserError:
         return None

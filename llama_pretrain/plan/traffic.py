@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 from llama_pretrain.config.precision import Dtype
 from llama_pretrain.config.resolved import ResolvedRun
+from llama_pretrain.plan.activations import NUM_BYTES, local_tokens
 from llama_pretrain.plan.batch import BatchPlan
-from llama_pretrain.plan.model_size import count_parameters
-
-NUM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+from llama_pretrain.plan.model_size import count_parameters, head_width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,14 +22,17 @@ class TrafficPlan:
     """Parameters, gathered before they are used (stage 3) or after they are updated."""
     reduce: int
     """Gradients."""
+    heads: int = 0
+    """Queries, keys, values and outputs of attention, between ranks that share a sequence."""
     between_machines: int
     """The part of both that leaves the node, if each rank has its own link."""
     volume: float
-    """Both in parameters a micro batch, as the paper counts: 2 for stages 0 to 2, 3 for stage 3."""
+    """Parameters and gradients a micro batch, in parameters, as the paper counts: 2 for stages 0 to
+    2, 3 for stage 3."""
 
     @property
     def total(self) -> int:
-        return self.gather + self.reduce
+        return self.gather + self.reduce + self.heads
 
 
 def count_traffic(run: ResolvedRun, batch: BatchPlan) -> TrafficPlan:
@@ -53,7 +55,7 @@ def count_traffic(run: ResolvedRun, batch: BatchPlan) -> TrafficPlan:
         gather_width = reduce_width if zero.stage == 0 else width
         gather = share * size * gather_width
         reduce = share * size * reduce_width * reductions
-        return _plan(run, gather, reduce, local_gather=0.0, volume=2.0)
+        return _plan(run, batch, gather, reduce, local_gather=0.0, volume=2.0)
     gather_width = 1 if zero.zero_quantized_weights else width
     if zero.zero_quantized_gradients:
         reduce_width = 0.5
@@ -64,15 +66,42 @@ def count_traffic(run: ResolvedRun, batch: BatchPlan) -> TrafficPlan:
     reduce = share * size * reduce_width * micro
     inside = second if group > 1 else 0.0
     volume = (gather_width + (0 if group > 1 else gather_width) + reduce_width) / width
-    return _plan(run, one + second, reduce, local_gather=inside, volume=volume)
+    return _plan(run, batch, one + second, reduce, local_gather=inside, volume=volume)
 
 
 def _plan(
-    run: ResolvedRun, gather: float, reduce: float, *, local_gather: float, volume: float
+    run: ResolvedRun,
+    batch: BatchPlan,
+    gather: float,
+    reduce: float,
+    *,
+    local_gather: float,
+    volume: float,
 ) -> TrafficPlan:
-    between = 0.0
+    between, heads = 0.0, _head_bytes(run, batch)
     if run.launch.nodes > 1:
         between = gather - local_gather + reduce
+        if run.launch.num_processes % run.launch.sequence_parallel_size:
+            between += heads
     return TrafficPlan(
-        gather=round(gather), reduce=round(reduce), between_machines=round(between), volume=volume
+        gather=round(gather),
+        reduce=round(reduce),
+        heads=heads,
+        between_machines=round(between),
+        volume=volume,
     )
+
+
+def _head_bytes(run: ResolvedRun, batch: BatchPlan) -> int:
+    """What a rank sends to those with which it shares sequences, in both passes of each layer.
+
+    All but its own part of queries, keys, values and outputs, and of their gradients; recomputation
+    repeats the forward pass.
+    """
+    size, model = run.launch.sequence_parallel_size, run.model
+    heads = model.num_attention_heads
+    keys = max(model.num_key_value_heads or heads, size)
+    numbers = local_tokens(run, batch) * (2 * heads + 2 * keys) * head_width(model)
+    passes = 3 if run.train.gradient_checkpointing else 2
+    passes *= model.num_hidden_layers * batch.gradient_accumulation_steps
+    return numbers * NUM_BYTES[run.precision.name.value] * passes * (size - 1) // size

@@ -123,7 +123,9 @@ def _planned(run: RunContents) -> Values:
     """The main figures, memory by part, and the whole plan."""
     plan = run.plan
     names = ("global_batch_size", "micro_batch_size", "gradient_accumulation_steps")
-    factors = [*(dig(plan, f"batch.{name}") for name in names), plan.get("world_size")]
+    ranks, shared = plan.get("world_size"), plan.get("sequence_parallel_size", 1)
+    groups = ranks // shared if ranks and shared else None
+    factors = [*(dig(plan, f"batch.{name}") for name in names), groups]
     triangle = ""
     if None not in factors:
         triangle = "{:,} rows = {:,} micro x {:,} accumulated x {:,} ranks".format(*factors)

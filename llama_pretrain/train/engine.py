@@ -23,6 +23,7 @@ from llama_pretrain.train.optimizer import (
     build_optimizer,
     get_optimizer_grouped_parameters,
 )
+from llama_pretrain.train.sequence import SequenceGroup
 
 
 def build_engine(
@@ -33,11 +34,14 @@ def build_engine(
     *,
     tokenizer_dir: Path,
     digest: Digest | None = None,
-) -> Any:
+) -> tuple[Any, SequenceGroup | None]:
     """Model, optimizer and schedule in a DeepSpeed engine, with unchanged initial weights.
 
     Args:
         digest: updated with the initial weights.
+
+    Returns:
+        The engine, and the ranks that share each sequence, if several do.
     """
     if "log_level" not in ds_config:
         # DeepSpeed prints steps_per_print, dump_state and comms_logger at this level only.
@@ -54,7 +58,8 @@ def build_engine(
     )
     weights = None if run.model.path is None else Path(run.model.path)
     model = build_model(config, seed=run.seed, weights=weights, ds_config=ds_config, digest=digest)
-    install_kernels(model, run.kernels)
+    sequence = SequenceGroup(rank, config) if rank.sequence_size > 1 else None
+    install_kernels(model, run.kernels, sequence=sequence)
     rank.phases.end("model")
     if run.train.gradient_checkpointing:
         enable_activation_checkpointing(model, ds_config)
@@ -74,7 +79,7 @@ def build_engine(
         restore_rotary(engine.module, config, rank.device)
     compile_layers(engine.module, run.kernels.compile)
     engine.train()
-    return engine
+    return engine, sequence
 
 
 def enable_activation_checkpointing(model: LlamaForCausalLM, ds_config: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ Every rank calls each function: at ZeRO stage 3 all ranks gather the weights tog
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from llama_pretrain.plan.plan import SourceTokens, TrainingPlan
 from llama_pretrain.runs.metrics import EvaluationRow
 from llama_pretrain.train.kernels.install import without_compilation
 from llama_pretrain.train.loss import token_losses
+from llama_pretrain.train.sequence import SequenceGroup
 
 PROBED_TOKENS = 32
 """Tokens whose logits are saved in a checkpoint."""
@@ -90,18 +92,25 @@ def open_split(run: ResolvedRun, plan: TrainingPlan, split: str) -> PretrainData
 
 @torch.no_grad()
 def sum_losses(
-    engine: Any, dataset: PretrainDataset, plan: TrainingPlan, rank: Rank
+    engine: Any,
+    dataset: PretrainDataset,
+    plan: TrainingPlan,
+    rank: Rank,
+    sequence: SequenceGroup | None = None,
 ) -> LossSums | None:
     """Evaluate each sequence once. `None` if a signal has interrupted it.
 
     Each token counts once, whatever the number of ranks and the micro batch size.
+
+    Args:
+        sequence: the ranks that share each sequence, if several do.
     """
     size, sources = plan.batch.micro_batch_size, plan.corpus.sources
     sampler = EvalSampler(
         num_sequences=len(dataset),
         micro_batch_size=size,
-        rank=rank.index,
-        world_size=rank.world_size,
+        rank=rank.index if sequence is None else rank.data_index,
+        world_size=rank.world_size if sequence is None else rank.data_size,
     )
     loader = build_loader(dataset, sampler, micro_batch_size=size, num_workers=0)
     engine.eval()
@@ -112,9 +121,10 @@ def sum_losses(
             engine.train()
             return None
         batch = {key: value.to(rank.device) for key, value in cpu_batch.items()}
-        with without_compilation():
-            losses = token_losses(engine, batch).double().view(len(cpu_batch["input_ids"]), -1)
-        labelled = (cpu_batch["shift_labels"] != IGNORED).sum(dim=1)
+        split = nullcontext(batch) if sequence is None else sequence.split(batch)
+        with split as part, without_compilation():
+            losses = token_losses(engine, part).double().view(len(cpu_batch["input_ids"]), -1)
+        labelled = (part["shift_labels"] != IGNORED).sum(dim=1)
         owners = torch.bucketize(cpu_batch["sample_id"].clamp(min=0), bounds, right=True)
         for owner, loss, count in zip(owners, losses.sum(dim=1), labelled, strict=True):
             loss_sums[int(owner)] += loss.item()

@@ -197,8 +197,8 @@ def _train_batches(training: Training, progress: Progress) -> Iterator[dict[str,
         ),
         batches=stretches(progress.next_batch, num_steps, left_out=progress.left_out),
         global_batch_size=plan.batch.global_batch_size,
-        rank=rank.index,
-        world_size=rank.world_size,
+        rank=rank.data_index,
+        world_size=rank.data_size,
     )
     size, workers = plan.batch.micro_batch_size, run.data.num_workers
     return iter(
@@ -214,7 +214,9 @@ def _evaluate(training: Training, writer: MetricsWriter, progress: Progress) -> 
     rank, prompt = training.rank, training.prompt
     if prompt is not None and progress.step == 0:
         prompt = replace(prompt, num_tokens=min(prompt.num_tokens, UNTRAINED_TOKENS))
-    losses = sum_losses(training.engine, training.heldout_set, training.plan, rank)
+    losses = sum_losses(
+        training.engine, training.heldout_set, training.plan, rank, training.sequence
+    )
     text = None
     if losses is not None and prompt is not None:
         text = generate_with_engine(training.engine, prompt, rank)

@@ -31,9 +31,8 @@ def _losses(model: Any, batch: dict[str, Tensor]) -> Tensor | tuple[Tensor, Tens
     attend to each other unless `position_ids` restart with each document: transformers then masks
     them, but only without a KV cache.
     """
-    inputs = {"input_ids": batch["input_ids"], "use_cache": False}
-    if "position_ids" in batch:
-        inputs["position_ids"] = batch["position_ids"]
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
+    inputs |= {key: batch[key] for key in ("position_ids", "attention_mask") if key in batch}
     labels = batch["shift_labels"]
     if isinstance(getattr(model, "module", model), LlamaWithLoss):
         found: tuple[Tensor, Tensor] = model(**inputs, targets=labels)

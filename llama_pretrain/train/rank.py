@@ -51,6 +51,7 @@ def run_rank(
         # The parent's timeout comes first: its error says more.
         timeout_s=run.launch.timeout_s + 60,
         threads=run.launch.threads_per_process,
+        sequence_size=run.launch.sequence_parallel_size,
         stop=stop,
         heartbeat=heartbeat,
         phases=phases,
@@ -74,7 +75,7 @@ def train_rank(
     ds_config = json.loads(run_dir.ds_config.read_text(encoding="utf-8"))
     imports_bytes = resident_memory_bytes(rank.device)
     digest = hashlib.sha256() if rank.is_first and checkpoint is None else None
-    engine = build_engine(
+    engine, sequence = build_engine(
         run, plan, ds_config, rank, tokenizer_dir=run_dir.tokenizer, digest=digest
     )
     rank.phases.end("engine")
@@ -97,6 +98,7 @@ def train_rank(
         run_dir=run_dir,
         rank=rank,
         engine=engine,
+        sequence=sequence,
         train_set=open_split(run, plan, "train"),
         heldout_set=open_split(run, plan, "heldout"),
         imports_bytes=imports_bytes,

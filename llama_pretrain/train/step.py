@@ -4,6 +4,7 @@ import bisect
 import math
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypedDict
@@ -29,6 +30,7 @@ from llama_pretrain.train.engine import apply_update
 from llama_pretrain.train.generation import Prompt
 from llama_pretrain.train.loss import sum_of_losses
 from llama_pretrain.train.progress import Progress, spike_score
+from llama_pretrain.train.sequence import SequenceGroup
 
 
 class Position(TypedDict):
@@ -45,12 +47,18 @@ class Training:
     run_dir: RunDir
     rank: Rank
     engine: Any
+    sequence: SequenceGroup | None
+    """The ranks that share each sequence, if several do."""
     train_set: PretrainDataset
     heldout_set: PretrainDataset
     imports_bytes: int
     """Memory of this rank before the model was built; `framework` in the plan."""
     prompt: Prompt | None
     """The prompt of the generation after each evaluation."""
+
+    def split(self, batch: dict[str, Tensor]) -> AbstractContextManager[dict[str, Tensor]]:
+        """The part of a micro batch that this rank computes, while it does."""
+        return nullcontext(batch) if self.sequence is None else self.sequence.split(batch)
 
     @cached_property
     def peak_flops(self) -> float | None:
@@ -140,29 +148,32 @@ def train_step(
     length = training.plan.sampling.stage_at(first_sample).sequence_length
     skipped, spike_z = "", None
     for micro, cpu_batch in enumerate(micro_batches):
-        sample_hash += hash_samples(cpu_batch["sample_id"].numpy())
+        if rank.sequence_index == 0:
+            sample_hash += hash_samples(cpu_batch["sample_id"].numpy())
         batch = {
             key: value.to(rank.device, non_blocking=True)
             for key, value in split_sequences(cpu_batch, length).items()
         }
-        # DeepSpeed averages gradients over micro batches and ranks. All losses are divided by the
-        # same number of targets, so the result is the mean over the targets of the global batch.
-        loss = sum_of_losses(engine, batch) / num_targets
-        loss_sum += loss.detach().double()
-        rank.beat()
-        if micro == num_micro - 1:
-            # Before the last gradient: all ranks must agree on whether to skip the step.
-            shared = _share(
-                training, loss_sum, sample_hash, written=saver.written, saved_at=saved_at
-            )
-            if loss_decides:  # reading waits for the device
-                mean, hashed, flags = _read(training, shared)
-                skipped, spike_z = _skip_reason(run, progress, mean)
-            # A loss that is not finite makes the gradient NaN, so that DeepSpeed skips the step.
-            loss = loss * torch.where(torch.isfinite(shared[0]), 1.0, torch.nan).to(loss.dtype)
-            if skipped:
-                loss = loss * math.nan
-        engine.backward(loss)
+        with training.split(batch) as part:
+            # DeepSpeed averages gradients over micro batches and ranks. All losses are divided by
+            # the same number of targets, so the result is the mean over those of the global batch.
+            loss = sum_of_losses(engine, part) / num_targets
+            loss_sum += loss.detach().double()
+            rank.beat()
+            if micro == num_micro - 1:
+                # Before the last gradient: all ranks must agree on whether to skip the step.
+                shared = _share(
+                    training, loss_sum, sample_hash, written=saver.written, saved_at=saved_at
+                )
+                if loss_decides:  # reading waits for the device
+                    mean, hashed, flags = _read(training, shared)
+                    skipped, spike_z = _skip_reason(run, progress, mean)
+                # A loss that is not finite makes the gradient NaN: DeepSpeed skips the step.
+                finite = torch.isfinite(shared[0])
+                loss = loss * torch.where(finite, 1.0, torch.nan).to(loss.dtype)
+                if skipped:
+                    loss = loss * math.nan
+            engine.backward(loss)
         if micro < num_micro - 1:
             engine.step()  # counts the micro batch
         rank.beat()
@@ -275,14 +286,15 @@ def name_samples(training: Training, batch: int, *, limit: int = 16) -> str:
 def _targets_per_micro_batch(
     training: Training, micro_batches: list[dict[str, Tensor]]
 ) -> float | Tensor:
-    """Mean number of targets per micro batch of the global batch; on the device if masked."""
+    """Mean number of targets of a rank's part of a micro batch; on the device if masked."""
     if not training.train_set.masked:
-        return micro_batches[0]["shift_labels"].numel()
+        return micro_batches[0]["shift_labels"].numel() / training.rank.sequence_size
     rank = training.rank
     count = sum(int((batch["shift_labels"] != IGNORED).sum()) for batch in micro_batches)
     total = torch.tensor(count, dtype=torch.float64).to(rank.device, non_blocking=True)
     dist.all_reduce(total)
-    return (total / (len(micro_batches) * rank.world_size)).float()
+    # ranks that share a sequence have all counted it
+    return (total / (len(micro_batches) * rank.world_size * rank.sequence_size)).float()
 
 
 def split_sequences(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:

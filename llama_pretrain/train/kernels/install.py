@@ -28,6 +28,7 @@ from llama_pretrain.config.kernels import CompiledPart, Kernels, LayerKernel, Lo
 from llama_pretrain.train.kernels.attention import blocked_attention
 from llama_pretrain.train.kernels.cross_entropy import linear_cross_entropy
 from llama_pretrain.train.kernels.elementwise import RmsNorm, Rotate, SwiGlu, WideLinear
+from llama_pretrain.train.sequence import SequenceGroup
 
 Pair = tuple[Tensor, Tensor]
 INTERFACES: Any = AttentionInterface()  # type: ignore[no-untyped-call]  # transformers'
@@ -35,8 +36,14 @@ INTERFACES: Any = AttentionInterface()  # type: ignore[no-untyped-call]  # trans
 LIGER = "liger_kernel.transformers.functional"
 
 
-def install_kernels(model: LlamaForCausalLM, kernels: Kernels) -> None:
-    """Install the kernels of a resolved run."""
+def install_kernels(
+    model: LlamaForCausalLM, kernels: Kernels, *, sequence: SequenceGroup | None = None
+) -> None:
+    """Install the kernels of a resolved run.
+
+    Args:
+        sequence: the ranks that share each sequence.
+    """
     model.config._attn_implementation = kernels.attention.value
     wide = kernels.matmul is Matmul.fp32
     if kernels.loss is not LossKernel.plain:
@@ -54,6 +61,7 @@ def install_kernels(model: LlamaForCausalLM, kernels: Kernels) -> None:
             changed.__class__, changed.swiglu = Mlp, swiglu
         elif isinstance(module, LlamaAttention):
             changed.__class__, changed.rotate, changed.wide = Attention, rotate, wide
+            changed.sequence = sequence
         elif type(module) is nn.Linear and wide:
             changed.__class__ = Linear
 
@@ -111,6 +119,7 @@ class Attention(LlamaAttention):
 
     rotate: Callable[..., Pair]
     wide: bool
+    sequence: SequenceGroup | None = None
 
     def forward(
         self,
@@ -127,6 +136,11 @@ class Attention(LlamaAttention):
         )
         query, key = self.rotate(query, key, *position_embeddings)
         value = value.transpose(1, 2)
+        if self.sequence is not None and self.sequence.active:
+            query, key, value = self.sequence.to_heads(query, key, value)
+            kwargs = self.sequence.whole_positions(kwargs)
+        if self.sequence is not None:
+            self.num_key_value_groups = query.shape[1] // key.shape[1]
         if self.wide:
             query, key, value = query.float(), key.float(), value.float()
         name = self.config._attn_implementation
@@ -135,6 +149,8 @@ class Attention(LlamaAttention):
         dropout = self.attention_dropout if self.training else 0.0
         options = {"dropout": dropout, "scaling": self.scaling, **kwargs}
         mixed, weights = attend(self, query, key, value, attention_mask, **options)
+        if self.sequence is not None and self.sequence.active:
+            mixed = self.sequence.to_tokens(mixed.to(hidden_states.dtype))
         mixed = mixed.reshape(batch, tokens, -1).to(hidden_states.dtype)
         out: Tensor = self.o_proj(mixed)
         return out, weights
