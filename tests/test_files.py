@@ -1,11 +1,20 @@
 """Files are complete or absent, and damaged JSON reads as nothing."""
 
+import errno
 import hashlib
 from pathlib import Path
 
 import pytest
 
-from llama_pretrain.files import hash_file, hash_text, read_json, replacing, write_json, write_text
+from llama_pretrain.files import (
+    hash_file,
+    hash_text,
+    locking,
+    read_json,
+    replacing,
+    write_json,
+    write_text,
+)
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
@@ -17,6 +26,17 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         raise RuntimeError
     assert path.read_text(encoding="utf-8") == "old ä"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with locking(tmp_path), pytest.raises(BlockingIOError), locking(tmp_path, wait=False):
+        pass
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with locking(tmp_path), locking(tmp_path, wait=False):
+        pass
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[1]", b"\xff", b"[" * 100_000])

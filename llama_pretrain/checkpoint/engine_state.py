@@ -198,7 +198,7 @@ def load_checkpoint(engine: Any, folder: Path, rank: Rank) -> dict[str, Any]:
 
     Every rank calls it.
     """
-    with StoredState(folder) as stored:
+    with StoredState(folder, rank=rank.index) as stored:
         restore(engine, stored, rank)
         progress: dict[str, Any] = stored.values["progress"]
     dist.barrier()  # no rank trains, and saves, while another still reads

@@ -16,6 +16,8 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 STATE = "state.json"
 """Everything of a checkpoint that is not a tensor."""
+INDEX = "index.json"
+"""Which rank's file holds which elements of each parameter and of its state."""
 METRICS = "metrics.jsonl"
 """A checkpoint's copy of the run's metrics at that step."""
 

@@ -5,7 +5,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llama_pretrain.checkpoint.engine_state import collect_tensors, collect_values
 from llama_pretrain.checkpoint.manifest import (
+    INDEX,
     LATEST,
     STATE,
     Manifest,
@@ -30,12 +31,12 @@ from llama_pretrain.checkpoint.manifest import (
     temporary_folder,
     write_manifest,
 )
-from llama_pretrain.checkpoint.tensors import write_and_hash, write_tensors
+from llama_pretrain.checkpoint.tensors import build_index, write_and_hash, write_tensors
 from llama_pretrain.config.checkpoint import OnError
 from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.snapshot import config_hash
 from llama_pretrain.distributed import Rank, sum_over_ranks
-from llama_pretrain.files import write_text
+from llama_pretrain.files import sync_folder, write_text
 from llama_pretrain.plan.plan import TrainingPlan
 from llama_pretrain.runs.metrics import CheckpointRow
 
@@ -57,6 +58,8 @@ class _Save:
     """Seconds that training has waited for it."""
     files: Hashes = field(default_factory=dict)
     """What this rank has written."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Numbers of elements of its tensors, by name."""
     fault: str = ""
     """Why this rank could not write."""
     thread: threading.Thread | None = None
@@ -126,6 +129,7 @@ class Saver:
         contents: dict[str, bytes] = {}
         with save.noting_faults():
             tensors = collect_tensors(self._engine, self._rank)
+            save.sizes = {key: tensor.numel() for key, tensor in tensors.items()}
             values = {**collect_values(self._engine), "progress": progress}
             if self._rank.is_first:
                 contents = {**files, STATE: json.dumps(values).encode()}
@@ -162,10 +166,10 @@ class Saver:
             save.thread.join()
         fault = self._first_fault(save)
         if fault is None:
-            files: list[Any] = [None] * self._rank.world_size
-            dist.all_gather_object(files, save.files)
-            merged = {key: value for part in files for key, value in part.items()}
-            fault = self._complete(save, merged)
+            written: list[Any] = [None] * self._rank.world_size
+            everything = written if self._rank.is_first else None
+            dist.gather_object((save.files, save.sizes), everything)
+            fault = self._complete(save, written)
         self._pending = None
         now = time.perf_counter()
         tokens = save.step * self._plan.steps.tokens_per_step
@@ -225,17 +229,25 @@ class Saver:
         first = next(number for number, text in enumerate(faults) if text)
         return f"{checkpoint_name(save.step)} was not written: {faults[first]} (rank {first})"
 
-    def _complete(self, save: _Save, files: Hashes) -> str | None:
-        """On rank 0: write the manifest, rename, update `latest`, delete old checkpoints.
+    def _complete(
+        self, save: _Save, written: Sequence[tuple[Hashes, dict[str, int]]]
+    ) -> str | None:
+        """On rank 0: write index and manifest, rename, update `latest`, delete old checkpoints.
 
         Nothing is deleted before the manifest and the files that it names are seen on the disk;
         each rank has flushed its own.
+
+        Args:
+            written: files and sizes of every rank's tensors, known to rank 0.
         """
         settings = self._run.checkpoint
         if self._rank.is_first:
             temporary = temporary_folder(self._folder, save.step)
             final = self._folder / checkpoint_name(save.step)
             with save.noting_faults():
+                files = {key: value for hashes, _ in written for key, value in hashes.items()}
+                index = json.dumps(build_index([sizes for _, sizes in written]))
+                files[INDEX] = list(write_and_hash(temporary / INDEX, [index.encode()]))
                 write_manifest(temporary, Manifest(**save.manifest, files=files))
                 save.fault = (
                     find_damaged_file(temporary, read_manifest(temporary), hashes=False) or ""
@@ -245,6 +257,7 @@ class Saver:
                     if final.exists():  # from before the run was resumed at an earlier step
                         make_way(final)
                     os.rename(temporary, final)
+                    sync_folder(self._folder)
                     write_text(self._folder / LATEST, final.name + "\n")
                     every = settings.keep_every_steps
                     prune(self._folder, keep_last=settings.keep_last, keep_every_steps=every)

@@ -1,16 +1,19 @@
 """Checkpoint tensors on disk: fragments of parameters and of their optimizer state.
 
 Each rank writes the ranges of flattened parameters that it owns, into one safetensors file. A
-reader asks for any range of any parameter and gets it from the files that hold it. So a checkpoint
-can be read by any number of ranks, at any ZeRO stage, or without ranks.
+reader asks for any range of any parameter and gets it from the files that hold it, which an index
+names. So a checkpoint can be read by any number of ranks, at any ZeRO stage, or without ranks, and
+a rank of a thousand opens the few files that it needs.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from llama_pretrain.checkpoint.manifest import STATE, rank_file
+from llama_pretrain.checkpoint.manifest import INDEX, STATE, rank_file
+from llama_pretrain.files import read_json
 
 LOGITS = "logits.safetensors"
 """The training engine's logits for a few tokens; an export is compared with them."""
@@ -79,43 +83,93 @@ def _serialize(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
         yield memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # a buffer
 
 
-@dataclass(frozen=True)
-class _Location:
-    file: str
-    key: str
-    start: int
-    numel: int
+Piece = tuple[int, int, int]
+"""First element, number of elements, and the rank whose file has them."""
+
+
+def build_index(sizes: Sequence[Mapping[str, int]]) -> dict[str, Any]:
+    """Where the pieces of each parameter and of its state are; equal places are stored once.
+
+    Args:
+        sizes: number of elements by name of each tensor that a rank has written, by rank.
+    """
+    pieces: dict[str, list[Piece]] = {}
+    for rank, written in enumerate(sizes):
+        for key, numel in written.items():
+            tensor, _, start = key.rpartition(":")
+            pieces.setdefault(tensor, []).append((int(start), numel, rank))
+    layouts: dict[tuple[Piece, ...], int] = {}
+    tensors = {
+        tensor: layouts.setdefault(tuple(sorted(places)), len(layouts))
+        for tensor, places in pieces.items()
+    }
+    return {"tensors": tensors, "layouts": list(layouts)}
+
+
+def _kinds_in(tensors: Iterable[str], name: str) -> list[str]:
+    known = (tensor.rpartition(":") for tensor in tensors)
+    return [kind for owner, _, kind in known if owner == name]
 
 
 class StoredState:
-    """Reads a checkpoint folder. Use it in a `with` block: it keeps files open."""
+    """Reads a checkpoint folder. Use it in a `with` block: it keeps files open.
 
-    def __init__(self, folder: Path):
+    Args:
+        rank: the reader's. What it has written itself it finds without the index.
+    """
+
+    def __init__(self, folder: Path, *, rank: int | None = None):
         self.folder = folder
         self.values: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
         """state.json: everything that is not a tensor."""
         self.shapes: dict[str, list[int]] = self.values["parameters"]
         self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
-        self._locations: dict[tuple[str, str], list[_Location]] = {}
-        for path in sorted(folder.glob(rank_file(0).replace("00000", "*"))):
-            file = self._open(path.name)
-            for key in file.keys():  # noqa: SIM118  # not a mapping
-                name, kind, start = key.rsplit(":", 2)
-                numel = file.get_slice(key).get_shape()[0]
-                location = _Location(path.name, key, int(start), numel)
-                self._locations.setdefault((name, kind), []).append(location)
+        self.files: dict[int, Any] = {}
+        """Those that are open, by rank."""
+        self._own = {} if rank is None else self._list_own(rank)
+
+    def _list_own(self, rank: int) -> dict[str, list[Piece]]:
+        """The pieces in one rank's file."""
+        found: dict[str, list[Piece]] = {}
+        for key, numel in self._sizes(rank).items():
+            tensor, _, start = key.rpartition(":")
+            found.setdefault(tensor, []).append((int(start), numel, rank))
+        return {tensor: sorted(pieces) for tensor, pieces in found.items()}
+
+    @cached_property
+    def _all(self) -> dict[str, list[Piece]]:
+        """The pieces in all files, from the index."""
+        try:
+            index = read_json(self.folder / INDEX) or self._scan()
+            layouts = index["layouts"]
+            return {tensor: layouts[number] for tensor, number in index["tensors"].items()}
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.folder / INDEX} is damaged: {error!r}") from error
+
+    def _scan(self) -> dict[str, Any]:
+        """The index of a checkpoint that has none: of an earlier version."""
+        sizes: list[dict[str, int]] = []
+        while written := self._sizes(len(sizes)):
+            sizes.append(written)
+        return build_index(sizes)
+
+    def _sizes(self, rank: int) -> dict[str, int]:
+        """Numbers of elements of the tensors in a rank's file; none if there is no file."""
+        if not (self.folder / rank_file(rank)).is_file():
+            return {}
+        file = self._open(rank)
+        return {key: file.get_slice(key).get_shape()[0] for key in file.keys()}  # noqa: SIM118
 
     def __enter__(self) -> "StoredState":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-        self._files.clear()
+        self.files.clear()
 
     def kinds(self, name: str) -> list[str]:
         """The kinds of a parameter's fragments."""
-        return [kind for owner, kind in self._locations if owner == name]
+        return _kinds_in(self._own, name) or _kinds_in(self._all, name)
 
     def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
         """A range of a flattened parameter: (numel,) on the CPU.
@@ -123,15 +177,22 @@ class StoredState:
         Raises:
             ValueError: if the files do not hold all of it.
         """
+        tensor = f"{name}:{kind}"
+        own = self._own.get(tensor, [])
+        whole = any(first <= start and start + numel <= first + size for first, size, _ in own)
+        pieces = own if whole else self._all.get(tensor, [])
         result: Tensor | None = None
         missing = numel
         copied: list[tuple[int, int]] = []
-        for place in self._locations.get((name, kind), []):
-            first, last = max(start, place.start), min(start + numel, place.start + place.numel)
+        longest = max((size for _, size, _ in pieces), default=0)
+        for begin, size, rank in pieces[bisect_left(pieces, start - longest, key=itemgetter(0)) :]:
+            if begin >= start + numel:
+                break
+            first, last = max(start, begin), min(start + numel, begin + size)
             if first >= last or (first, last) in copied:  # several ranks may hold a fragment
                 continue
-            stored = self._open(place.file).get_slice(place.key)
-            values = stored[first - place.start : last - place.start]
+            stored = self._open(rank).get_slice(fragment_key(name, kind, begin))
+            values = stored[first - begin : last - begin]
             if result is None:
                 result = torch.empty(numel, dtype=values.dtype)
             result[first - start : last - start] = values
@@ -148,15 +209,13 @@ class StoredState:
 
     def tensor(self, rank: int, key: str) -> Tensor | None:
         """A tensor that belongs to a rank and not to a parameter; `None` if it wrote none."""
-        name, kind, _ = key.rsplit(":", 2)
-        for place in self._locations.get((name, kind), []):
-            if place.file == rank_file(rank):
-                found: Tensor = self._open(place.file).get_tensor(place.key)
-                return found
-        return None
+        found: Tensor | None = None
+        if key in self._sizes(rank):
+            found = self._open(rank).get_tensor(key)
+        return found
 
-    def _open(self, name: str) -> Any:
-        if name not in self._files:
-            opened = safe_open(self.folder / name, framework="pt")
-            self._files[name] = self._stack.enter_context(opened)
-        return self._files[name]
+    def _open(self, rank: int) -> Any:
+        if rank not in self.files:
+            opened = safe_open(self.folder / rank_file(rank), framework="pt")
+            self.files[rank] = self._stack.enter_context(opened)
+        return self.files[rank]

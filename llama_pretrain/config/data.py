@@ -160,6 +160,9 @@ class Data(Source):
     it, so that a run cannot be reproduced on other data unnoticed; `null` = any data."""
     cache_dir: Annotated[str, IsPath(keep_home=True)] = "~/.cache/llama_pretrain"
     """Where tokenizers and tokens are cached, each under the hash of what it was made from."""
+    node_cache_dir: Annotated[str | None, IsPath(keep_home=True)] = None
+    """A directory on each node's own disk, to which tokens are copied once, before its ranks read
+    them; `null` = they are read from `cache_dir`."""
     num_workers: NonNegativeInt = 0
     """Loader processes a rank; 0 is the fastest here (docs/log.md)."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llama_pretrain.config.problems import Problem, UserError
-from llama_pretrain.files import hash_text
+from llama_pretrain.files import flock, hash_text
 
 ShowProgress = Callable[[int, int], None]
 """Takes the bytes read so far, and the bytes of text in them."""
@@ -51,10 +51,10 @@ class Cache:
         tokens.mkdir(parents=True, exist_ok=True)
         with (tokens / f".lock-{name}").open("w") as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 self.report.say("waiting for another process that prepares the same data")
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                flock(lock.fileno(), fcntl.LOCK_EX)
             yield tokens / name, tokens / f".partial-{name}", digest
 
 

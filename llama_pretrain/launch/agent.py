@@ -11,7 +11,8 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 
 from llama_pretrain.config.launch import Launch
+from llama_pretrain.config.problems import UserError
 from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.snapshot import load_snapshot
 from llama_pretrain.files import read_json
@@ -37,6 +39,7 @@ from llama_pretrain.launch.group import (
     wait_for,
 )
 from llama_pretrain.launch.network import choose_address
+from llama_pretrain.launch.operators import build_operators
 from llama_pretrain.launch.server import start_server
 from llama_pretrain.launch.signals import (
     PREEMPTED_CODE,
@@ -181,7 +184,12 @@ class _Member:
                 None if announced.checkpoint is None else Path(announced.checkpoint),
                 place,
             )
-            ended = self._run_ranks(spec, requests, report)
+            try:
+                self._build_operators(spec, report)
+                ended = self._run_ranks(spec, requests, report)
+            except UserError as error:
+                text = "; ".join(str(problem) for problem in error.problems)
+                ended = {spec.ranks.start: Failure(1, int(time.time()), text)}, set()
             self._pulse.send(f"report/{attempt}/{self._node}", report_of(*ended))
             attempt += 1
 
@@ -233,6 +241,21 @@ class _Member:
             time.sleep(POLL_S)
             check()
         return members
+
+    def _build_operators(self, spec: LaunchSpec, report: Callable[[str], None]) -> None:
+        """Compile what ranks need, where nodes do not share a cache of operators.
+
+        Raises:
+            UserError: if that fails.
+        """
+
+        @contextmanager
+        def taking_time(text: str) -> Iterator[None]:
+            report(text)
+            yield
+
+        log = spec.run_dir.ranks / f"build.node{self._node}.log"
+        build_operators(spec.run, log=log, taking_time=taking_time)
 
     def _run_ranks(
         self, spec: LaunchSpec, requests: Requests, report: Callable[[str], None]

@@ -14,6 +14,7 @@ from llama_pretrain.config.launch import Device
 from llama_pretrain.config.optim import OptimName
 from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.config.resolved import ResolvedRun
+from llama_pretrain.files import flock
 from llama_pretrain.launch.environment import extensions_dir, worker_environment
 from llama_pretrain.process import PARENT, kill_session
 from llama_pretrain.runs.provenance import cpu_name
@@ -59,10 +60,10 @@ def build_operators(
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".build.lock").open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             with taking_time("waiting for another process that compiles operators on this machine"):
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                flock(lock.fileno(), fcntl.LOCK_EX)
         if built.exists():
             return
         for stale in folder.glob("*/lock"):

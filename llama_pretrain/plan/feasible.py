@@ -225,6 +225,13 @@ def validate_world_size(run: ResolvedRun) -> Iterator[Problem]:
             message=f"must divide the {world_size} ranks (got {group})",
             hint=f"Set it to {run.launch.num_processes}, the ranks of a node",
         )
+    elif run.zero.stage == 3 and run.launch.nodes > 1 and run.launch.num_processes % group:
+        yield Problem(
+            path="zero.zero_hpz_partition_size",
+            message=f"must divide the {run.launch.num_processes} ranks of a node: a second copy of"
+            f" the weights that spans nodes saves no traffic between them (got {group})",
+            hint=f"Set it to {_divisors(run.launch.num_processes)}",
+        )
     size = run.deepspeed.hybrid_engine.inference_tp_size
     if world_size % size:
         yield Problem(

@@ -95,6 +95,7 @@ WITHOUT_EFFECT = (
     "export",
     "generate",
     "plan",
+    "data.node_cache_dir",
     "launch.name",
     "launch.node_rank",
     "launch.master",
@@ -102,7 +103,10 @@ WITHOUT_EFFECT = (
     "launch.hosts",
     "launch.hostfile",
     "launch.ssh",
+    "launch.slurm",
     "launch.join_timeout_s",
+    "launch.min_nodes",
+    "launch.rejoin_timeout_s",
     "launch.allow_node_drift",
     "launch.device_memory",
     "launch.bind_cores",
@@ -129,6 +133,7 @@ KIND_OF_OPTION = {
     "launch.num_processes": Kind.threads,
     "launch.threads_per_process": Kind.threads,
     "launch.nodes": Kind.threads,
+    "launch.sequence_parallel_size": Kind.threads,
     "launch.device": Kind.hardware,
 }
 SECTIONS = (

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_pretrain.files import open_regular
+from llama_pretrain.files import flock, open_regular
 
 ATTEMPTS = 5
 """Tries to take the lock before it counts as another process's."""
@@ -81,7 +81,7 @@ def hold(run_dir: RunDir) -> Iterator[None]:
     with os.fdopen(open_regular(run_dir.lock, os.O_RDWR | os.O_CREAT), "w") as lock:
         for attempt in range(ATTEMPTS):
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:  # `list` takes it too, for a moment
                 if attempt == ATTEMPTS - 1:
@@ -99,7 +99,7 @@ def is_held(run_dir: RunDir) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     finally:

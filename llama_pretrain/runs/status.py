@@ -1,6 +1,8 @@
 """status.json: the state of a run."""
 
 import os
+import socket
+import time
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
@@ -31,6 +33,7 @@ class Status(str, Enum):
         return self in (Status.completed, Status.reproduced, Status.diverged)
 
 
+FRESH_S = 60.0
 CRASHED = "crashed"
 """Not in status.json: see `read_state`."""
 FINISHED = (Status.completed, Status.reproduced, Status.diverged, Status.pruned)
@@ -60,7 +63,8 @@ def write_status(run_dir: RunDir, status: Status, outcome: Outcome = NOTHING) ->
         "error": None if outcome.error is None else redact(outcome.error),
         "log": None if outcome.log is None else str(outcome.log),
     }
-    write_json(run_dir.status, {"status": status.value, **values, "pid": os.getpid()})
+    values |= {"pid": os.getpid(), "host": socket.gethostname()}
+    write_json(run_dir.status, {"status": status.value, **values})
 
 
 def read_status(run_dir: RunDir) -> Status | None:
@@ -71,13 +75,24 @@ def read_status(run_dir: RunDir) -> Status | None:
         return None
 
 
+def _beats(run_dir: RunDir) -> bool:
+    """Whether the ranks of node 0 have made progress a moment ago."""
+    try:
+        return time.time() - run_dir.heartbeats().stat().st_mtime < FRESH_S
+    except OSError:
+        return False
+
+
 def read_state(run_dir: RunDir) -> tuple[str | None, str]:
     """The status now, and its error; `None` if status.json cannot be read.
 
-    `crashed` if the status is `running` and no process holds the run.
+    `crashed` if the status is `running` and no process holds the run. Not every shared file system
+    shows the locks of other hosts: there the heartbeats of ranks count too.
     """
     values = read_json(run_dir.status) or {}
     if values.get("status") == Status.running and not is_held(run_dir):
+        if values.get("host") != socket.gethostname() and _beats(run_dir):
+            return Status.running.value, ""
         values = read_json(run_dir.status) or {}  # it may have ended in between
         if values.get("status") == Status.running:
             return CRASHED, "its process is gone"

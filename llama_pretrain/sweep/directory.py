@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from llama_pretrain.config.sweep import Objective
-from llama_pretrain.files import read_regular, write_json, write_text
+from llama_pretrain.files import flock, read_regular, write_json, write_text
 from llama_pretrain.runs import status
 from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.runs.metrics import (
@@ -144,7 +144,7 @@ def read_sweep(folder: SweepDir) -> SweepRecord:
 def change(folder: SweepDir) -> Iterator[None]:
     """Lock sweep.json while it is read and written again."""
     with (folder.path / ".change").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        flock(lock.fileno(), fcntl.LOCK_EX)
         yield
 
 

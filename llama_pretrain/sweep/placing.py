@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from llama_pretrain.files import flock
 from llama_pretrain.plan.machine import Machine
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -66,7 +67,7 @@ def _wait_for_slot(folder: Path, slots: int, stack: contextlib.ExitStack) -> int
         for number in range(slots):
             lock = (folder / f".slot{number}").open("w")
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 lock.close()
                 continue

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import deepspeed
@@ -15,6 +16,7 @@ from llama_pretrain.checkpoint.manifest import read_manifest
 from llama_pretrain.config.resolved import ResolvedRun
 from llama_pretrain.config.snapshot import load_snapshot
 from llama_pretrain.config.tasks import Task
+from llama_pretrain.data.node_cache import copy_corpus
 from llama_pretrain.distributed import Rank, init_distributed, keep_to_cores, print_rank_0
 from llama_pretrain.files import write_text
 from llama_pretrain.plan.plan import TrainingPlan, load_plan
@@ -59,6 +61,9 @@ def run_rank(
     dist.barrier()  # an unreachable rank fails here, not while the model is built
     phases.end("process_group")
     rank.beat()
+    if run.data.node_cache_dir is not None:
+        cache = Path(run.data.node_cache_dir).expanduser()
+        plan = replace(plan, corpus=copy_corpus(plan.corpus, cache, beat=rank.beat))
     if run.task is not Task.evaluate:
         train_rank(run, plan, run_dir, rank, checkpoint)
     elif checkpoint is not None:

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from llama_pretrain.checkpoint.engine_state import collect_tensors, collect_values, restore
-from llama_pretrain.checkpoint.manifest import STATE, rank_file
+from llama_pretrain.checkpoint.manifest import INDEX, STATE, rank_file
 from llama_pretrain.checkpoint.tensors import (
     WEIGHT,
     StoredState,
+    build_index,
     fragment_key,
     write_and_hash,
     write_tensors,
@@ -73,6 +74,38 @@ def test_any_range_is_read_from_the_files_that_hold_it(tmp_path: Path) -> None:
         assert torch.equal(stored.read("w", WEIGHT, 3, 5), values[3:8])
         with pytest.raises(ValueError, match="lacks 2 elements of w"):
             stored.read("w", WEIGHT, 8, 4)
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_rank_opens_the_files_that_it_needs(tmp_path: Path, indexed: bool) -> None:
+    sizes = []
+    for rank in range(8):
+        values = torch.arange(4.0) + 4 * rank
+        tensors = {fragment_key("w", kind, 4 * rank): values for kind in (WEIGHT, "exp_avg")}
+        write_tensors(tmp_path / rank_file(rank), tensors)
+        sizes.append(dict.fromkeys(tensors, 4))
+    if indexed:
+        (tmp_path / INDEX).write_text(json.dumps(build_index(sizes)))
+    (tmp_path / STATE).write_text(json.dumps({"parameters": {"w": [32]}}))
+    with StoredState(tmp_path, rank=5) as stored:
+        assert stored.read("w", WEIGHT, 20, 4).tolist() == [20, 21, 22, 23]
+        assert sorted(stored.kinds("w")) == ["exp_avg", WEIGHT]
+        assert list(stored.files) == [5]
+        assert stored.read("w", "exp_avg", 10, 8).tolist() == list(range(10, 18))
+        if indexed:
+            assert sorted(stored.files) == [2, 3, 4, 5]
+    with StoredState(tmp_path) as stored:
+        assert stored.weight("w").tolist() == list(range(32))
+        with pytest.raises(ValueError, match="lacks 4 elements"):
+            stored.read("w", WEIGHT, 24, 12)
+
+
+@pytest.mark.parametrize("text", ['{"tensors": {"w:weight": 3}, "layouts": []}', '{"tensors": 1}'])
+def test_a_damaged_index_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / INDEX).write_text(text)
+    (tmp_path / STATE).write_text(json.dumps({"parameters": {"w": [4]}}))
+    with StoredState(tmp_path) as stored, pytest.raises(ValueError, match="is damaged"):
+        stored.weight("w")
 
 
 def test_safetensors_reads_our_files(tmp_path: Path) -> None:

@@ -144,6 +144,7 @@ def test_two_nodes_equal_one_machine_to_the_bit(tmp_path: Path) -> None:
     [
         (3, 1, ("zero=stage3", "precision=bf16")),
         (2, 2, ("zero=stage1", "launch.fork=false")),
+        (2, 2, ("zero=stage3", "zero.zero_hpz_partition_size=2")),
         (2, 1, ("zero=stage0",)),
     ],
 )
