@@ -124,7 +124,9 @@ def test_a_checkpoint_holds_all_that_is_needed(with_checkpoints: Command) -> Non
     """And nothing in it is a pickle: every file is JSON or safetensors."""
     folder = with_checkpoints.run_dir.checkpoints / "step-00000007"
     ranks = ["rank00000.safetensors", "rank00001.safetensors"]
-    files = split("config.json logits.safetensors manifest.json metrics.jsonl state.json")
+    files = split(
+        "config.json index.json logits.safetensors manifest.json metrics.jsonl state.json"
+    )
     assert sorted(path.name for path in folder.iterdir()) == sorted([*files, *ranks])
     for name in ranks:
         with safe_open(folder / name, framework="pt") as file:
