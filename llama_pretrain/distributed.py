@@ -12,6 +12,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from llama_pretrain.config.resolved import ResolvedLaunch
 from llama_pretrain.process import STORE_FD, Heartbeat, StopRequest
 from llama_pretrain.runs.phases import Phases
 
@@ -60,10 +61,8 @@ class Rank:
 
 def init_distributed(
     *,
+    launch: ResolvedLaunch,
     device: str,
-    timeout_s: int,
-    threads: int,
-    sequence_size: int,
     stop: StopRequest,
     heartbeat: Heartbeat | None,
     phases: Phases,
@@ -74,7 +73,7 @@ def init_distributed(
         torch.cuda.set_device(local_index)
         here = torch.device("cuda", local_index)
     else:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(launch.threads_per_process)
         here = torch.device("cpu")
         # On a CPU DeepSpeed would compile its shared-memory collectives at the first start; only
         # inference_all_reduce uses them. Newer versions build the list when it is first read, with
@@ -85,7 +84,8 @@ def init_distributed(
         _host_store()
     deepspeed.init_distributed(
         dist_backend="nccl" if device == "cuda" else "gloo",
-        timeout=timedelta(seconds=timeout_s),
+        # The parent's timeout comes first: its error says more.
+        timeout=timedelta(seconds=launch.timeout_s + 60),
         verbose=False,
     )
     return Rank(
@@ -96,7 +96,7 @@ def init_distributed(
         stop=stop,
         heartbeat=heartbeat,
         phases=phases,
-        sequence_size=sequence_size,
+        sequence_size=launch.sequence_parallel_size,
     )
 
 

@@ -22,20 +22,13 @@ from llama_pretrain.runs.units import format_size
 def show_plan(run: ResolvedRun, plan: Plan, run_dir: RunDir | None) -> None:
     """What will happen, in a table of two columns."""
     table = two_columns("plan")
-    batch, steps, size, memory = plan.batch, plan.steps, plan.parameters, plan.memory
+    steps, size, memory = plan.steps, plan.parameters, plan.memory
     precision, optim = run.precision.name.value, run.optim.name.value
     table.add_row("device", f"{plan.device}, {precision}, {optim}, ZeRO stage {run.zero.stage}")
     threads = f" x {run.launch.threads_per_process} threads" if plan.device == "cpu" else ""
     nodes = f" on {run.launch.nodes} nodes" if run.launch.nodes > 1 else ""
     table.add_row("ranks", f"{plan.world_size}{nodes}{threads}")
-    groups = f"{plan.world_size} ranks"
-    if (shared := plan.sequence_parallel_size) > 1:
-        groups = f"{plan.data_parallel_size} x {shared} ranks that share sequences"
-    sizes = (
-        f"{batch.global_batch_size} sequences = {batch.micro_batch_size} micro"
-        f" x {batch.gradient_accumulation_steps} accumulated x {groups}"
-    )
-    table.add_row("global batch", sizes)
+    table.add_row("global batch", _triangle(plan))
     decay = f"{size.decayed:,} with weight decay, {size.not_decayed:,} without"
     table.add_row("parameters", f"{size.total:,}: {decay}")
     per_step = f"{steps.total:,} of {steps.tokens_per_step:,} tokens = {steps.tokens:,} tokens"
@@ -101,6 +94,17 @@ def show_plan(run: ResolvedRun, plan: Plan, run_dir: RunDir | None) -> None:
         table.add_row("run directory", str(run_dir.path))
         table.add_row("to reproduce", shlex.join(["python", "run.py", f"reproduce={run_dir.path}"]))
     out.print(table)
+
+
+def _triangle(plan: Plan) -> str:
+    """How the global batch is made up."""
+    batch, groups = plan.batch, f"{plan.world_size} ranks"
+    if (shared := plan.sequence_parallel_size) > 1:
+        groups = f"{plan.data_parallel_size} x {shared} ranks that share sequences"
+    return (
+        f"{batch.global_batch_size} sequences = {batch.micro_batch_size} micro"
+        f" x {batch.gradient_accumulation_steps} accumulated x {groups}"
+    )
 
 
 def _add_sources(table: Table, plan: TrainingPlan) -> None:

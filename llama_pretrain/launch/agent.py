@@ -26,20 +26,17 @@ from llama_pretrain.config.snapshot import load_snapshot
 from llama_pretrain.files import read_json
 from llama_pretrain.launch.failures import Failure
 from llama_pretrain.launch.forked import POLL_S, Supervisor
-from llama_pretrain.launch.group import (
-    HANGING,
+from llama_pretrain.launch.group import HANGING, NODES, report_of, same_directory
+from llama_pretrain.launch.network import choose_address
+from llama_pretrain.launch.operators import build_operators
+from llama_pretrain.launch.rendezvous import (
     LOST_S,
-    NODES,
     Attempt,
     Pulse,
     connect_store,
     meet,
-    report_of,
-    same_directory,
     wait_for,
 )
-from llama_pretrain.launch.network import choose_address
-from llama_pretrain.launch.operators import build_operators
 from llama_pretrain.launch.server import start_server
 from llama_pretrain.launch.signals import (
     PREEMPTED_CODE,

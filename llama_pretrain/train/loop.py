@@ -103,9 +103,6 @@ def train(training: Training, writer: MetricsWriter, progress: Progress) -> bool
             if _evaluates(training, progress.step) and not stopping:
                 stopping = not _evaluate(training, writer, progress)
             if stopping or _saves(training, progress.step, result.flags):
-                if rank.is_first:
-                    with suppress(OSError):
-                        training.run_dir.request.unlink()
                 _save(saver, training, progress, writer, sample_hash=result.sample_hash)
                 saved_at = time.monotonic()
 
@@ -234,6 +231,9 @@ def _save(
     saver: Saver, training: Training, progress: Progress, writer: MetricsWriter, *, sample_hash: str
 ) -> None:
     writer.write_all(saver.finish())  # the previous checkpoint
+    if training.rank.is_first:
+        with suppress(OSError):
+            training.run_dir.request.unlink()
     metrics = training.run_dir.metrics
     files = {
         METRICS: metrics.read_bytes() if training.rank.is_first else b"",

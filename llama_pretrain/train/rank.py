@@ -49,11 +49,8 @@ def run_rank(
         keep_to_cores(int(os.environ["LOCAL_RANK"]), num_ranks=run.launch.num_processes)
     phases.end("imports")
     rank = init_distributed(
+        launch=run.launch,
         device=plan.device,
-        # The parent's timeout comes first: its error says more.
-        timeout_s=run.launch.timeout_s + 60,
-        threads=run.launch.threads_per_process,
-        sequence_size=run.launch.sequence_parallel_size,
         stop=stop,
         heartbeat=heartbeat,
         phases=phases,
