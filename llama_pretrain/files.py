@@ -43,8 +43,8 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def flock(descriptor: int, operation: int) -> None:
-    """Take a lock of flock(2). A file system without such locks, as some shared ones, gives it.
+def flock(descriptor: int, operation: int) -> bool:
+    """Take a lock of flock(2). False on a file system without such locks, as some shared ones.
 
     Raises:
         BlockingIOError: with LOCK_NB, if another process holds it.
@@ -54,6 +54,8 @@ def flock(descriptor: int, operation: int) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
+        return False
+    return True
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from llama_pretrain.checkpoint.manifest import INDEX, STATE, rank_file
+from llama_pretrain.checkpoint.manifest import INDEX, MANIFEST, STATE, rank_file
 from llama_pretrain.files import read_json
 
 LOGITS = "logits.safetensors"
@@ -140,10 +140,14 @@ class StoredState:
     def _all(self) -> dict[str, list[Piece]]:
         """The pieces in all files, from the index."""
         try:
-            index = read_json(self.folder / INDEX) or self._scan()
-            layouts = index["layouts"]
+            listed = INDEX in (read_json(self.folder / MANIFEST) or {"files": [INDEX]})["files"]
+            index = (read_json(self.folder / INDEX) if listed else None) or self._scan()
+            layouts = [
+                [(int(first), int(numel), int(rank)) for first, numel, rank in pieces]
+                for pieces in index["layouts"]
+            ]
             return {tensor: layouts[number] for tensor, number in index["tensors"].items()}
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{self.folder / INDEX} is damaged: {error!r}") from error
 
     def _scan(self) -> dict[str, Any]:

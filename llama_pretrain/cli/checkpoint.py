@@ -34,12 +34,14 @@ def checkpoint_command(arguments: argparse.Namespace) -> int:
     run_dir = RunDir(arguments.run)
     state, _ = read_state(run_dir)
     if state is None:
-        say(f"error: {run_dir.path} is no run directory", error=True)
+        say(f"error: {run_dir.path} is not a run directory, or its run has not begun", error=True)
         return 2
     if state != Status.running:
         say(f"error: {run_dir.path} is not training: it is {state}", error=True)
         return 1
-    done = max((row.step for row in steps(read_metrics(run_dir.metrics))), default=0)
+    rows = read_metrics(run_dir.metrics)
+    done = max((row.step for row in steps(rows)), default=0)
+    before = {row.step for row in rows if isinstance(row, CheckpointRow)}
     try:
         run_dir.request.touch()
     except OSError as error:
@@ -49,7 +51,8 @@ def checkpoint_command(arguments: argparse.Namespace) -> int:
     while True:
         state, reason = read_state(run_dir)  # before the metrics: it may end with a checkpoint
         rows = read_metrics(run_dir.metrics)
-        new = [row for row in rows if isinstance(row, CheckpointRow) and row.step > done]
+        saved = [row for row in rows if isinstance(row, CheckpointRow) and row.step >= done]
+        new = [row for row in saved if row.step not in before]
         if new and new[0].checkpoint_error:
             say(f"error: {new[0].checkpoint_error}", error=True)
             return 1

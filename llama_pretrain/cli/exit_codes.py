@@ -9,7 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 from llama_pretrain import console
 from llama_pretrain.config.compose import describe_compose_error
 from llama_pretrain.config.problems import Problem, UserError
-from llama_pretrain.launch.signals import PREEMPTED_CODE, Preempted, Requests, Stopped
+from llama_pretrain.launch.signals import PREEMPTED_CODE, Detached, Preempted, Requests, Stopped
 from llama_pretrain.launch.slurm import requeue
 from llama_pretrain.launch.watch import NodeError, RankError
 from llama_pretrain.runs.agreement import DivergedError
@@ -39,6 +39,9 @@ def finish(error: BaseException, *, requests: Requests, swept: int) -> int:
         requests: signals that arrived; a library may have turned one into its own error.
         swept: the exit code of the sweep that was interrupted; 0 if there was none.
     """
+    if isinstance(error, Detached):
+        console.show_failure("\n".join([str(error), *getattr(error, "__notes__", [])]))
+        return 128 + error.number
     if requests.numbers and not isinstance(error, (Preempted, Stopped)):
         error = Preempted(requests.numbers[0])
     if isinstance(error, SystemExit):

@@ -5,7 +5,6 @@ derived settings that the command line changes.
 """
 
 import contextlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -249,15 +248,19 @@ def _batch_anew(
             derived["global_batch_size"] = None
         return derived
     sizes = [
-        settings.get(f"launch.{name}", str(values["launch"][name]))
-        for name in ("num_processes", "nodes")
+        settings.get(f"launch.{name}", str(values["launch"].get(name, 1)))
+        for name in ("num_processes", "nodes", "sequence_parallel_size")
     ]
     batch = values["batch"]
     whole, before = batch["global_batch_size"], batch[micro]
     known = all(size.isdigit() and int(size) > 0 for size in sizes) and not launch_chosen
-    if not known or whole is None or before is None or whole % math.prod(map(int, sizes)):
+    if not known or whole is None or before is None:
         return {accumulation: None}
-    share = whole // math.prod(map(int, sizes))
+    processes, nodes, sharing = map(int, sizes)
+    groups = processes * nodes // sharing
+    if groups == 0 or whole % groups:
+        return {accumulation: None}
+    share = whole // groups
     size = divisors_near(share, before)[0]
     return {micro: size, accumulation: share // size}
 

@@ -80,6 +80,7 @@ def serve(
             report(f"error: node 0 does not answer at {host}:{port} within {limit}")
             return 1
         store.set(f"host/{node}", socket.gethostname())
+        store.delete_key(f"refused/{node}")
         place = run_dir or Path(store.get("run_dir").decode())
         token = store.get("token").decode()
         if not same_directory(place, token):
@@ -144,6 +145,8 @@ class _Member:
         self._node, self._master, self._store = node, master, store
         self._token, self._run_dir, self._run = token, run_dir, run
         self._pulse = Pulse(master, node=node)
+        self._attempts: set[int] = set()
+        """Those that this process has taken part in."""
 
     def serve(self, requests: Requests, report: Callable[[str], None]) -> int:
         """Take part in attempts until node 0 ends the run, or is lost."""
@@ -164,9 +167,9 @@ class _Member:
                 report(f"error: not all nodes have joined: {error}")
                 return 1
             if self._node not in members:  # it has come too late
-                self._has_begun(attempt)
                 attempt += 1
                 continue
+            self._attempts.add(attempt)
             place = Place(
                 node=members.index(self._node),
                 address=address,
@@ -191,17 +194,21 @@ class _Member:
             attempt += 1
 
     def _has_begun(self, attempt: int) -> bool:
-        """Whether an attempt goes on without this node, which then asks to be let in."""
-        if self._store.check([f"members/{attempt}"]):
-            self._store.set(f"back/{attempt}/{self._node}", "1")
-            return True
-        return bool(self._store.check([f"joined/{attempt}/{self._node}"]))  # before it was lost
+        """Whether an attempt has begun, or has had this node before it was lost."""
+        return any(
+            self._store.check([key])
+            for key in (f"members/{attempt}", f"joined/{attempt}/{self._node}")
+        )
 
     def _wait(
         self, attempt: int, requests: Requests, report: Callable[[str], None]
     ) -> Attempt | int:
         """The announcement of the next attempt, or the code to exit with."""
+        before = attempt - 1
         while self._pulse.silence() < LOST_S:
+            if before not in self._attempts and self._pulse.receive(f"members/{before}"):
+                self._attempts.add(before)  # it goes on without this process: ask to be let in
+                self._pulse.send(f"back/{before}/{self._node}", "1")
             if (code := self._pulse.receive("exit")) is not None:
                 self._pulse.send(f"bye/{self._node}", "1")
                 self._pulse.flush(timeout_s=1)
@@ -258,7 +265,7 @@ class _Member:
         self, spec: LaunchSpec, requests: Requests, report: Callable[[str], None]
     ) -> tuple[dict[int, Failure], set[int]]:
         """Run this node's ranks to their end."""
-        spec.run_dir.heartbeats(self._node).unlink(missing_ok=True)
+        spec.run_dir.heartbeats(spec.place.node).unlink(missing_ok=True)
         limit_s = min(LOST_S, spec.run.launch.timeout_s)
         hung: dict[int, Failure] = {}
         with tempfile.TemporaryDirectory() as folder:

@@ -122,13 +122,17 @@ class Group:
 
         try:
             wait_for(join, check)
-            self._members = self._list_members()
+            members = self._list_members()
         except (RendezvousError, RuntimeError) as error:
             joined = {n: self._key(f"joined/{attempt.number}/{n}") for n in self._others}
             absent = [node for node, key in joined.items() if key is None]
             limit = f"{launch.join_timeout_s} s (launch.join_timeout_s)"
             text = f"{self._count(absent)} did not join within {limit}: {error}"
             raise NodeError(text) from error
+        if members is None:
+            self._report("a node was lost while the others waited for it")
+            return self.begin(spec, requests)
+        self._members = members
         self._pulse.forgive()
         count = len(self._members)
         if count < launch.nodes:
@@ -152,7 +156,8 @@ class Group:
             max_nodes=launch.nodes,
             # Nodes that are back need not be waited for.
             last_call_s=LOST_S if self._find_returned() else launch.rejoin_timeout_s,
-            join_timeout_s=launch.join_timeout_s,
+            # torch's last call ends with it.
+            join_timeout_s=max(launch.join_timeout_s, number and launch.rejoin_timeout_s + 60),
         )
         self._place = replace(
             self._place, store=attempt.store, listener=listener, attempt=attempt.number
@@ -170,7 +175,9 @@ class Group:
     def _check_joining(self) -> None:
         """Look after nodes that do not join; at a restart they may take time to come back."""
         for node in self._others:
-            if (refusal := self._key(f"refused/{node}")) is not None:
+            refusal = self._key(f"refused/{node}")
+            optional = self._place.attempt > 0 and self._run.launch.min_nodes is not None
+            if refusal is not None and not optional:
                 raise NodeError(f"{self.name_of(node)} cannot join: {refusal}")
             agent = self._agents.get(node)
             if agent is not None and agent.has_ended() and self._place.attempt == 0:
@@ -178,12 +185,8 @@ class Group:
         if time.monotonic() - self._sought_at > SEEK_S:
             self._start_missing()
 
-    def _list_members(self) -> list[int]:
-        """The nodes that have met, by their places.
-
-        Raises:
-            RuntimeError: if one of them is lost at once.
-        """
+    def _list_members(self) -> list[int] | None:
+        """The nodes that have met, by their places; `None` if one of them is lost at once."""
         prefix, deadline = f"place/{self._place.attempt}", time.monotonic() + LOST_S
         while True:
             places = {node: self._key(f"{prefix}/{node}") for node in (0, *self._others)}
@@ -191,7 +194,7 @@ class Group:
             if len(met) == int(str(places[0]).split(" of ")[1]):
                 return sorted(met, key=lambda node: int(str(places[node]).split(" of ")[0]))
             if time.monotonic() > deadline:
-                raise RuntimeError("a node was lost while the others waited for it")
+                return None
             time.sleep(POLL_S)
 
     def have_returned(self) -> bool:
@@ -202,8 +205,9 @@ class Group:
         return bool(self._find_returned())
 
     def _find_returned(self) -> list[int]:
-        keys = {node: f"back/{self._place.attempt}/{node}" for node in self._others}
-        return [node for node, key in keys.items() if self._key(key) is not None]
+        absent = [node for node in self._others if node not in self._members]
+        attempt = self._place.attempt
+        return [node for node in absent if self._key(f"back/{attempt}/{node}") is not None]
 
     def have_failed(self) -> bool:
         """Whether a rank of another node has failed, or a node is lost."""
@@ -220,11 +224,13 @@ class Group:
         return node in self._reports
 
     def is_lost(self, node: int) -> bool:
-        """Whether a node that has not reported has been silent for too long, or its agent ended."""
+        """Whether a node that has not reported has been silent for too long, or its agent has ended
+        or was started again."""
         if node in self._reports:
             return False
         agent = self._agents.get(node)
-        if agent is not None and agent.has_ended():
+        again = self._key(f"back/{self._place.attempt}/{node}") is not None
+        if again or (agent is not None and agent.has_ended()):
             return True
         return self._pulse.silence_of(node) > min(LOST_S, self._run.launch.timeout_s)
 

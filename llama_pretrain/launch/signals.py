@@ -41,6 +41,12 @@ class Stopped(_Ended):
     how = "stopped at once"
 
 
+class Detached(_Ended):
+    """A signal has ended a command that only watched jobs, which go on."""
+
+    how = "ended"
+
+
 class Requests:
     """The signals that have come, each request counted once."""
 

@@ -1,5 +1,6 @@
 """Jobs of Slurm: write a job script, submit it, ask for its state, and requeue it."""
 
+import errno
 import os
 import re
 import shlex
@@ -29,6 +30,8 @@ OWN = (
     "no-kill",
 )
 """Options of sbatch that a job script sets itself."""
+MINUTES = 10_000
+"""A time limit of as many minutes was 2:46:40 or more in a YAML file, which makes it seconds."""
 RESUMED = """
 if [ -e {snapshot} ]; then  # the job was requeued
     exec {again}
@@ -42,6 +45,10 @@ def validate_job(job: SlurmJob, path: str = "launch.slurm") -> Iterator[Problem]
         message = "there is no allocation here, and no sbatch to submit a job with"
         hint = "Run it on a login node of the cluster, or set launch=local"
         yield Problem(path="launch", message=message, hint=hint)
+    if (job.time or "").isdigit() and int(job.time or 0) >= MINUTES:
+        message = f"is in minutes without colons: {int(job.time or 0) / 1440:.0f} days"
+        hint = "Write it as D-HH:MM:SS or HH:MM:SS, in quotes in a YAML file"
+        yield Problem(path=f"{path}.time", message=f"{message} (got {job.time})", hint=hint)
     for key in job.extra:
         if key in OWN or hasattr(job, key):
             message = f"is set by another setting or by the job script (got {job.extra[key]})"
@@ -91,7 +98,7 @@ def write_job_script(launch: Launch, nodes: int, words: Sequence[str], run_dir: 
         )
     elif "resume" not in keys:
         words = [*words, "resume=auto"]
-    if "auto" in "".join(word for word in words if word.startswith("resume=")) or again:
+    if "resume=auto" in words or again:
         words = [*words, f"hydra.run.dir='{place}'"]
     body = f"cd {shlex.quote(os.getcwd())}\nexport {REQUEUE}=1\n{again}"
     text = "\n".join(["#!/bin/bash", *lines, "", f"{body}exec {_command(words)}", ""])
@@ -136,7 +143,7 @@ def list_states(jobs: Iterable[str]) -> dict[str, str]:
     words = ["squeue", "--noheader", "--format=%i %T (%r)", f"--jobs={','.join(jobs)}"]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode and "Invalid job id" not in done.stderr:
-        raise OSError(done.stderr.strip())
+        raise OSError(errno.EAGAIN, done.stderr.strip() or "squeue failed")
     found = dict(line.split(None, 1) for line in done.stdout.splitlines())
     return {job: state.removesuffix(" (None)") for job, state in found.items()}
 

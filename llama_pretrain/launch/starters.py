@@ -19,6 +19,8 @@ from llama_pretrain.launch.server import ROOT
 from llama_pretrain.plan.nodes import list_hosts
 from llama_pretrain.runs.layout import RunDir
 
+ALIVE = ("ServerAliveInterval=5", "ServerAliveCountMax=3")
+"""So that ssh ends when a host has lost power, and its agent can be started again."""
 AGENT = "llama_pretrain.launch.agent"
 CARRIED = ("PATH", "LD_LIBRARY_PATH", "LLAMA_PRETRAIN_CACHE", "TORCH_EXTENSIONS_DIR", "TMPDIR")
 """Variables that ssh does not pass on and that ranks may need, with those of NCCL and gloo."""
@@ -84,7 +86,9 @@ def _ssh(run: ResolvedRun, words: Sequence[str], node: int) -> list[str]:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     remote = ["env", *carried, f"PYTHONPATH={path}", *words, str(node)]
     command = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(remote)}"
-    return [*shlex.split(run.launch.ssh), "-o", "BatchMode=yes", host, command]
+    options = ("BatchMode=yes", "ConnectTimeout=10", *ALIVE)
+    given = [word for option in options for word in ("-o", option)]
+    return [*shlex.split(run.launch.ssh), *given, host, command]
 
 
 def _srun(run: ResolvedRun, words: Sequence[str], node: int) -> list[str]:

@@ -92,9 +92,11 @@ class Watch:
             self._ask_to_stop(beats)
         if self._requests.save:
             self._requests.save = False
-            with contextlib.suppress(OSError):  # no reason to end a run
+            try:
                 self._run_dir.request.touch()
-            self._report("SIGUSR2: writing a checkpoint after this step")
+                self._report("SIGUSR2: writing a checkpoint after this step")
+            except OSError as error:  # no reason to end a run
+                self._report(f"SIGUSR2: no checkpoint: {error}")
         if not any(beat.pid and not beat.finished and not is_alive(beat.pid) for beat in beats):
             self._look_for_hang(beats)
             return

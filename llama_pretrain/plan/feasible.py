@@ -86,8 +86,15 @@ def _validate_min_nodes(run: ResolvedRun) -> Iterator[Problem]:
         message = f"has no effect without restarts (got {launch.min_nodes})"
         yield Problem(path=path, message=message, hint="Add launch.max_restarts=3")
     counts = range(launch.min_nodes, launch.nodes + 1)
-    groups = {c: c * launch.num_processes // launch.sequence_parallel_size for c in counts}
-    odd = [count for count, number in groups.items() if not number or size % number]
+    sharing = launch.sequence_parallel_size
+    if uneven := [count for count in counts if count * launch.num_processes % sharing]:
+        ranks = f"{uneven[0]} x {launch.num_processes} ranks"
+        message = f"{ranks}, with which the run would go on after a loss, form no groups of"
+        message += f" launch.sequence_parallel_size={sharing} (got {launch.min_nodes})"
+        yield Problem(path=path, message=message)
+        return
+    groups = {count: count * launch.num_processes // sharing for count in counts}
+    odd = [count for count, number in groups.items() if size % number]
     if odd:
         unit = math.lcm(*groups.values())
         sizes = [number * unit for number in (size // unit, size // unit + 1) if number]

@@ -11,6 +11,7 @@ from typing import Any
 
 from llama_pretrain.files import flock, open_regular
 
+FRESH_S = 60.0
 ATTEMPTS = 5
 """Tries to take the lock before it counts as another process's."""
 
@@ -90,8 +91,19 @@ def hold(run_dir: RunDir) -> Iterator[None]:
         yield
 
 
+def beats(run_dir: RunDir) -> bool:
+    """Whether the ranks of node 0 have made progress a moment ago."""
+    try:
+        return time.time() - run_dir.heartbeats().stat().st_mtime < FRESH_S
+    except OSError:
+        return False
+
+
 def is_held(run_dir: RunDir) -> bool:
-    """Whether a process holds the run: its lock is tried as one of many readers, for a moment."""
+    """Whether a process holds the run: its lock is tried as one of many readers, for a moment.
+
+    Without locks, whether its ranks have made progress a moment ago.
+    """
     try:
         lock = open_regular(run_dir.lock)
     except PermissionError:  # it may be held
@@ -99,7 +111,8 @@ def is_held(run_dir: RunDir) -> bool:
     except OSError:
         return False
     try:
-        flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if not flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB):
+            return beats(run_dir)
     except BlockingIOError:
         return True
     finally:

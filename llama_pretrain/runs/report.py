@@ -128,7 +128,8 @@ def _planned(run: RunContents) -> Values:
     factors = [*(dig(plan, f"batch.{name}") for name in names), groups]
     triangle = ""
     if None not in factors:
-        triangle = "{:,} rows = {:,} micro x {:,} accumulated x {:,} ranks".format(*factors)
+        what = "ranks" if shared == 1 else f"x {shared} ranks that share sequences"
+        triangle = "{:,} rows = {:,} micro x {:,} accumulated x {:,} ".format(*factors) + what
     rates = [plan.get(f"{name}_learning_rate") for name in ("peak", "final")]
     flops, tokens = plan.get("flops_per_token"), dig(plan, "steps.tokens")
     warmup = format_number(dig(plan, "steps.warmup"), ",")

@@ -2,14 +2,13 @@
 
 import os
 import socket
-import time
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 
 from llama_pretrain.config.secrets import redact
 from llama_pretrain.files import read_json, write_json
-from llama_pretrain.runs.layout import RunDir, is_held
+from llama_pretrain.runs.layout import RunDir, beats, is_held
 
 
 class Status(str, Enum):
@@ -33,7 +32,6 @@ class Status(str, Enum):
         return self in (Status.completed, Status.reproduced, Status.diverged)
 
 
-FRESH_S = 60.0
 CRASHED = "crashed"
 """Not in status.json: see `read_state`."""
 FINISHED = (Status.completed, Status.reproduced, Status.diverged, Status.pruned)
@@ -75,14 +73,6 @@ def read_status(run_dir: RunDir) -> Status | None:
         return None
 
 
-def _beats(run_dir: RunDir) -> bool:
-    """Whether the ranks of node 0 have made progress a moment ago."""
-    try:
-        return time.time() - run_dir.heartbeats().stat().st_mtime < FRESH_S
-    except OSError:
-        return False
-
-
 def read_state(run_dir: RunDir) -> tuple[str | None, str]:
     """The status now, and its error; `None` if status.json cannot be read.
 
@@ -91,7 +81,7 @@ def read_state(run_dir: RunDir) -> tuple[str | None, str]:
     """
     values = read_json(run_dir.status) or {}
     if values.get("status") == Status.running and not is_held(run_dir):
-        if values.get("host") != socket.gethostname() and _beats(run_dir):
+        if values.get("host") != socket.gethostname() and beats(run_dir):
             return Status.running.value, ""
         values = read_json(run_dir.status) or {}  # it may have ended in between
         if values.get("status") == Status.running:

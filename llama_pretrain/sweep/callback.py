@@ -21,7 +21,7 @@ from llama_pretrain.config.problems import Problem, UserError
 from llama_pretrain.config.sweep import Objective
 from llama_pretrain.config.tasks import Task
 from llama_pretrain.launch.local import preload
-from llama_pretrain.launch.signals import Preempted, Stopped, receive_signals
+from llama_pretrain.launch.signals import Detached, Preempted, Stopped, receive_signals
 from llama_pretrain.plan.machine import detect_machine
 from llama_pretrain.plan.nodes import submits_job
 from llama_pretrain.process import list_processes
@@ -64,7 +64,7 @@ class Session:
             with self._stack:
                 if error is None:
                     wait_for_submitted(self.folder)
-        except (Preempted, Stopped) as stopped:
+        except (Preempted, Stopped, Detached) as stopped:
             self._add_note(stopped)
             raise
         if isinstance(error, (Preempted, Stopped)):
@@ -158,6 +158,10 @@ def _start(config: DictConfig) -> Session:
         raise UserError([Problem(path="hydra.sweep.dir", message=message)]) from error
     first = next((job.run for job in jobs if job.verdict is Verdict.runs), None)
     here = own.runtime.choices["hydra/launcher"] == BASIC
+    if first is not None and not here and submits_job(first.launch):
+        message = "submits each job by itself, and so do other launchers"
+        hint = "Add hydra/launcher=basic, or launch=local"
+        raise UserError([Problem(path="launch", message=message, hint=hint)])
     if first is not None and here and not submits_job(first.launch):
         preload(first)
     planned = [plan_on_data(job) for job in jobs]

@@ -14,7 +14,8 @@ from llama_pretrain.config.ignored import find_ignored
 from llama_pretrain.config.problems import UserError
 from llama_pretrain.config.run import Run
 from llama_pretrain.config.tasks import Resume, Task
-from llama_pretrain.launch.signals import Preempted, Stopped
+from llama_pretrain.launch.signals import Detached, Preempted, Stopped
+from llama_pretrain.launch.slurm import job_of
 from llama_pretrain.launch.watch import RankError
 from llama_pretrain.plan.machine import Machine
 from llama_pretrain.plan.nodes import submits_job
@@ -101,8 +102,9 @@ def _submit(run: Run, words: Sequence[str], run_dir: RunDir) -> None:
     argv = [word for word in argv if not word.startswith("sweep=")]
     try:
         job = waiting_job(run_dir) or submit_job(run, argv, run_dir)
-    except UserError as error:
-        text = "; ".join(str(problem) for problem in error.problems)
+    except (UserError, OSError) as error:
+        problems = error.problems if isinstance(error, UserError) else [error]
+        text = "; ".join(str(problem) for problem in problems)
         write_status(run_dir, Status.failed, Outcome(error=text))
         return
     if own.runtime.choices["hydra/sweeper"] != BASIC:
@@ -112,9 +114,15 @@ def _submit(run: Run, words: Sequence[str], run_dir: RunDir) -> None:
 def wait_for_submitted(folder: SweepDir) -> None:
     """Wait for the jobs of a sweep that Slurm runs."""
     records = [record for record in read_sweep(folder).jobs if record.folder]
-    jobs = [waiting_job(folder.job(record)) for record in records]
-    if waiting := [job for job in jobs if job is not None]:
-        wait_for_jobs(waiting)
+    found = [job_of(folder.job(record)) for record in records]
+    if not (jobs := [job for job in found if job is not None]):
+        return
+    try:
+        wait_for_jobs(jobs)
+    except Preempted as error:
+        detached = Detached(error.number)
+        detached.add_note("the jobs that have been submitted go on")
+        raise detached from error
 
 
 def _run_other_task(run: Run, context: TaskContext) -> float | None:

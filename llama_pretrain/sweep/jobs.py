@@ -185,7 +185,12 @@ def check_job(job: SweepJob, primary: Primary, machine: Machine) -> SweepJob:
         origins = trace_settings(job.words, choices)
         with open_dict(config):
             config.pop("hydra", None)
-        return check_run(job, read_config(config), origins, machine)
+        run = read_config(config)
+        if primary.name == SNAPSHOT_NAME and submits_job(run.launch):
+            message = "cannot submit jobs that start from a snapshot"
+            hint = "Run the sweep in an allocation, or with hydra/launcher=submitit_slurm"
+            raise UserError([Problem(path="launch", message=message, hint=hint)])
+        return check_run(job, run, origins, machine)
     except COMPOSE_ERRORS as error:
         problems = [Problem(path="", message=describe_compose_error(error))]
     except UserError as error:

@@ -1,6 +1,7 @@
 """task=pretrain: write the run directory, train in it, export, and record how it ended."""
 
 import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -127,7 +128,10 @@ def _train(
         def replan(nodes: int) -> tuple[ResolvedRun, TrainingPlan]:
             return write_for_nodes(run, plan, run_dir, nodes=nodes)
 
-        with other_nodes(run, run_dir, report=console.say, replan=replan) as others:
+        with (
+            other_nodes(run, run_dir, report=console.say, replan=replan) as others,
+            _written_for_all(run, replan),
+        ):
             while True:
                 try:
                     spec = LaunchSpec(run, plan, run_dir, start.checkpoint)
@@ -179,6 +183,17 @@ def _train(
     if unsaved:
         raise UnsavedError(f"all steps are done, but {unsaved}")
     return objective
+
+
+@contextlib.contextmanager
+def _written_for_all(run: ResolvedRun, replan: Callable[[int], object]) -> Iterator[None]:
+    """Leave the directory as it was planned, although the run may have ended on fewer nodes."""
+    try:
+        yield
+    finally:
+        if run.launch.min_nodes is not None:
+            with contextlib.suppress(OSError):  # the disk may be what failed
+                replan(run.launch.nodes)
 
 
 def _launch(

@@ -74,7 +74,8 @@ def write_for_nodes(
     """Plan a run for another number of nodes, with the same steps, and write it for workers."""
     if nodes != run.launch.nodes:
         run = with_nodes(run, nodes)
-        plan = build_training_plan(run, plan.corpus)
+        sources = plan.deepspeed_sources
+        plan = replace(build_training_plan(run, plan.corpus), deepspeed_sources=sources)
     _write_for_workers(run, plan, run_dir)
     return run, plan
 

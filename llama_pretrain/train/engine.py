@@ -58,7 +58,9 @@ def build_engine(
     )
     weights = None if run.model.path is None else Path(run.model.path)
     model = build_model(config, seed=run.seed, weights=weights, ds_config=ds_config, digest=digest)
-    sequence = SequenceGroup(rank, config) if rank.sequence_size > 1 else None
+    sequence = None
+    if rank.sequence_size > 1:
+        sequence = SequenceGroup(rank, config, timeout_s=run.launch.timeout_s + 60)
     install_kernels(model, run.kernels, sequence=sequence)
     rank.phases.end("model")
     if run.train.gradient_checkpointing:

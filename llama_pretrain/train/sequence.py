@@ -12,6 +12,7 @@ width of a head.
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -26,10 +27,10 @@ from llama_pretrain.distributed import Rank
 class SequenceGroup:
     """The ranks that share a sequence, and what their attention needs of a whole one."""
 
-    def __init__(self, rank: Rank, config: LlamaConfig):
+    def __init__(self, rank: Rank, config: LlamaConfig, *, timeout_s: int):
         self.size, self._index, self._config = rank.sequence_size, rank.sequence_index, config
         subgroups: Any = dist.new_subgroups
-        self._group, _ = subgroups(group_size=self.size)
+        self._group, _ = subgroups(group_size=self.size, timeout=timedelta(seconds=timeout_s))
         self.active = False
         """Whether sequences are split; otherwise a rank computes whole ones by itself."""
         self._positions: Tensor | None = None

@@ -80,7 +80,6 @@ def test_a_checkpoint_loads_with_other_ranks_that_share(runner: Runner) -> None:
             f"zero.stage={stage}",
             f"launch.num_processes={ranks}",
             f"launch.sequence_parallel_size={sharing}",
-            "batch.gradient_accumulation_steps=null",
             run_dir=run.run_dir,
         )
         newest = newest_of(run.run_dir.checkpoints)

@@ -60,6 +60,7 @@ def test_a_job_script_has_the_options_that_are_set(tmp_path: Path) -> None:
         (["model=60m"], ["model=60m", "resume=auto", f"hydra.run.dir='{HERE}'"]),
         (["model=60m", "resume=auto"], ["model=60m", "resume=auto", f"hydra.run.dir='{HERE}'"]),
         (["resume=/a", "train.max_steps=9"], ["resume=/a", "train.max_steps=9"]),
+        (["resume=/auto/a"], ["resume=/auto/a"]),
         (["reproduce=/a"], ["reproduce=/a", f"hydra.run.dir='{HERE}'"]),
     ],
 )
@@ -88,11 +89,15 @@ def test_gpus_that_a_job_asks_for(gres: str | None, count: int) -> None:
 
 def test_what_cannot_be_submitted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    job = SlurmJob(extra={"signal": "USR2@60", "gres": "gpu:8", "mem": 0})
+    job = SlurmJob(time="43200", extra={"signal": "USR2@60", "gres": "gpu:8", "mem": 0})
     assert [str(problem) for problem in validate_job(job)] == [
         (
             "launch: there is no allocation here, and no sbatch to submit a job with. Run it on a"
             " login node of the cluster, or set launch=local."
+        ),
+        (
+            "launch.slurm.time: is in minutes without colons: 30 days (got 43200). Write it as"
+            " D-HH:MM:SS or HH:MM:SS, in quotes in a YAML file."
         ),
         (
             "launch.slurm.extra.signal: is set by another setting or by the job script (got"
