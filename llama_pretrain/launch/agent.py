@@ -222,12 +222,13 @@ class _Member:
         return PREEMPTED_CODE if requests.numbers else 1
 
     def _join(self, attempt: Attempt, requests: Requests) -> list[int]:
-        """Wait for the other nodes of an attempt. Returns those that take part, by their places.
+        """Wait for the other nodes of an attempt. Returns those that take part, by their places;
+        none if it is given up.
 
         Raises:
             RendezvousError, RuntimeError: if it cannot begin.
         """
-        members: list[int] = []
+        decided: list[list[int]] = []
 
         def join() -> None:
             meet(self._store, attempt, token=self._token, node=self._node)
@@ -237,14 +238,14 @@ class _Member:
             if self._pulse.silence() > LOST_S:
                 raise RuntimeError("node 0 is lost")
             if (text := self._pulse.receive(f"members/{attempt.number}")) is not None:
-                members.extend(json.loads(text))
-            return bool(members)
+                decided.append(json.loads(text))
+            return bool(decided)
 
         wait_for(join, check)
-        while not members:
+        while not decided:
             time.sleep(POLL_S)
             check()
-        return members
+        return decided[0]
 
     def _build_operators(self, spec: LaunchSpec, report: Callable[[str], None]) -> None:
         """Compile what ranks need, where nodes do not share a cache of operators.

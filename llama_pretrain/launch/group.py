@@ -131,6 +131,9 @@ class Group:
             raise NodeError(text) from error
         if members is None:
             self._report("a node was lost while the others waited for it")
+            self._store.set(f"members/{attempt.number}", "[]")
+            if self._place.listener is not None:
+                self._place.listener.close()
             return self.begin(spec, requests)
         self._members = members
         self._pulse.forgive()
