@@ -1,7 +1,6 @@
 """How a command ends: expected errors as lines, signals as exit codes, bugs as tracebacks."""
 
 import errno
-import signal
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -49,8 +48,7 @@ def finish(error: BaseException, *, requests: Requests, swept: int) -> int:
     if isinstance(error, (Preempted, Stopped)):
         lines = [f"{error}; all processes have ended", *getattr(error, "__notes__", [])]
         console.show_failure("\n".join(lines))
-        if error.number == signal.SIGUSR1:  # a job script's time limit comes
-            requeue()
+        requeue(error.number)
         return PREEMPTED_CODE if isinstance(error, Preempted) else 128 + error.number
     if isinstance(error, EXPECTED):
         print_error(error)

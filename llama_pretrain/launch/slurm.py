@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -154,9 +155,25 @@ def describe_restart() -> str:
     return f"by job {job} of Slurm, restart {count}" if job and count.isdigit() else ""
 
 
-def requeue() -> None:
-    """Put this job back into the queue, if its script wants that. Slurm ends this process then."""
+def requeue(number: int) -> None:
+    """Put this job back into the queue, if its script wants that. Slurm ends this process then.
+
+    A job that is preempted may end before its partition's grace is over: then Slurm does not
+    requeue it. One that is cancelled gets the same signal.
+
+    Args:
+        number: the signal that has ended the run.
+    """
     job = os.environ.get("SLURM_JOB_ID")
-    if job and os.environ.get(REQUEUE):
+    if not job or not os.environ.get(REQUEUE):
+        return
+    if number == signal.SIGUSR1 or _is_preempted(job):
         ignore_signals()
         subprocess.run(["scontrol", "requeue", job], check=False)
+
+
+def _is_preempted(job: str) -> bool:
+    words = ["scontrol", "--oneliner", "show", "job", job]
+    shown = subprocess.run(words, capture_output=True, text=True).stdout
+    runs = re.search(r"\bJobState=RUNNING\b", shown) is not None
+    return runs and re.search(r"\bPreemptTime=(?!None)\S", shown) is not None

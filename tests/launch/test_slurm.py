@@ -2,14 +2,17 @@
 
 import os
 import shlex
+import signal
 from pathlib import Path
 
 import pytest
 
 from llama_pretrain.config.launch import Launch, SlurmJob
 from llama_pretrain.launch.slurm import (
+    REQUEUE,
     count_job_gpus,
     describe_restart,
+    requeue,
     validate_job,
     write_job_script,
 )
@@ -108,6 +111,31 @@ def test_what_cannot_be_submitted(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
             " Remove it."
         ),
     ]
+
+
+@pytest.mark.parametrize(
+    ("number", "shown", "requeued"),
+    [
+        (signal.SIGUSR1, "", True),
+        (signal.SIGTERM, "JobState=RUNNING PreemptTime=2026-11-30T11:03:50 ", True),
+        (signal.SIGTERM, "JobState=RUNNING PreemptTime=None ", False),
+        (signal.SIGTERM, "JobState=CANCELLED PreemptTime=None ", False),
+    ],
+)
+def test_a_job_goes_back_into_the_queue_unless_it_was_cancelled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, shown: str, requeued: bool
+) -> None:
+    program = tmp_path / "scontrol"
+    program.write_text(f"#!/bin/sh\necho \"$@\" >> {tmp_path}/calls\necho '{shown}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setattr("llama_pretrain.launch.slurm.ignore_signals", lambda: None)
+    requeue(number)
+    assert not (tmp_path / "calls").exists()  # a script of somebody's own
+    monkeypatch.setenv(REQUEUE, "1")
+    requeue(number)
+    assert ("requeue 12" in (tmp_path / "calls").read_text().splitlines()) is requeued
 
 
 def test_a_restart_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
