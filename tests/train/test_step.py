@@ -1,6 +1,7 @@
 """How often a step makes the host wait for its device, besides DeepSpeed's own step."""
 
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from llama_pretrain.plan.batch import BatchPlan
+from llama_pretrain.runs.layout import RunDir
 from llama_pretrain.train import step as step_module
 from llama_pretrain.train.progress import Progress
 from llama_pretrain.train.step import train_step
@@ -42,7 +44,7 @@ def record_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("spike", ["none", "skip"])
 @pytest.mark.usefixtures("process_group")
 def test_a_step_waits_once_for_the_device(
-    monkeypatch: pytest.MonkeyPatch, accumulation: int, spike: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, accumulation: int, spike: str
 ) -> None:
     """After the update; before it only if the loss decides on the step. Ids are on the host."""
     engine = build_small_engine(1, bf16=True)
@@ -56,7 +58,9 @@ def test_a_step_waits_once_for_the_device(
         run=plan_for_cluster(f"train.spike={spike}"),
         plan=SimpleNamespace(batch=batch_plan, sampling=sampling),
         rank=RANK,
+        run_dir=RunDir(tmp_path),
         engine=engine,
+        split=nullcontext,
         train_set=SimpleNamespace(masked=False),
     )
     monkeypatch.setattr(engine, "gradient_accumulation_steps", lambda: accumulation)
