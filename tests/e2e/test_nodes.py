@@ -25,7 +25,8 @@ BATCH = shlex.split("""debug=smoke batch.global_batch_size=12 batch.micro_batch_
 LONG = shlex.split("""train.max_steps=4000 train.eval_every_steps=null checkpoint.every_steps=20
     launch.timeout_s=15""")
 """A run that a test interrupts."""
-SILENT_S = 15 + 10
+TIMEOUT_S = 15
+SILENT_S = TIMEOUT_S + 10
 """A lost node is noticed after launch.timeout_s, and everything has ended soon after."""
 
 
@@ -183,9 +184,19 @@ def cut_link(running: Job) -> None:
 @pytest.mark.parametrize(
     ("lose", "ssh", "says", "limit_s"),
     [
-        (kill_rank, True, "rank 1 on node 1 (b, rank 1) failed: killed by SIGKILL", 8),
-        (kill_agent, True, "rank 1 on node 1 (b, rank 1) failed: the node is lost: ssh ended", 8),
-        (kill_host, True, "rank 1 on node 1 (b, rank 1) failed: the node is lost: ssh ended", 8),
+        (kill_rank, True, "rank 1 on node 1 (b, rank 1) failed: killed by SIGKILL", TIMEOUT_S),
+        (
+            kill_agent,
+            True,
+            "rank 1 on node 1 (b, rank 1) failed: the node is lost: ssh ended",
+            TIMEOUT_S,
+        ),
+        (
+            kill_host,
+            True,
+            "rank 1 on node 1 (b, rank 1) failed: the node is lost: ssh ended",
+            TIMEOUT_S,
+        ),
         (cut_link, False, "rank 1 on node 1 (b, rank 1) failed: the node is lost: no", SILENT_S),
         (stop_rank, False, "rank 1 on node 1 (b, rank 1) failed: no heartbeat for", SILENT_S),
     ],
@@ -268,8 +279,7 @@ def test_a_run_goes_on_with_fewer_nodes(tmp_path: Path, ssh: bool) -> None:
         running.assert_nothing_is_left()
     assert "going on with 2 of 3 nodes" in running.output()
     assert "12 sequences = 4 micro x 1 accumulated x 3 ranks" in running.output()
-    batch = json.loads(running.run_dir.plan.read_text())["batch"]
-    assert batch["micro_batch_size"] * batch["gradient_accumulation_steps"] == 6
+    assert load_snapshot(running.run_dir.snapshot).launch.nodes == 3  # as it was planned
     words = (
         "train.max_steps=120",
         "train.eval_every_steps=null",
@@ -282,7 +292,7 @@ def test_a_run_goes_on_with_fewer_nodes(tmp_path: Path, ssh: bool) -> None:
 @pytest.mark.slow
 def test_a_node_that_comes_back_takes_part_again(tmp_path: Path) -> None:
     with job(tmp_path) as running:
-        running.start(*FEWER, "train.max_steps=4000")
+        running.start(*FEWER, "train.max_steps=1200")
         running.wait_for_step(25)
         running.machines[1].run("kill", "-9", str(running.process_on(1, "run.py")))
         end = time.monotonic() + 60
@@ -290,7 +300,7 @@ def test_a_node_that_comes_back_takes_part_again(tmp_path: Path) -> None:
             assert time.monotonic() < end
             time.sleep(0.1)
         running.commands.pop().wait(10)
-        running.start_on(1, *running.torchrun(1), *FEWER, "train.max_steps=4000")
+        running.start_on(1, *running.torchrun(1), *FEWER, "train.max_steps=1200")
         assert running.wait() == [0, 0], running.output()
     events = [row.restarted for row in read_metrics(running.run_dir.metrics)
               if isinstance(row, EventRow) and row.restarted]  # fmt: skip
@@ -298,7 +308,7 @@ def test_a_node_that_comes_back_takes_part_again(tmp_path: Path) -> None:
     assert events[1:] == ["nodes that were lost are back"]
     assert load_snapshot(running.run_dir.snapshot).launch.nodes == 2
     words = (
-        "train.max_steps=4000",
+        "train.max_steps=1200",
         "train.eval_every_steps=null",
         "launch.num_processes=2",
         "precision=fp32",
