@@ -222,8 +222,9 @@ class _Member:
         return PREEMPTED_CODE if requests.numbers else 1
 
     def _join(self, attempt: Attempt, requests: Requests) -> list[int]:
-        """Wait for the other nodes of an attempt. Returns those that take part, by their places;
-        none if it is given up.
+        """Wait for the other nodes of an attempt.
+
+        Returns those that take part, by their places; none if the attempt is given up.
 
         Raises:
             RendezvousError, RuntimeError: if it cannot begin.
